@@ -1,0 +1,324 @@
+"""The whole plugin contract, in one file.
+
+A plugin is a Python distribution with one entry point in the group `altgrad`, whose value is a light
+module (no torch). The module implements any of the hooks at the end of this file; each hook takes no
+arguments and returns `Component` records. A component names its `target`, an object in another module
+that may import torch; the core resolves it only when a run is assembled.
+
+What the target of each kind is:
+
+=============  =====================================================================================
+kind           target
+=============  =====================================================================================
+`format`       a `Format`, or a callable `(options) -> Format`
+`stiffness`    callable `(options) -> Stiffness`
+`optimizer`    callable `(options, OptimizerInputs) -> torch.optim.Optimizer`
+`monitor`      callable `(options) -> Monitor`
+`fallback`     callable `(options) -> Policy`
+`dataset`      callable `(options) -> TextSource | TokenSource`
+`executor`     callable `(options) -> Executor`
+=============  =====================================================================================
+
+`options` is always an instance of the component's own frozen attrs class, already validated.
+
+This module imports no torch, so that plugins can be listed in the blink of an eye.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import attrs
+import pluggy
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from torch import Tensor
+
+    from altgrad_core.format import Format
+    from altgrad_core.loop import Run
+
+PROJECT = "altgrad"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@attrs.frozen(kw_only=True)
+class NoOptions:
+    """The options class of a component that has none."""
+
+
+@attrs.frozen(kw_only=True)
+class Component:
+    """One thing a plugin offers: a format, an optimizer, a monitor, ..."""
+
+    name: str
+    """What an experiment file writes. Unique per kind; no colon, no slash."""
+    summary: str
+    """One line for `altgrad plugins`."""
+    options: type = NoOptions
+    """The frozen attrs class of the component's options; each field has `help` in its metadata."""
+    target: str
+    """`package.module:attribute`; imported only when a run is assembled."""
+    source: str = ""
+    """Where it comes from: a paper, a standard, a library."""
+
+
+# --- what a run hands to monitors and policies -------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Weight:
+    """One trained parameter after this step's update. Read it; never write it."""
+
+    value: Tensor
+    """The parameter's values, in its own shape and dtype. Under grid storage exactly on the grid."""
+    layer: str
+    """The module path the metric names use, such as `transformer.h.0.attn.c_attn`."""
+    format: Format | None = None
+    """None: not quantised."""
+    scale: Tensor | None = None
+    """0-d float32; the grid in weight units is `format.values / scale`."""
+    storage: str = "master"
+    """`master` or `grid`."""
+
+
+@attrs.frozen(kw_only=True)
+class Step:
+    """One finished optimizer step, as monitors see it. Mappings are keyed by parameter name."""
+
+    index: int
+    """Optimizer steps completed, this one included: the first is 1."""
+    loss: Tensor
+    """0-d float32, mean over the micro-batches, in nats per token."""
+    weights: Mapping[str, Weight]
+    gradients: Mapping[str, Tensor]
+    """This step's gradients after clipping; parameters without one are absent."""
+    before: Mapping[str, Tensor]
+    """Quantised weights before the step; empty unless a monitor's `needs` lists `before`."""
+    intended: Mapping[str, Tensor]
+    """The update of quantised weights before rounding; empty unless a `needs` lists `intended`."""
+    intended_in_rungs: bool = False
+    """True where the optimizer moves whole rungs (GridOptim): `intended` is then in rungs."""
+    counts: Mapping[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
+    """(flips, updates) that the optimizer counted itself, 0-d, by parameter name; usually empty."""
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """Watches a run and reports numbers; changes nothing.
+
+    Optional methods, called where they exist: `start(run)`, `evaluated(step, metrics)` after an
+    evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints.
+    Optional attribute: `every` (steps between observations, default 1).
+    """
+
+    @property
+    def needs(self) -> Collection[str]:
+        """Any of `before`, `intended`: what `Step` must carry for this monitor."""
+        ...
+
+    def observe(self, step: Step) -> Mapping[str, Tensor | float]:
+        """Return metrics named `<monitor>/<quantity>/<layer>`, as 0-d device tensors or floats.
+
+        `<layer>` is a `Weight.layer`, or `total` for the whole model. Keep tensors on their device:
+        the loop moves them to the host at the log interval, all monitors' in one transfer.
+        """
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides, between backward pass and optimizer step, whether something must be done.
+
+    Optional methods, called where they exist: `start(run)`, `state_dict()`, `load_state_dict(state)`.
+    """
+
+    @property
+    def needs(self) -> Collection[str]:
+        """Names of monitor metrics that `decide` reads; they are then computed in every step."""
+        ...
+
+    def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
+        """Return an action, or None to leave the decision to the next policy.
+
+        `step` is the index the step will have. `metrics` holds `train/loss` and
+        `train/gradient_norm` of this step (NaN and inf included), `train/loss_finite` and
+        `train/gradient_finite` (0.0 or 1.0), and what `needs` lists, as observed after the step before.
+        """
+        ...
+
+
+# --- actions a policy may answer with ----------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Action:
+    """What a policy asks the loop to do; `reason` goes into the event log."""
+
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class SkipStep(Action):
+    """Leave weights and optimizer as they are; the step counts, the learning-rate schedule moves on."""
+
+
+@attrs.frozen(kw_only=True)
+class ScaleLearningRate(Action):
+    """Multiply every learning rate by `factor`, from this step on."""
+
+    factor: float
+
+
+@attrs.frozen(kw_only=True)
+class ClipGradients(Action):
+    """Clip this step's gradients to the global L2 `norm` before the optimizer sees them."""
+
+    norm: float
+
+
+@attrs.frozen(kw_only=True)
+class Stop(Action):
+    """End the run after writing what there is; its outcome is `stopped`."""
+
+
+# --- what optimizers, stiffness formulas and data sets are given and give ------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerInputs:
+    """Everything an optimizer plugin is built from, beside its own options."""
+
+    groups: Sequence[dict[str, Any]]
+    """As `altgrad_core.param_groups(model)` returns them."""
+    generator: torch.Generator
+    """Seeds the optimizer's own random draws; drawn from once, at construction."""
+    storage: str = "master"
+    """Where quantised weights live: `master` or `grid`."""
+    storage_rounding: str = "nearest_even"
+    bound: float = 0.0
+    """Limit on |w| as a multiple of the tensor's initial rms; 0: none."""
+    scale_mode: str = "adaptive"
+
+
+class Stiffness(Protocol):
+    """The local spacing of a format seen as a geometry, dw/du, in weight units, strictly positive."""
+
+    def __call__(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
+        """Return the stiffness at `weight`, of its shape and dtype."""
+        ...
+
+
+@attrs.frozen
+class Document:
+    """One text of a data set, with the indices of its labels (empty where there are none)."""
+
+    text: str
+    labels: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class TextSource(Protocol):
+    """A data set of documents; the core tokenizes, caches and batches them."""
+
+    def fingerprint(self) -> str:
+        """Identify the content: equal fingerprints mean equal documents, cheaply told."""
+        ...
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """Yield the documents of `train` or `validation`, in an order that never changes."""
+        ...
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """A data set that is tokens already. Its options class has a `vocab_size` too."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def loss_floor(self) -> float | None:
+        """The exact entropy of the source in nats per token, where it is known."""
+        ...
+
+    def fingerprint(self) -> str: ...
+
+    def tokens(self, split: str) -> numpy.ndarray:
+        """Return the 1-d unsigned tokens of `train` or `validation`."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class CellResult:
+    """How one cell of a grid ended."""
+
+    cell: str
+    outcome: str
+    """`finished`, `skipped` (was finished before), `busy` (another process runs it), `stopped`,
+    `failed` or `interrupted`."""
+    message: str = ""
+
+
+class Executor(Protocol):
+    """Runs the cells of a grid."""
+
+    def run(
+        self, cells: Sequence[str], run_cell: Callable[[str], CellResult], jobs: int
+    ) -> list[CellResult]:
+        """Run every cell once and return one result each; a failing cell never stops the others.
+
+        `run_cell` is picklable and may be called in another process.
+        """
+        ...
+
+
+# --- the hooks -----------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """What a plugin module may implement, each marked with `@hookimpl`."""
+
+    @hookspec
+    def altgrad_formats(self) -> list[Component]:  # type: ignore[empty-body]
+        """Number formats."""
+
+    @hookspec
+    def altgrad_stiffness(self) -> list[Component]:  # type: ignore[empty-body]
+        """Stiffness formulas."""
+
+    @hookspec
+    def altgrad_optimizers(self) -> list[Component]:  # type: ignore[empty-body]
+        """Optimizers."""
+
+    @hookspec
+    def altgrad_monitors(self) -> list[Component]:  # type: ignore[empty-body]
+        """Monitors."""
+
+    @hookspec
+    def altgrad_fallbacks(self) -> list[Component]:  # type: ignore[empty-body]
+        """Fallback policies."""
+
+    @hookspec
+    def altgrad_datasets(self) -> list[Component]:  # type: ignore[empty-body]
+        """Data sets."""
+
+    @hookspec
+    def altgrad_executors(self) -> list[Component]:  # type: ignore[empty-body]
+        """Ways to run the cells of a grid."""
+
+
+KINDS: Mapping[str, str] = {
+    "format": "altgrad_formats",
+    "stiffness": "altgrad_stiffness",
+    "optimizer": "altgrad_optimizers",
+    "monitor": "altgrad_monitors",
+    "fallback": "altgrad_fallbacks",
+    "dataset": "altgrad_datasets",
+    "executor": "altgrad_executors",
+}
+"""Kind of component to the hook that registers it."""
