@@ -65,6 +65,8 @@ class Component:
     """`package.module:attribute`; imported only when a run is assembled."""
     source: str = ""
     """Where it comes from: a paper, a standard, a library."""
+    bits: int | None = None
+    """Formats: the width of a code. None: unknown before the target is loaded, taken as 8 or fewer."""
 
 
 # --- what a run hands to monitors and policies -------------------------------------------------------

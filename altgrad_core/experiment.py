@@ -1,0 +1,181 @@
+"""The experiment's schema: what a TOML file may say, with every default.
+
+These classes hold one run's options, fully resolved. `altgrad_core.files` reads them from a file, with
+overrides and grids; `altgrad_core.assemble` turns them into a run. Plugins' own options stand behind the
+`Choice` fields. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import attrs
+
+from altgrad_core.options import (
+    DatasetChoice,
+    FallbackChoice,
+    FieldError,
+    FormatChoice,
+    MonitorChoice,
+    OptimizerChoice,
+    above,
+    at_least,
+    option,
+    plain,
+    regexes,
+    within,
+)
+
+TOKENIZERS = {"bytes": 256}
+"""Tokenizer to the size of its vocabulary."""
+
+
+def _folder_name(_: Any, field: Any, value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", value):
+        raise ValueError(
+            f"expected letters, digits, '.', '_', '+' and '-' (it names the run's folder), got {value!r}"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class DataOptions:
+    """`[data]`: the data set and how its text becomes tokens."""
+
+    source: DatasetChoice
+    tokenizer: Literal["bytes"] = option("how text becomes tokens", default="bytes")
+
+    @property
+    def vocab_size(self) -> int:
+        return getattr(self.source.options, "vocab_size", None) or TOKENIZERS[self.tokenizer]
+
+
+@attrs.frozen(kw_only=True)
+class ModelOptions:
+    """`[model]`: nanoGPT."""
+
+    n_layer: int = option("transformer blocks", default=6, validator=at_least(1))
+    n_head: int = option("attention heads; divides n_embd", default=6, validator=at_least(1))
+    n_embd: int = option("width of the residual stream", default=384, validator=at_least(1))
+    block_size: int = option("context length", unit="tokens", default=256, validator=at_least(1))
+    dropout: float = option("dropout probability", default=0.0, validator=within(0, 1))
+    bias: bool = option("biases in Linears and LayerNorms", default=False)
+    tie_weights: bool = option("the head shares the token embedding's weight", default=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise FieldError(
+                "n_head", f"n_embd = {self.n_embd} is no multiple of n_head = {self.n_head}; change one of them"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class TrainOptions:
+    """`[train]`: the loop."""
+
+    batch_size: int = option("sequences per micro-batch", default=32, validator=at_least(1))
+    gradient_accumulation: int = option(
+        "micro-batches per optimizer step", default=1, validator=at_least(1)
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto: cuda if there is one", default="auto")
+    dtype: Literal["auto", "float32", "bf16"] = option(
+        "arithmetic of the forward pass; auto: bf16 autocast on cuda, float32 on cpu", default="auto"
+    )
+    compile: Literal["auto", True, False] = option("torch.compile the model; auto: on cuda only", default="auto")
+    deterministic: bool = option("deterministic kernels only, for bit-equal runs on cuda", default=False)
+    warmup_steps: int = option("linear warm-up", unit="steps", default=100, validator=at_least(0))
+    min_lr_ratio: float = option("end of the cosine, as a share of lr", default=0.1, validator=within(0, 1.0001))
+    grad_clip: float = option("global L2 norm to clip gradients to; 0: never", default=1.0, validator=at_least(0))
+    freeze: tuple[str, ...] = option(
+        "regexes over full parameter names that do not train", default=(), validator=regexes
+    )
+    eval_every: int = option("evaluation interval; 0: only at the end", unit="steps", default=100, validator=at_least(0))
+    eval_batches: int = option("batches per evaluation; 0: the whole split", default=20, validator=at_least(0))
+    log_every: int = option("logging interval", unit="steps", default=10, validator=at_least(1))
+    checkpoint_every: int = option(
+        "checkpoint interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)
+    )
+    keep_checkpoints: int = option("newest checkpoints kept", default=3, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class RuleOptions:
+    """`[[quantize.rule]]`: what to do with the layers a regular expression matches."""
+
+    layers: str = option("regex over full module paths", validator=regexes)
+    format: FormatChoice | None = option("number format; default: that of [quantize]", default=None)
+    storage: Literal["master", "grid"] | None = option("where the weights live", default=None)
+
+    def matches(self, layer: str) -> bool:
+        return re.fullmatch(self.layers, layer) is not None
+
+
+@attrs.frozen(kw_only=True)
+class QuantizeOptions:
+    """`[quantize]`: the weights of every Linear that no rule excludes."""
+
+    format: FormatChoice = option("a name, or {exponent_bits, mantissa_bits, bias, specials}")
+    storage: Literal["master", "grid"] = option(
+        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid", default="master"
+    )
+    storage_rounding: Literal["nearest_even", "stochastic"] = option(
+        "how grid weights are rounded after a step", default="nearest_even"
+    )
+    bound: float = option("limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0))
+    granularity: Literal["none", "tensor"] = option("one scale per ...; none: scale 1", default="tensor")
+    scale_rule: Literal["fit"] = option("how the scale follows from amax", default="fit")
+    scale_mode: Literal["adaptive", "initial", "current"] | None = option(
+        "when the scale moves; grid: adaptive (default) or initial; master: current (default) or initial", default=None
+    )
+    margin: float = option("head room: amax is multiplied by it", default=1.0, validator=above(0))
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
+        "rounding of Q(w) in the forward pass (master)", default="nearest_even"
+    )
+    overflow: Literal["saturate", "ieee"] = option("what happens beyond the largest value", default="saturate")
+    rule: tuple[RuleOptions, ...] = option("exceptions; the first match wins", default=())
+
+    def __attrs_post_init__(self) -> None:
+        refused = {"grid": "current", "master": "adaptive"}[self.storage]
+        if self.scale_mode == refused:
+            raise FieldError(
+                "scale_mode",
+                f'"{refused}" does not go with storage = "{self.storage}"; leave it out, or use "initial"',
+            )
+
+
+@attrs.frozen(kw_only=True)
+class Experiment:
+    """One run's options, resolved: file, device overlay, grid cell and `--set` together."""
+
+    name: str = option("names the run's folder", validator=_folder_name)
+    seed: int = option("initial weights, data order and rounding follow from it", default=1337, validator=at_least(0))
+    steps: int = option("optimizer steps", default=500, validator=at_least(1))
+    data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice("licenses")))
+    model: ModelOptions = option("nanoGPT", default=ModelOptions())
+    train: TrainOptions = option("the loop", default=TrainOptions())
+    quantize: QuantizeOptions | None = option("absent: nothing is quantised", default=None)
+    optimizer: OptimizerChoice = option("the optimizer", default=OptimizerChoice("AdamW"))
+    monitor: tuple[MonitorChoice, ...] = option("watchers, in file order", default=())
+    fallback: tuple[FallbackChoice, ...] = option("policies, in file order", default=())
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.train.gradient_accumulation * self.model.block_size
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    def plain(self) -> dict[str, Any]:
+        """Return every option, defaults included, as a file would write them."""
+        resolved = plain(self)
+        source = resolved["data"].pop("source")
+        resolved["data"] = {**source, **resolved["data"]}
+        return resolved
+
+
+def data_options(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a `[data]` table in the shape of DataOptions: the core's keys apart from the plugin's."""
+    core = {key: value for key, value in table.items() if key == "tokenizer"}
+    source = {key: value for key, value in table.items() if key != "tokenizer"}
+    return {**core, "source": source}

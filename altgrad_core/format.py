@@ -1,0 +1,419 @@
+"""What a number format is, and everything that can be derived from its table of values.
+
+A format is a finite, sorted set of values with zero among them. That table is enough: a posit, a
+codebook, a logarithmic format says `Format(name=..., bits=..., values=[...])` and can be trained with. A
+format with structure (ExMy) subclasses `Format` and overrides the methods named `_...` below with
+arithmetic that gives the same bits faster; the public methods, which check and convert, stay.
+
+Three integer or real views of one value:
+
+- the *value* itself, a float32;
+- its *rung*: the signed index from zero (0, +1 the smallest positive value, ...). Neighbours differ by
+  one rung, so rungs are the uniform integer domain of which the grid is a warped image;
+- its *code*: the bit pattern that stores it.
+
+How a table rounds. Put one virtual value beyond each end, at the last gap's distance: n values become
+n + 2 cells. In every deterministic mode x belongs to a cell or to the next, decided at one threshold
+between the two: the midpoint, or the upper value, or the number just above the lower one. "x rounds up"
+is then `x >= threshold` exactly, ties included, if the threshold is the smallest float with that
+property; midpoints that float64 cannot hold are no exception. Rounding is one binary search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altgrad_core.random_bits import draw_seed
+from altgrad_core.random_bits import uniform as uniform_stream
+
+ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
+OVERFLOWS = ("saturate", "ieee")
+NAN_RUNG = -(2**31)
+"""The rung of NaN: no format has it, and `from_rung` maps it back to NaN."""
+
+FEWEST_BITS, MOST_BITS = 3, 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Format:
+    """A number format: `name`, `bits` and `values` (sorted float32, read-only).
+
+    Two formats are equal, and hash alike, when class, name, bits and content are.
+
+    Raises ValueError, with the reason, for a table that is no format.
+    """
+
+    name: str
+    bits: int
+    has_inf: bool = False
+    """Whether inf has a code. A table never has one."""
+    has_nan: bool = False
+    """Whether NaN has a code. A table never has one."""
+
+    def __init__(self, *, name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> None:
+        if not name:
+            raise ValueError("a format needs a name")
+        if not FEWEST_BITS <= bits <= MOST_BITS:
+            raise ValueError(f"format {name!r}: bits is {bits!r}; a format has {FEWEST_BITS} to {MOST_BITS}")
+        self.name = name
+        self.bits = bits
+        self._values = _checked_table(name, bits, values)
+        self._cache: dict[Any, Tensor] = {}
+
+    # --- what the format is -------------------------------------------------------------------------
+
+    @property
+    def values(self) -> Tensor:
+        """The finite values, strictly increasing, 1-d float32 on the CPU. Read it; never write it."""
+        return self._values
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest finite value."""
+        return float(self.values[-1])
+
+    @cached_property
+    def smallest(self) -> float:
+        """The smallest positive value."""
+        return float(self.values[self._zero + 1])
+
+    @cached_property
+    def _zero(self) -> int:
+        """The index of zero in the table, which is also the number of negative values."""
+        return int(torch.searchsorted(self.values, 0.0))
+
+    def _identity(self) -> tuple[object, ...]:
+        """What equality and hash compare."""
+        return (type(self), self.name, self.bits, self.values.numpy().tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Format) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.bits} bits, {self.smallest:g} to {self.largest:g}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+    # --- the contract -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        x: Tensor,
+        rounding: str = "nearest_even",
+        generator: torch.Generator | None = None,
+        overflow: str = "saturate",
+        *,
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """Return the grid value of each element, in x's shape, dtype and device. No gradient flows.
+
+        NaN stays NaN and a zero keeps its sign, as does what rounds to zero. float64 is rounded once.
+
+        `rounding`: `nearest_even` sends a tie to the even rung; `nearest_away`, `toward_zero`, `up`
+        and `down` are as named; `stochastic` rounds |x| between its neighbours lo < hi up with
+        probability (|x| - lo)/(hi - lo), to a resolution of 2^-24. It draws one seed from `generator`,
+        or takes its numbers from `uniform`: float32 of x's shape, multiples of 2^-24 in [0, 1).
+
+        `overflow`: `saturate` clamps to the ends, infinities too; `ieee` gives inf, or NaN where the
+        format has no inf, to what rounds past an end, were there one value more at the last gap's
+        distance: a tie at the end goes to the even rung, existing or not. A finite x never overflows in
+        a mode that rounds it toward zero (IEEE 754: `up` for negative x, `down` for positive x); an
+        infinite one is no overflow but a value, and stays inf or becomes NaN in every mode.
+
+        Raises TypeError for an input that is not floating point; ValueError for an unknown mode,
+        stochastic rounding without random numbers, or a dtype that cannot hold the format's values.
+        """
+        self._check_holds(x)
+        _check_choice("rounding", rounding, ROUNDINGS)
+        _check_choice("overflow", overflow, OVERFLOWS)
+        if rounding == "stochastic":
+            uniform = _random_numbers(x, generator, uniform)
+        elif uniform is not None:
+            raise ValueError(f"`uniform` is for rounding='stochastic', not {rounding!r}")
+        return self._quantize(_working(x), rounding, overflow, uniform).to(x.dtype)
+
+    @torch.no_grad()
+    def spacing(self, x: Tensor) -> Tensor:
+        """Return the local gap of the grid at each element, positive, in x's dtype.
+
+        It is the gap [lo, hi) that holds |x|, on x's own side of zero: the first gap at zero, the last
+        one at and beyond the end, infinities included; NaN for NaN.
+
+        Raises TypeError and ValueError as `quantize` does.
+        """
+        self._check_holds(x)
+        return self._spacing(_working(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def rung(self, x: Tensor) -> Tensor:
+        """Return the signed index from zero of each element's nearest grid value (ties to even), int32.
+
+        Beyond the ends it is the end's; NaN gives `NAN_RUNG`. Raises TypeError as `quantize` does.
+        """
+        _check_floating(x)
+        nan = x.isnan().to(torch.int32)
+        return self._rung(_working(x)).bitwise_and_(nan - 1).bitwise_or_(nan << 31)
+
+    @torch.no_grad()
+    def from_rung(self, rungs: Tensor) -> Tensor:
+        """Return the float32 values of the rungs, clamped to both ends; `NAN_RUNG` and NaN give NaN.
+
+        `rungs` is an integer tensor, or a floating-point one that holds whole numbers (a fraction is
+        cut off). Raises TypeError for bool and complex.
+        """
+        if rungs.dtype == torch.bool or rungs.is_complex():
+            raise TypeError(f"from_rung needs integers or whole floats, not {rungs.dtype}")
+        if not rungs.is_floating_point() and rungs.dtype != torch.int64:
+            rungs = rungs.to(torch.int32)
+        nan = rungs == NAN_RUNG
+        if rungs.is_floating_point():
+            nan |= rungs.isnan()
+            rungs = rungs.nan_to_num(0.0)
+        inside = rungs.clamp(*self._rung_range()).to(torch.int32)
+        return nan_where_(self._from_rung(inside), nan)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Return each element's code: uint8 up to 8 bits, else int16 holding the bit pattern.
+
+        What is off the grid is rounded to nearest even first, saturating. A table's code is the index
+        into `values`; it has one zero only.
+
+        Raises TypeError as `quantize` does; ValueError for a NaN where the format has no code for it.
+        """
+        _check_floating(x)
+        if not self.has_nan and bool(x.isnan().any()):
+            raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
+        return self._encode(_working(x)).to(torch.uint8 if self.bits <= 8 else torch.int16)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of the codes; a code that stands for no value gives NaN.
+
+        Takes what `encode` gives, or codes in any wider integer type. (NaN, not an exception: telling
+        would make the host wait for the device.) Raises TypeError for what is not an integer tensor.
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise TypeError(f"decode needs integer codes, not {codes.dtype}")
+        wide = codes if codes.dtype == torch.int64 else codes.to(torch.int32)
+        return self._decode(wide & 0xFFFF if codes.dtype == torch.int16 else wide)
+
+    # --- the arithmetic, here by table: what a format with structure overrides -----------------------
+    # x is float32 or float64; every method returns a new tensor.
+
+    def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
+        """Round x, keeping its dtype; `uniform` is given exactly when `rounding` is stochastic."""
+        cell = self._cell(x, rounding) if uniform is None else self._stochastic_cell(x, uniform)
+        rounded = self._outputs(overflow, x)[cell].copysign_(x)
+        return torch.where(x.isnan(), x, rounded)
+
+    def _spacing(self, x: Tensor) -> Tensor:
+        cell = self._cell(x, "toward_zero").clamp_(1, len(self.values))
+        return torch.where(x.isnan(), x, self._outward_gap(x, cell).to(x.dtype))
+
+    def _rung(self, x: Tensor) -> Tensor:
+        """Return int32 rungs; NaN may give anything."""
+        cell = self._cell(x, "nearest_even").clamp_(1, len(self.values))
+        return cell.sub_(1 + self._zero)
+
+    def _rung_range(self) -> tuple[int, int]:
+        return -self._zero, len(self.values) - 1 - self._zero
+
+    def _from_rung(self, rungs: Tensor) -> Tensor:
+        """Return float32 values of int32 rungs within `_rung_range`."""
+        return self._outputs("saturate", rungs, torch.float32)[rungs + (1 + self._zero)]
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Return int32 codes in [0, 2^bits)."""
+        return self._rung(x).add_(self._zero)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Return float32 values of any int32 or int64 codes, NaN for those without a value."""
+        valid = (codes >= 0) & (codes < len(self.values))
+        table = self._outputs("saturate", codes, torch.float32)
+        return torch.where(valid, table[codes.clamp(0, len(self.values) - 1) + 1], torch.nan)
+
+    # --- the table's cells: 0 below the lowest value, 1 to n the values, n + 1 above the highest -----
+
+    def _cell(self, x: Tensor, rounding: str, *, may_overflow: bool = False) -> Tensor:
+        """Return the int32 cell that x rounds to."""
+        key = (rounding, may_overflow, x.dtype, x.device)
+        if key not in self._cache:
+            thresholds = _thresholds(self._cells(), self._zero, rounding, may_overflow)
+            self._cache[key] = _round_up_to(x.dtype, thresholds).to(x.device)
+        return torch.bucketize(x.contiguous(), self._cache[key], out_int32=True, right=True)
+
+    def _stochastic_cell(self, x: Tensor, uniform: Tensor) -> Tensor:
+        """Return the cell toward zero, or its outer neighbour where r·gap < |x| - lo.
+
+        In float64, where both sides are exact for gaps of up to 29 bits; an on-grid x never moves.
+        """
+        cell = self._cell(x, "toward_zero", may_overflow=True)
+        wide = x.double()
+        above_lo = (wide - self._cells().to(x.device)[cell]).abs_()
+        outward = uniform.double() * self._outward_gap(x, cell) < above_lo
+        return torch.where(x < 0, cell - outward.int(), cell + outward.int())
+
+    def _outward_gap(self, x: Tensor, cell: Tensor) -> Tensor:
+        """Return the float64 gap from the cell's value away from zero, on x's side; inf past the ends."""
+        cells = self._cells().to(x.device)
+        infinity = cells.new_full((1,), torch.inf)
+        gaps = torch.cat((infinity, cells.diff(), infinity))  # [c] below cell c, [c + 1] above it
+        return gaps[torch.where(x < 0, cell, cell + 1)]
+
+    def _cells(self) -> Tensor:
+        """Return the n + 2 cells' values in float64, the outermost two virtual."""
+        if "cells" not in self._cache:
+            table = self.values.double()
+            below, above = 2 * table[:1] - table[1:2], 2 * table[-1:] - table[-2:-1]
+            self._cache["cells"] = torch.cat((below, table, above))
+        return self._cache["cells"]
+
+    def _outputs(self, overflow: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what each cell turns into, with both outer cells saturated or NaN."""
+        key = (overflow, dtype or like.dtype, like.device)
+        if key not in self._cache:
+            ends = self.values[[0, -1]] if overflow == "saturate" else torch.full((2,), torch.nan)
+            outputs = torch.cat((ends[:1], self.values, ends[1:]))
+            self._cache[key] = outputs.to(dtype=key[1], device=key[2])
+        return self._cache[key]
+
+    # --- checks -------------------------------------------------------------------------------------
+
+    def _check_holds(self, x: Tensor) -> None:
+        """Refuse a dtype that cannot hold every value of the format."""
+        _check_floating(x)
+        if x.dtype not in (torch.float32, torch.float64) and not self._held_by(x.dtype):
+            raise ValueError(
+                f"{x.dtype} cannot hold every value of {self.name} ({self.smallest:g} to {self.largest:g});"
+                " convert the input to torch.float32 first"
+            )
+
+    def _held_by(self, dtype: torch.dtype) -> bool:
+        key = ("held by", dtype)
+        if key not in self._cache:
+            self._cache[key] = (self.values.to(dtype).float() == self.values).all()
+        return bool(self._cache[key])
+
+
+def _checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> Tensor:
+    """Return the table as float32, or raise ValueError with what is wrong with it."""
+    table = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    if table.ndim != 1 or len(table) < 2:
+        raise ValueError(f"format {name!r}: values has shape {tuple(table.shape)}; it is one row of numbers")
+    if len(table) > 2**bits:
+        raise ValueError(f"format {name!r}: {len(table)} values; {bits} bits hold at most {2**bits}")
+    if not bool(table.isfinite().all()):
+        raise ValueError(f"format {name!r}: values holds NaN or inf; list the finite values only")
+    falls = (table.diff() <= 0).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        raise ValueError(
+            f"format {name!r}: values must increase strictly, but {float(table[at + 1])!r} follows"
+            f" {float(table[at])!r} at index {at + 1}"
+        )
+    inexact = table[table.float().double() != table]
+    if len(inexact):
+        raise ValueError(f"format {name!r}: {float(inexact[0])!r} is not exactly representable in float32")
+    if not bool((table == 0).any()):
+        raise ValueError(f"format {name!r}: values must contain 0")
+    if table[-1] <= 0:
+        raise ValueError(f"format {name!r}: values must contain a positive number, which scaling aims at")
+    return table.float() + 0.0  # turns a -0.0 into 0.0
+
+
+def _thresholds(cells: Tensor, zero: int, rounding: str, may_overflow: bool) -> Tensor:
+    """Return the n + 1 float64 thresholds t between n + 2 cells: x goes to the upper one where x >= t."""
+    lower, upper = cells[:-1], cells[1:]
+    rungs = torch.arange(len(lower)) - 1 - zero  # the lower cell's
+    just_above_lower = _next_up(lower)
+    if rounding in ("nearest_even", "nearest_away"):
+        tie_goes_up = rungs % 2 == 1 if rounding == "nearest_even" else rungs >= 0
+        return _midpoints(lower, upper, tie_goes_up)
+    if rounding == "up":
+        thresholds = just_above_lower.clone()
+    elif rounding == "down":
+        thresholds = upper.clone()
+    else:
+        thresholds = torch.where(rungs >= 0, upper, just_above_lower)
+    if not may_overflow and rounding != "up":
+        thresholds[-1] = torch.inf  # only inf itself is past the end it is rounded away from
+    if not may_overflow and rounding != "down":
+        thresholds[0] = torch.finfo(torch.float64).min
+    return thresholds
+
+
+def _midpoints(lower: Tensor, upper: Tensor, tie_goes_up: Tensor) -> Tensor:
+    """Return the smallest float64 that is past the exact midpoint, or at it where a tie goes up.
+
+    Knuth's TwoSum gives the midpoint as s + error without loss, s being the nearest float64.
+    """
+    a, b = lower / 2, upper / 2
+    s = a + b
+    virtual_b = s - a
+    error = (a - (s - virtual_b)) + (b - virtual_b)
+    at_or_below = (error > 0) | ((error == 0) & ~tie_goes_up)
+    return torch.where(at_or_below, _next_up(s), s)
+
+
+def _next_up(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
+
+
+def _round_up_to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Return the smallest number of `dtype` that is at least x (float64)."""
+    near = x.to(dtype)
+    return torch.where(near.double() < x, _next_up(near), near)
+
+
+def nan_where_(values: Tensor, mask: Tensor) -> Tensor:
+    """Turn float32 values to NaN, in place, where the mask is True, and return them.
+
+    By setting all their bits, which takes a CPU a tenth of the time of `masked_fill_`.
+    """
+    values.view(torch.int32).bitwise_or_(mask.to(torch.int32).neg_())
+    return values
+
+
+def _working(x: Tensor) -> Tensor:
+    """Return x as float32, or float64 if it is that, without its graph."""
+    return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+
+
+def _random_numbers(x: Tensor, generator: torch.Generator | None, uniform: Tensor | None) -> Tensor:
+    """Return the uniform numbers of a stochastic rounding of x: as given, or from a fresh seed."""
+    if (generator is None) == (uniform is None):
+        raise ValueError(
+            "stochastic rounding needs a torch.Generator: quantize(x, 'stochastic', generator=...)"
+            if generator is None
+            else "stochastic rounding takes `generator` or `uniform`, not both"
+        )
+    if uniform is None:
+        return uniform_stream((draw_seed(generator), 0, 0), x.shape, x.device)
+    if uniform.shape != x.shape or uniform.dtype != torch.float32:
+        raise ValueError(
+            f"uniform is {uniform.dtype} of shape {tuple(uniform.shape)};"
+            f" expected torch.float32 of x's shape {tuple(x.shape)}"
+        )
+    return uniform
+
+
+def _check_floating(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, not {x.dtype}")
+
+
+def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ValueError(f"{option}={given!r} is not one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,59 @@
+"""From names to live objects: formats and stiffness formulas of any installed plugin."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+from altgrad_core.format import Format
+from altgrad_core.hookspecs import Stiffness
+from altgrad_core.options import Choice, FormatChoice, StiffnessChoice, structure
+from altgrad_core.registry import Registry, UsageError, discover
+
+
+def get_format(spec: str | Mapping[str, Any] | Format | FormatChoice, registry: Registry | None = None) -> Format:
+    """Return a format by name (`"E3M4"`), by an experiment file's table, or as given.
+
+    A table is `{"exponent_bits": 4, "mantissa_bits": 5, "bias": 7}` or names a plugin. Raises UsageError for
+    an unknown name, and for FP32, which is no format of fewer bits: see `format_or_none`.
+    """
+    found = format_or_none(spec, registry)
+    if found is None:
+        raise UsageError(f"{spec!r} means 'leave it alone' and has no grid; name a format of 3 to 16 bits")
+    return found
+
+
+def format_or_none(
+    spec: str | Mapping[str, Any] | Format | FormatChoice | None, registry: Registry | None = None
+) -> Format | None:
+    """Return a format as `get_format` does; None for None, "FP32" and "none": leave it alone."""
+    if spec is None or isinstance(spec, Format):
+        return spec
+    registry = registry or discover()
+    choice = _choice(spec, FormatChoice, registry)
+    return None if choice.unquantised else _built_format(choice, registry)
+
+
+def get_stiffness(spec: Any, registry: Registry | None = None) -> Stiffness:
+    """Return a stiffness formula by name, by table (`{"plugin": "grid", ...}`), or the callable given."""
+    if callable(spec):
+        return cast(Stiffness, spec)
+    registry = registry or discover()
+    return cast(Stiffness, _choice(spec, StiffnessChoice, registry).build(registry))
+
+
+def _choice(spec: Any, cls: type[Choice], registry: Registry) -> Any:
+    value = dict(spec) if isinstance(spec, Mapping) else spec
+    choice, problems = structure(value, cls, registry)
+    if problems:
+        raise UsageError("; ".join(f"{'.'.join(map(str, one.path))}: {one.message}".lstrip(": ") for one in problems))
+    return choice
+
+
+@functools.lru_cache(maxsize=256)
+def _built_format(choice: FormatChoice, registry: Registry) -> Format:
+    built = choice.build(registry)
+    if not isinstance(built, Format):
+        raise TypeError(f"the format {choice.plugin!r} is no Format but {type(built).__name__}: mend its plugin")
+    return built

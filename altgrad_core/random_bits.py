@@ -1,0 +1,116 @@
+"""Random numbers as a pure function of (seed, step, tensor, element): no state, no order, no device.
+
+Stochastic rounding needs one uniform number per weight and step. A stateful generator makes a run
+depend on the order in which tensors are visited and costs a pass over memory of its own; a hash of the
+element's index under a key costs a few integer instructions, gives every element its number wherever and
+whenever it is asked for, and fuses into the kernel that rounds (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", 2011).
+
+The host derives two 32-bit keys from (seed, step, tensor) by SplitMix64 (Steele, Lea and Flood, 2014).
+Each element's 32-bit index is then shifted by the first key and put through the `triple32` permutation
+(C. Wellons' hash-prospector: measured avalanche bias 0.020 of a per-mille-level ideal), with the second key
+added half way, so that two keys give two different permutations and not two windows of one. The upper
+24 bits are the number. All arithmetic is 32-bit and wraps, so a compiled kernel gives the same bits.
+
+Not for secrets. A stream is at most 2^31 elements long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RESOLUTION = 2.0**-24
+"""Spacing of the uniform numbers: the finest that float32 holds evenly on [0, 1)."""
+
+Key = tuple[int, int, int]
+"""(seed, step, tensor), each in [0, 2^63)."""
+
+_WORD = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's increment
+_LONGEST_STREAM = 2**31
+
+
+def _signed32(word: int) -> int:
+    """Return the low 32 bits of `word` as the int32 of the same pattern."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
+
+
+# triple32's shifts and odd multipliers (github.com/skeeto/hash-prospector), multipliers as int32
+_SHIFTS = (17, 11, 15, 14)
+_MULTIPLIERS = (_signed32(0xED5AD4BB), _signed32(0xAC4C1B51), _signed32(0x31848BAB))
+
+
+def _split_mix(word: int) -> int:
+    """Return SplitMix64's output for the state `word` (a permutation of the 64-bit integers)."""
+    word = (word + _GOLDEN) & _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+    return word ^ (word >> 31)
+
+
+def stream_keys(key: Key) -> tuple[int, int]:
+    """Return the two int32 keys of the stream (seed, step, tensor), for `mix_` and compiled kernels.
+
+    Raises ValueError where a part of the key is not in [0, 2^63).
+    """
+    state = 0
+    for name, part in zip(("seed", "step", "tensor"), key, strict=True):
+        if not 0 <= part < 2**63:
+            raise ValueError(f"the {name} of a random stream is in [0, 2^63), not {part!r}")
+        state = _split_mix(state ^ part)
+    return _signed32(state), _signed32(state >> 32)
+
+
+def _xor_shift_(x: Tensor, shift: int) -> None:
+    """x ^= x >> shift in place, the shift a logical one (torch's keeps the sign)."""
+    x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1))
+
+
+def mix_(index: Tensor, first: int | Tensor, second: int | Tensor) -> Tensor:
+    """Overwrite element indices (int32) by their 32 random bits under the two keys, and return them.
+
+    The keys may be 0-d int32 tensors, so that a compiled kernel need not be compiled again for each.
+    """
+    index.add_(first)
+    _xor_shift_(index, _SHIFTS[0])
+    index.mul_(_MULTIPLIERS[0])
+    _xor_shift_(index, _SHIFTS[1])
+    index.mul_(_MULTIPLIERS[1]).add_(second)
+    _xor_shift_(index, _SHIFTS[2])
+    index.mul_(_MULTIPLIERS[2])
+    _xor_shift_(index, _SHIFTS[3])
+    return index
+
+
+def bits_to_uniform(bits: Tensor) -> Tensor:
+    """Return the upper 24 of each 32 random bits (int32) as a float32 in [0, 1)."""
+    return ((bits >> 8).bitwise_and_(0xFFFFFF)).to(torch.float32).mul_(RESOLUTION)
+
+
+def uniform(key: Key, shape: int | Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Return float32 numbers in [0, 1), multiples of 2^-24: the stream `key` laid out in `shape`.
+
+    Element i in row-major order is the stream's i-th number, whatever the shape; the first numbers of a
+    longer stream are those of the shorter one.
+
+    Raises ValueError for more than 2^31 elements or a key out of range.
+    """
+    size = (shape,) if isinstance(shape, int) else tuple(shape)
+    count = math.prod(size)
+    if count > _LONGEST_STREAM:
+        raise ValueError(f"a random stream has at most 2^31 elements, not {count}; split the tensor")
+    first, second = stream_keys(key)
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    return bits_to_uniform(mix_(index, first, second)).reshape(size)
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """Draw a 63-bit seed from `generator`, which advances once; None gives 0."""
+    if generator is None:
+        return 0
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())

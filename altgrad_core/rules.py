@@ -1,0 +1,112 @@
+"""Which Linear gets which format and lives where, decided from names alone, without torch.
+
+Rules match full module paths, first match wins (`attn.c_proj` and `mlp.c_proj` are different layers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from altgrad_core.options import FieldError, FormatChoice
+from altgrad_core.registry import Registry
+
+if TYPE_CHECKING:
+    from altgrad_core.experiment import ModelOptions, QuantizeOptions
+
+WIDEST_GRID_BITS = 8
+"""Formats wider than this, named in a rule, are stored as master unless the rule says otherwise."""
+
+
+@attrs.frozen
+class Rule:
+    """What to do with the layers whose full module path matches the regular expression `layers`.
+
+    format: a name, a table of options, a `Format`, or "FP32" (leave alone).
+    storage: "grid" or "master"; None: as the optimizer's storage decides. A format wider than 8 bits
+        without a storage is trained as plain AdamW trains it, on a float32 master.
+    """
+
+    layers: str
+    format: Any = None
+    storage: str | None = None
+
+    def matches(self, layer: str) -> bool:
+        return re.fullmatch(self.layers, layer) is not None
+
+
+def first_match(rules: Iterable[Any], layer: str) -> int | None:
+    """Return the index of the first rule that matches the module path, or None."""
+    return next((index for index, rule in enumerate(rules) if re.fullmatch(rule.layers, layer)), None)
+
+
+def tied_layers(model: ModelOptions) -> tuple[str, ...]:
+    """Return the Linears whose Parameter an embedding shares."""
+    return ("lm_head",) if model.tie_weights else ()
+
+
+@attrs.frozen
+class LayerPlan:
+    """One quantised Linear: its format, and where its weight lives."""
+
+    format: FormatChoice
+    storage: str
+
+
+def plan(
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], registry: Registry
+) -> dict[str, LayerPlan]:
+    """Return the plan of every Linear that is quantised, by module path.
+
+    `tied` are the Linears whose Parameter an embedding shares: left alone unless a rule names them, and
+    then stored as master. Raises FieldError for a rule that matches nothing or asks for what cannot be.
+    """
+    matched = {layer: first_match(quantize.rule, layer) for layer in layers}
+    for index, rule in enumerate(quantize.rule):
+        if not any(rule.matches(layer) for layer in layers):
+            raise _rule_error(index, f"matches no layer: {rule.layers!r}; the layers are: {', '.join(layers)}")
+        if index not in matched.values():
+            raise _rule_error(index, f"is never reached: earlier rules match every layer of {rule.layers!r}")
+    planned = {}
+    for layer, index in matched.items():
+        if index is None and layer in tied:
+            continue
+        found = _layer_plan(quantize, index, layer in tied, layer, registry)
+        if not found.format.unquantised:
+            planned[layer] = found
+    return planned
+
+
+def _layer_plan(
+    quantize: QuantizeOptions, index: int | None, tied: bool, layer: str, registry: Registry
+) -> LayerPlan:
+    if index is None:
+        return LayerPlan(quantize.format, quantize.storage)
+    rule = quantize.rule[index]
+    format = rule.format or quantize.format
+    wide = rule.format is not None and bits(format, registry) > WIDEST_GRID_BITS
+    if tied and rule.storage == "grid":
+        raise _rule_error(
+            index,
+            f"{layer!r} shares its weight with the embedding and cannot live on the grid; "
+            "set model.tie_weights = false, or storage = \"master\"",
+        )
+    inherited = "master" if wide or tied else quantize.storage
+    return LayerPlan(format, rule.storage or inherited)
+
+
+def _rule_error(index: int, message: str) -> FieldError:
+    return FieldError(("rule", index, "layers"), message)
+
+
+def bits(format: FormatChoice, registry: Registry) -> int:
+    """Return the width of a chosen format's code; 8 where it cannot be known without torch."""
+    if format.unquantised:
+        return 32
+    component = registry.find("format", format.plugin).component
+    return component.bits or getattr(format.options, "bits", None) or WIDEST_GRID_BITS
+
+

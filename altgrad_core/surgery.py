@@ -1,0 +1,274 @@
+"""Surgery: any model's Linears quantise their weights, without the model's source.
+
+Each chosen `nn.Linear` changes its class to `QuantizedLinear` and gets a `WeightQuantizer`; its Parameter
+stays the same object. So parameter names, weight tying, strict loading of ordinary checkpoints both ways,
+optimizers made before the surgery, deepcopy and torch.compile keep working. The quantiser's state lives
+outside of `state_dict`.
+
+Chosen are modules whose class is exactly `nn.Linear`, or Hugging Face's `Conv1D` (a Linear with its weight
+transposed). Subclasses are left alone: some, such as the output projection of `nn.MultiheadAttention`, are
+used by others who read `weight` past their `forward`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from altgrad_core import scaling
+from altgrad_core.format import Format
+from altgrad_core.lookup import format_or_none
+from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
+
+_ATTRIBUTE = "_altgrad_quantizer"
+
+
+class WeightQuantizer:
+    """How one weight is quantised, and the scale of its grid.
+
+    Attributes:
+        format: the number format.
+        scale: 0-d float32 on the weight's device; the grid in weight units is `format.values / scale`.
+        storage: "master", "grid", or None: as whoever stores the weights decides.
+        on_grid: True while something keeps the weight itself on the grid; the forward pass then uses it as is.
+        geometry: False where optimizers must treat the weight as an unquantised one (wide formats of rules).
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        *,
+        storage: str | None = None,
+        geometry: bool = True,
+        rounding: str = "nearest_even",
+        overflow: str = "saturate",
+        granularity: str = "tensor",
+        margin: float = 1.0,
+        scale_mode: str = "current",
+    ) -> None:
+        self.format = format
+        self.storage = storage
+        self.geometry = geometry
+        self.rounding = rounding
+        self.overflow = overflow
+        self.granularity = granularity
+        self.margin = margin
+        self.scale_mode = scale_mode
+        self.on_grid = False
+        self.scale = torch.ones(())
+        self.held: Tensor | None = None
+
+    def attach(self, weight: nn.Parameter) -> None:
+        """Make the weight known as quantised by this quantiser."""
+        setattr(weight, _ATTRIBUTE, self)
+
+    def fit(self, weight: Tensor) -> None:
+        """Set the scale from the weight as it is."""
+        self.scale = self._fitted(weight.detach())
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return what the forward pass uses: Q(weight), with the gradient passed through unchanged."""
+        if self.on_grid:
+            return weight
+        held = self.quantize(weight) if self.held is None else self.held
+        return _StraightThrough.apply(weight, held)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Return Q(weight), detached; under `current` scaling the scale follows the weight first."""
+        if self.scale_mode == "current":
+            self.scale.copy_(self._fitted(weight))
+        rounded = self.format.quantize(weight * self.scale, rounding=self.rounding, overflow=self.overflow)
+        return rounded / self.scale
+
+    def to(self, device: torch.device) -> None:
+        """Move the scale, when its weight has moved."""
+        self.scale = self.scale.to(device)
+
+    def _fitted(self, weight: Tensor) -> Tensor:
+        if not scaling.scaled(self.format, self.granularity):
+            return torch.ones((), device=weight.device)
+        exponent = scaling.fitted_exponent(scaling.amax([weight]), self.format, self.margin)
+        return scaling.power_of_two(exponent)[0]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantised weight. Backward: the gradient as it is, to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Quantized(nn.Module):
+    """What quantised modules share: the quantiser follows copies and moves of the module."""
+
+    quantizer: WeightQuantizer
+    weight: nn.Parameter
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.quantizer.attach(self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        module = super()._apply(fn, recurse)
+        self.quantizer.to(self.weight.device)
+        self.quantizer.attach(self.weight)
+        return module
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
+    """An `nn.Linear` whose forward pass uses the quantised weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+        return functional.linear(input, self.quantizer.quantized(self.weight), self.bias)
+
+
+@functools.lru_cache(maxsize=4)
+def _quantized_conv1d(conv1d: type) -> type:
+    """Return the quantised subclass of Hugging Face's Conv1D: y = x @ weight + bias, weight (in, out)."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.quantizer.quantized(self.weight)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
+
+    return type("QuantizedConv1D", (_Quantized, conv1d), {"forward": forward})
+
+
+def quantize_model(
+    model: nn.Module,
+    format: Any = None,
+    *,
+    rules: Sequence[Rule] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Quantise the weights of a model's Linears in place, and return the model.
+
+    Give exactly one of `format` (name, table or Format, for every Linear) and `rules` (first match wins; a
+    Linear that none matches is left alone). A Linear whose Parameter an embedding shares is left alone
+    unless a rule names it. "FP32" leaves alone.
+
+    options: `rounding`, `overflow`, `granularity`, `margin`, `scale_mode` of WeightQuantizer.
+    Raises ValueError: both or neither given, a rule that matches no layer, a model quantised already,
+    a model without Linears, an unknown format.
+    """
+    if (format is None) == (rules is None):
+        raise ValueError("give quantize_model either a format or rules=, not both and not neither")
+    if any(isinstance(module, _Quantized) for module in model.modules()):
+        raise ValueError("the model is quantised already; dequantize_model(model) first")
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    if not linears:
+        raise ValueError("the model has no nn.Linear to quantise")
+    chosen = _chosen_by_rules(linears, rules) if rules is not None else _chosen(model, linears, format)
+    for name, (found, storage, geometry) in chosen.items():
+        _operate(linears[name], found, storage, geometry, options)
+    return model
+
+
+def dequantize_model(model: nn.Module) -> nn.Module:
+    """Undo `quantize_model` in place: the original classes; the weights as they are. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, _Quantized):
+            if hasattr(module.weight, _ATTRIBUTE):
+                delattr(module.weight, _ATTRIBUTE)
+            del module.quantizer
+            module.__class__ = type(module).__mro__[2]
+    return model
+
+
+def quantizer_of(weight: Tensor) -> WeightQuantizer | None:
+    """Return the quantiser of a Parameter, None where it is not quantised."""
+    return getattr(weight, _ATTRIBUTE, None)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:
+    """Return the quantisers of a model by module path; Linears that share a Parameter share one."""
+    return {name: module.quantizer for name, module in model.named_modules() if isinstance(module, _Quantized)}
+
+
+@contextlib.contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Compute each Q(w) once and use it for every forward pass inside the context.
+
+    For the micro-batches of one step: the weights must not change inside. Outside, every forward pass
+    quantises afresh, because no counter tells reliably when a weight has changed.
+    """
+    pairs = [
+        (module.quantizer, module.weight)
+        for module in model.modules()
+        if isinstance(module, _Quantized) and not module.quantizer.on_grid
+    ]
+    try:
+        for quantizer, weight in pairs:
+            if quantizer.held is None:
+                quantizer.held = quantizer.quantize(weight)
+        yield
+    finally:
+        for quantizer, _ in pairs:
+            quantizer.held = None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[int]:
+    """Return the ids of Parameters that a module other than a Linear holds."""
+    own = {id(module) for module in linears.values()}
+    return {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+_Choice = tuple[Format, str | None, bool]
+
+
+def _chosen(model: nn.Module, linears: dict[str, nn.Module], format: Any) -> dict[str, _Choice]:
+    found = format_or_none(format)
+    if found is None:
+        return {}
+    shared = _shared_with_others(model, linears)
+    return {name: (found, None, True) for name, module in linears.items() if id(module.weight) not in shared}
+
+
+def _chosen_by_rules(linears: dict[str, nn.Module], rules: Sequence[Rule]) -> dict[str, _Choice]:
+    for rule in rules:
+        if not any(rule.matches(name) for name in linears):
+            raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")
+    chosen: dict[str, _Choice] = {}
+    for name in linears:
+        index = first_match(rules, name)
+        found = None if index is None else format_or_none(rules[index].format)
+        if index is not None and found is not None:
+            geometry = found.bits <= WIDEST_GRID_BITS or rules[index].storage is not None
+            chosen[name] = (found, rules[index].storage if geometry else "master", geometry)
+    return chosen
+
+
+def _operate(
+    module: nn.Module, format: Format, storage: str | None, geometry: bool, options: dict[str, Any]
+) -> None:
+    quantizer = quantizer_of(module.weight)
+    if quantizer is None:
+        quantizer = WeightQuantizer(format, storage=storage, geometry=geometry, **options)
+        quantizer.fit(module.weight)
+        quantizer.attach(module.weight)
+    module.__class__ = _quantized_conv1d(type(module)) if _is_conv1d(module) else QuantizedLinear
+    module.quantizer = quantizer

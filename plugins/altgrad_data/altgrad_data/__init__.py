@@ -1,0 +1,192 @@
+"""Data sets for AltGrad: licence texts, your own files, token files, Markov sources of known entropy."""
+
+from __future__ import annotations
+
+import attrs
+from attrs.validators import ge, gt, instance_of, le, lt
+
+from altgrad_core.hookspecs import Component, hookimpl
+
+MOST_TRANSITIONS = 2**20
+"""Transition probabilities a Markov source may have: 8 MB of float64."""
+
+
+def _named(_: object, field: attrs.Attribute[str], value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{field.name!r} is empty; write the path of your data")
+
+
+@attrs.frozen(kw_only=True)
+class LicensesOptions:
+    """The licence texts have no options: everybody trains and validates on the same texts."""
+
+
+@attrs.frozen(kw_only=True)
+class TextOptions:
+    """Plain text files."""
+
+    path: str = attrs.field(
+        validator=[instance_of(str), _named],
+        metadata={"help": "a text file, a folder (every .txt below it), or a glob", "unit": ""},
+    )
+    validation: str = attrs.field(
+        default="",
+        validator=instance_of(str),
+        metadata={"help": "the same for the validation split; empty: a part of `path`", "unit": ""},
+    )
+    validation_fraction: float = attrs.field(
+        default=0.1,
+        validator=[gt(0.0), lt(1.0)],
+        metadata={"help": "share of the text held out where `validation` is empty", "unit": "of the bytes"},
+    )
+
+
+@attrs.frozen(kw_only=True)
+class JsonlOptions:
+    """Documents in a file with one JSON object a line."""
+
+    path: str = attrs.field(
+        validator=[instance_of(str), _named],
+        metadata={"help": "a .jsonl, .jsonl.gz or .jsonl.xz file", "unit": ""},
+    )
+    validation: str = attrs.field(
+        default="",
+        validator=instance_of(str),
+        metadata={"help": "the file of the validation split; empty: a part of `path`", "unit": ""},
+    )
+    split: str = attrs.field(
+        default="",
+        validator=instance_of(str),
+        metadata={"help": "the key that says `train`, `validation` or `test`; empty: none does", "unit": ""},
+    )
+    field: str = attrs.field(
+        default="text",
+        validator=instance_of(str),
+        metadata={
+            "help": "the key of the text: a string, or a list of strings, joined by newlines",
+            "unit": "",
+        },
+    )
+    labels: str = attrs.field(
+        default="labels",
+        validator=instance_of(str),
+        metadata={"help": "the key of the label indices: an integer or a list of them", "unit": ""},
+    )
+    validation_fraction: float = attrs.field(
+        default=0.1,
+        validator=[gt(0.0), lt(1.0)],
+        metadata={
+            "help": "share held out where neither `validation` nor `split` says",
+            "unit": "of the documents",
+        },
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.validation and self.split:
+            raise ValueError(
+                f"validation = {self.validation!r} and split = {self.split!r} both say what the validation "
+                "split is; keep one of them"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class BinOptions:
+    """Token files as nanoGPT prepares them."""
+
+    path: str = attrs.field(
+        validator=[instance_of(str), _named],
+        metadata={"help": "the folder that holds train.bin and val.bin, uint16 tokens", "unit": ""},
+    )
+    vocab_size: int = attrs.field(
+        default=50257,
+        validator=[instance_of(int), ge(2), le(65536)],
+        metadata={"help": "tokens of the vocabulary; the default is GPT-2's", "unit": "tokens"},
+    )
+
+
+@attrs.frozen(kw_only=True)
+class MarkovOptions:
+    """A random Markov source whose entropy, and so the lowest possible loss, is known exactly."""
+
+    order: int = attrs.field(
+        default=2,
+        validator=[instance_of(int), ge(1)],
+        metadata={"help": "how many tokens back the next one depends on", "unit": "tokens"},
+    )
+    vocab_size: int = attrs.field(
+        default=16,
+        validator=[instance_of(int), ge(2), le(65536)],
+        metadata={"help": "different tokens", "unit": "tokens"},
+    )
+    tokens: int = attrs.field(
+        default=1_000_000,
+        validator=[instance_of(int), ge(2)],
+        metadata={"help": "length of the training split", "unit": "tokens"},
+    )
+    validation_tokens: int = attrs.field(
+        default=100_000,
+        validator=[instance_of(int), ge(2)],
+        metadata={"help": "length of the validation split, a stream of its own", "unit": "tokens"},
+    )
+    concentration: float = attrs.field(
+        default=0.3,
+        validator=[gt(0.0), le(1000.0)],
+        metadata={
+            "help": "Dirichlet concentration of each row of probabilities; smaller: lower entropy",
+            "unit": "",
+        },
+    )
+    seed: int = attrs.field(
+        default=0,
+        validator=[instance_of(int), ge(0), lt(2**64)],
+        metadata={
+            "help": "draws the probabilities and the tokens; the run's seed does not matter",
+            "unit": "",
+        },
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.vocab_size ** (self.order + 1) > MOST_TRANSITIONS:
+            raise ValueError(
+                f"order = {self.order} and vocab_size = {self.vocab_size} make {self.vocab_size}^{self.order + 1} "
+                f"transition probabilities; {MOST_TRANSITIONS} is the most: lower one of them"
+            )
+
+
+@hookimpl
+def altgrad_datasets() -> list[Component]:
+    return [
+        Component(
+            name="licenses",
+            summary="14 MB of licence texts that are installed with this plugin; 10 categories",
+            options=LicensesOptions,
+            target="altgrad_data.licenses:Licenses",
+            source="ScanCode's licence data, pip package licensedcode-data, CC-BY-4.0",
+        ),
+        Component(
+            name="text",
+            summary="your own text files",
+            options=TextOptions,
+            target="altgrad_data.text:TextFiles",
+        ),
+        Component(
+            name="jsonl",
+            summary="your own documents, one JSON object a line, also .gz and .xz",
+            options=JsonlOptions,
+            target="altgrad_data.jsonl:JsonLines",
+        ),
+        Component(
+            name="bin",
+            summary="nanoGPT's train.bin and val.bin",
+            options=BinOptions,
+            target="altgrad_data.bin:TokenFiles",
+            source="https://github.com/karpathy/nanoGPT",
+        ),
+        Component(
+            name="markov",
+            summary="a generated Markov source whose entropy is known exactly",
+            options=MarkovOptions,
+            target="altgrad_data.markov:Markov",
+            source="Shannon, A Mathematical Theory of Communication, 1948, sections 2 to 7",
+        ),
+    ]
