@@ -65,7 +65,8 @@ class ModelOptions:
     def __attrs_post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise FieldError(
-                "n_head", f"n_embd = {self.n_embd} is no multiple of n_head = {self.n_head}; change one of them"
+                "n_head",
+                f"n_embd = {self.n_embd} is no multiple of n_head = {self.n_head}; change one of them",
             )
 
 
@@ -74,23 +75,31 @@ class TrainOptions:
     """`[train]`: the loop."""
 
     batch_size: int = option("sequences per micro-batch", default=32, validator=at_least(1))
-    gradient_accumulation: int = option(
-        "micro-batches per optimizer step", default=1, validator=at_least(1)
-    )
+    gradient_accumulation: int = option("micro-batches per optimizer step", default=1, validator=at_least(1))
     device: Literal["auto", "cpu", "cuda"] = option("auto: cuda if there is one", default="auto")
     dtype: Literal["auto", "float32", "bf16"] = option(
         "arithmetic of the forward pass; auto: bf16 autocast on cuda, float32 on cpu", default="auto"
     )
-    compile: Literal["auto", True, False] = option("torch.compile the model; auto: on cuda only", default="auto")
+    compile: Literal["auto", True, False] = option(
+        "torch.compile the model; auto: on cuda only", default="auto"
+    )
     deterministic: bool = option("deterministic kernels only, for bit-equal runs on cuda", default=False)
     warmup_steps: int = option("linear warm-up", unit="steps", default=100, validator=at_least(0))
-    min_lr_ratio: float = option("end of the cosine, as a share of lr", default=0.1, validator=within(0, 1.0001))
-    grad_clip: float = option("global L2 norm to clip gradients to; 0: never", default=1.0, validator=at_least(0))
+    min_lr_ratio: float = option(
+        "end of the cosine, as a share of lr", default=0.1, validator=within(0, 1.0001)
+    )
+    grad_clip: float = option(
+        "global L2 norm to clip gradients to; 0: never", default=1.0, validator=at_least(0)
+    )
     freeze: tuple[str, ...] = option(
         "regexes over full parameter names that do not train", default=(), validator=regexes
     )
-    eval_every: int = option("evaluation interval; 0: only at the end", unit="steps", default=100, validator=at_least(0))
-    eval_batches: int = option("batches per evaluation; 0: the whole split", default=20, validator=at_least(0))
+    eval_every: int = option(
+        "evaluation interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)
+    )
+    eval_batches: int = option(
+        "batches per evaluation; 0: the whole split", default=20, validator=at_least(0)
+    )
     log_every: int = option("logging interval", unit="steps", default=10, validator=at_least(1))
     checkpoint_every: int = option(
         "checkpoint interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)
@@ -116,22 +125,28 @@ class QuantizeOptions:
 
     format: FormatChoice = option("a name, or {exponent_bits, mantissa_bits, bias, specials}")
     storage: Literal["master", "grid"] = option(
-        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid", default="master"
+        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
+        default="master",
     )
     storage_rounding: Literal["nearest_even", "stochastic"] = option(
         "how grid weights are rounded after a step", default="nearest_even"
     )
-    bound: float = option("limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0))
+    bound: float = option(
+        "limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0)
+    )
     granularity: Literal["none", "tensor"] = option("one scale per ...; none: scale 1", default="tensor")
     scale_rule: Literal["fit"] = option("how the scale follows from amax", default="fit")
     scale_mode: Literal["adaptive", "initial", "current"] | None = option(
-        "when the scale moves; grid: adaptive (default) or initial; master: current (default) or initial", default=None
+        "when the scale moves; grid: adaptive (default) or initial; master: current (default) or initial",
+        default=None,
     )
     margin: float = option("head room: amax is multiplied by it", default=1.0, validator=above(0))
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
         "rounding of Q(w) in the forward pass (master)", default="nearest_even"
     )
-    overflow: Literal["saturate", "ieee"] = option("what happens beyond the largest value", default="saturate")
+    overflow: Literal["saturate", "ieee"] = option(
+        "what happens beyond the largest value", default="saturate"
+    )
     rule: tuple[RuleOptions, ...] = option("exceptions; the first match wins", default=())
 
     def __attrs_post_init__(self) -> None:
@@ -148,7 +163,9 @@ class Experiment:
     """One run's options, resolved: file, device overlay, grid cell and `--set` together."""
 
     name: str = option("names the run's folder", validator=_folder_name)
-    seed: int = option("initial weights, data order and rounding follow from it", default=1337, validator=at_least(0))
+    seed: int = option(
+        "initial weights, data order and rounding follow from it", default=1337, validator=at_least(0)
+    )
     steps: int = option("optimizer steps", default=500, validator=at_least(1))
     data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice("licenses")))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())

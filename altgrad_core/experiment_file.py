@@ -82,10 +82,14 @@ def _read(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise ExperimentError([f"{path}: cannot be read: {error.strerror}; give the path of a TOML file"]) from error
+        raise ExperimentError(
+            [f"{path}: cannot be read: {error.strerror}; give the path of a TOML file"]
+        ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ExperimentError([f"{path}:{line}: is not UTF-8 text: {error.reason}; save it as UTF-8"]) from error
+        raise ExperimentError(
+            [f"{path}:{line}: is not UTF-8 text: {error.reason}; save it as UTF-8"]
+        ) from error
     try:
         return text, tomli.loads(text)
     except tomli.TOMLDecodeError as error:
@@ -136,7 +140,13 @@ class _Checked:
         for key, table in overlays.items():
             if key not in DEVICES:
                 self._report(
-                    Tree({}), [Problem(("on", key), f"unknown device {key!r}{suggestion(key, DEVICES)}; there are: cpu, cuda")]
+                    Tree({}),
+                    [
+                        Problem(
+                            ("on", key),
+                            f"unknown device {key!r}{suggestion(key, DEVICES)}; there are: cpu, cuda",
+                        )
+                    ],
                 )
             elif not isinstance(table, dict):
                 self._report(Tree({}), [Problem(("on", key), f"expected a table, got {shown(table)}")])
@@ -161,7 +171,12 @@ class _Checked:
                 hint = "" if isinstance(values, list) else ", or put the value outside of [grid]"
                 self._report(
                     Tree({}),
-                    [Problem(("grid", key), f"expected a list with at least one value, got {shown(values)}{hint}")],
+                    [
+                        Problem(
+                            ("grid", key),
+                            f"expected a list with at least one value, got {shown(values)}{hint}",
+                        )
+                    ],
                 )
                 continue
             axis = self._keys(
@@ -198,11 +213,17 @@ class _Checked:
             else:
                 place = f"{self.path}:{locator.locate(self.positions, origin.path)}"
             path = spelled(problem.path)
-            self.lines[f"{place}: {path}: {problem.message}" if path else f"{place}: {problem.message}"] = None
+            self.lines[f"{place}: {path}: {problem.message}" if path else f"{place}: {problem.message}"] = (
+                None
+            )
 
 
 def _in_force(override: Override, device: str) -> str:
-    source = "--set" if override.origin.flag else {"on": f"[on.{device}]", "grid": "[grid]"}[str(override.origin.path[0])]
+    source = (
+        "--set"
+        if override.origin.flag
+        else {"on": f"[on.{device}]", "grid": "[grid]"}[str(override.origin.path[0])]
+    )
     return f"{spelled(override.path)} = {_short(override.value)} ({source})"
 
 
@@ -230,7 +251,7 @@ def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, An
         if not wrong:
             sections[key] = section
     if "name" not in data:
-        problems.append(Problem((), "name: is required and missing; add name = \"...\" at the top"))
+        problems.append(Problem((), 'name: is required and missing; add name = "..." at the top'))
     return sections, problems
 
 
@@ -284,7 +305,9 @@ def _freeze_problems(sections: Mapping[str, Any]) -> list[Problem]:
     names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
     patterns = sections["train"].freeze if "train" in sections else ()
     return [
-        Problem(("train", "freeze", index), f"{pattern!r} matches no parameter; there are: {', '.join(names)}")
+        Problem(
+            ("train", "freeze", index), f"{pattern!r} matches no parameter; there are: {', '.join(names)}"
+        )
         for index, pattern in enumerate(patterns)
         if not any(re.fullmatch(pattern, name) for name in names)
     ]

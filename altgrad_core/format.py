@@ -11,12 +11,6 @@ Three integer or real views of one value:
 - its *rung*: the signed index from zero (0, +1 the smallest positive value, ...). Neighbours differ by
   one rung, so rungs are the uniform integer domain of which the grid is a warped image;
 - its *code*: the bit pattern that stores it.
-
-How a table rounds. Put one virtual value beyond each end, at the last gap's distance: n values become
-n + 2 cells. In every deterministic mode x belongs to a cell or to the next, decided at one threshold
-between the two: the midpoint, or the upper value, or the number just above the lower one. "x rounds up"
-is then `x >= threshold` exactly, ties included, if the threshold is the smallest float with that
-property; midpoints that float64 cannot hold are no exception. Rounding is one binary search.
 """
 
 from __future__ import annotations
@@ -31,13 +25,13 @@ from torch import Tensor
 
 from altgrad_core.random_bits import draw_seed
 from altgrad_core.random_bits import uniform as uniform_stream
+from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table, round_up_to, thresholds
 
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 OVERFLOWS = ("saturate", "ieee")
 NAN_RUNG = -(2**31)
 """The rung of NaN: no format has it, and `from_rung` maps it back to NaN."""
 
-FEWEST_BITS, MOST_BITS = 3, 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,7 +57,7 @@ class Format:
             raise ValueError(f"format {name!r}: bits is {bits!r}; a format has {FEWEST_BITS} to {MOST_BITS}")
         self.name = name
         self.bits = bits
-        self._values = _checked_table(name, bits, values)
+        self._values = checked_table(name, bits, values)
         self._cache: dict[Any, Tensor] = {}
 
     # --- what the format is -------------------------------------------------------------------------
@@ -250,8 +244,8 @@ class Format:
         """Return the int32 cell that x rounds to."""
         key = (rounding, may_overflow, x.dtype, x.device)
         if key not in self._cache:
-            thresholds = _thresholds(self._cells(), self._zero, rounding, may_overflow)
-            self._cache[key] = _round_up_to(x.dtype, thresholds).to(x.device)
+            exact = thresholds(self._cells(), self._zero, rounding, may_overflow)
+            self._cache[key] = round_up_to(x.dtype, exact).to(x.device)
         return torch.bucketize(x.contiguous(), self._cache[key], out_int32=True, right=True)
 
     def _stochastic_cell(self, x: Tensor, uniform: Tensor) -> Tensor:
@@ -305,76 +299,6 @@ class Format:
         if key not in self._cache:
             self._cache[key] = (self.values.to(dtype).float() == self.values).all()
         return bool(self._cache[key])
-
-
-def _checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> Tensor:
-    """Return the table as float32, or raise ValueError with what is wrong with it."""
-    table = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    if table.ndim != 1 or len(table) < 2:
-        raise ValueError(f"format {name!r}: values has shape {tuple(table.shape)}; it is one row of numbers")
-    if len(table) > 2**bits:
-        raise ValueError(f"format {name!r}: {len(table)} values; {bits} bits hold at most {2**bits}")
-    if not bool(table.isfinite().all()):
-        raise ValueError(f"format {name!r}: values holds NaN or inf; list the finite values only")
-    falls = (table.diff() <= 0).nonzero()
-    if len(falls):
-        at = int(falls[0])
-        raise ValueError(
-            f"format {name!r}: values must increase strictly, but {float(table[at + 1])!r} follows"
-            f" {float(table[at])!r} at index {at + 1}"
-        )
-    inexact = table[table.float().double() != table]
-    if len(inexact):
-        raise ValueError(f"format {name!r}: {float(inexact[0])!r} is not exactly representable in float32")
-    if not bool((table == 0).any()):
-        raise ValueError(f"format {name!r}: values must contain 0")
-    if table[-1] <= 0:
-        raise ValueError(f"format {name!r}: values must contain a positive number, which scaling aims at")
-    return table.float() + 0.0  # turns a -0.0 into 0.0
-
-
-def _thresholds(cells: Tensor, zero: int, rounding: str, may_overflow: bool) -> Tensor:
-    """Return the n + 1 float64 thresholds t between n + 2 cells: x goes to the upper one where x >= t."""
-    lower, upper = cells[:-1], cells[1:]
-    rungs = torch.arange(len(lower)) - 1 - zero  # the lower cell's
-    just_above_lower = _next_up(lower)
-    if rounding in ("nearest_even", "nearest_away"):
-        tie_goes_up = rungs % 2 == 1 if rounding == "nearest_even" else rungs >= 0
-        return _midpoints(lower, upper, tie_goes_up)
-    if rounding == "up":
-        thresholds = just_above_lower.clone()
-    elif rounding == "down":
-        thresholds = upper.clone()
-    else:
-        thresholds = torch.where(rungs >= 0, upper, just_above_lower)
-    if not may_overflow and rounding != "up":
-        thresholds[-1] = torch.inf  # only inf itself is past the end it is rounded away from
-    if not may_overflow and rounding != "down":
-        thresholds[0] = torch.finfo(torch.float64).min
-    return thresholds
-
-
-def _midpoints(lower: Tensor, upper: Tensor, tie_goes_up: Tensor) -> Tensor:
-    """Return the smallest float64 that is past the exact midpoint, or at it where a tie goes up.
-
-    Knuth's TwoSum gives the midpoint as s + error without loss, s being the nearest float64.
-    """
-    a, b = lower / 2, upper / 2
-    s = a + b
-    virtual_b = s - a
-    error = (a - (s - virtual_b)) + (b - virtual_b)
-    at_or_below = (error > 0) | ((error == 0) & ~tie_goes_up)
-    return torch.where(at_or_below, _next_up(s), s)
-
-
-def _next_up(x: Tensor) -> Tensor:
-    return torch.nextafter(x, torch.full_like(x, torch.inf))
-
-
-def _round_up_to(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Return the smallest number of `dtype` that is at least x (float64)."""
-    near = x.to(dtype)
-    return torch.where(near.double() < x, _next_up(near), near)
 
 
 def nan_where_(values: Tensor, mask: Tensor) -> Tensor:

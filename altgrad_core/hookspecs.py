@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from altgrad_core.format import Format
-    from altgrad_core.loop import Run
+    from altgrad_core.registry import Registry
 
 PROJECT = "altgrad"
 
@@ -115,7 +115,8 @@ class Monitor(Protocol):
 
     Optional methods, called where they exist: `start(run)`, `evaluated(step, metrics)` after an
     evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints.
-    Optional attribute: `every` (steps between observations, default 1).
+    Optional attributes: `every` (steps between observations, default 1) and `undefined_is_nan` (True: a NaN
+    metric means that the quantity is not defined in this step, and is not logged).
     """
 
     @property
@@ -199,6 +200,8 @@ class OptimizerInputs:
     """As `altgrad_core.param_groups(model)` returns them."""
     generator: torch.Generator
     """Seeds the optimizer's own random draws; drawn from once, at construction."""
+    registry: Registry
+    """Where other components, such as a stiffness formula, are looked up."""
     storage: str = "master"
     """Where quantised weights live: `master` or `grid`."""
     storage_rounding: str = "nearest_even"
@@ -269,9 +272,7 @@ class CellResult:
 class Executor(Protocol):
     """Runs the cells of a grid."""
 
-    def run(
-        self, cells: Sequence[str], run_cell: Callable[[str], CellResult], jobs: int
-    ) -> list[CellResult]:
+    def run(self, cells: Sequence[str], run_cell: Callable[[str], CellResult], jobs: int) -> list[CellResult]:
         """Run every cell once and return one result each; a failing cell never stops the others.
 
         `run_cell` is picklable and may be called in another process.

@@ -12,7 +12,9 @@ from altgrad_core.options import Choice, FormatChoice, StiffnessChoice, structur
 from altgrad_core.registry import Registry, UsageError, discover
 
 
-def get_format(spec: str | Mapping[str, Any] | Format | FormatChoice, registry: Registry | None = None) -> Format:
+def get_format(
+    spec: str | Mapping[str, Any] | Format | FormatChoice, registry: Registry | None = None
+) -> Format:
     """Return a format by name (`"E3M4"`), by an experiment file's table, or as given.
 
     A table is `{"exponent_bits": 4, "mantissa_bits": 5, "bias": 7}` or names a plugin. Raises UsageError for
@@ -47,7 +49,9 @@ def _choice(spec: Any, cls: type[Choice], registry: Registry) -> Any:
     value = dict(spec) if isinstance(spec, Mapping) else spec
     choice, problems = structure(value, cls, registry)
     if problems:
-        raise UsageError("; ".join(f"{'.'.join(map(str, one.path))}: {one.message}".lstrip(": ") for one in problems))
+        raise UsageError(
+            "; ".join(f"{'.'.join(map(str, one.path))}: {one.message}".lstrip(": ") for one in problems)
+        )
     return choice
 
 
@@ -55,5 +59,7 @@ def _choice(spec: Any, cls: type[Choice], registry: Registry) -> Any:
 def _built_format(choice: FormatChoice, registry: Registry) -> Format:
     built = choice.build(registry)
     if not isinstance(built, Format):
-        raise TypeError(f"the format {choice.plugin!r} is no Format but {type(built).__name__}: mend its plugin")
+        raise TypeError(
+            f"the format {choice.plugin!r} is no Format but {type(built).__name__}: mend its plugin"
+        )
     return built

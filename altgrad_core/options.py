@@ -1,9 +1,11 @@
 """From TOML values to frozen attrs classes, without coercion, with every mistake found at once.
 
 One cattrs converter does the structuring. An int serves for a float; nothing else is converted: a bool is
-never a number, `"false"` never a bool, 2.7 never an int, text never a list. Attrs validators run per field
-while structuring, so that two bad values in one table give two problems. The problems carry paths; where
-a path is written in a file is `altgrad_core.locator`'s business.
+never a number, `"false"` never a bool, 2.7 never an int, text never a list. A class that is written in
+more than one way has a classmethod `from_plain(value)`, which returns an instance or the table form.
+
+Attrs validators run per field while structuring, so that two bad values in one table give two problems. The
+problems carry paths; where a path is written in a file is `altgrad_core.locator`'s business.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import attrs
 import cattrs
-from cattrs.gen import make_dict_structure_fn, override
 from cattrs.errors import AttributeValidationNote, IterableValidationNote
+from cattrs.gen import make_dict_structure_fn, override
 
 from altgrad_core.registry import Registry, UsageError
 
@@ -46,7 +48,7 @@ class FieldError(ValueError):
         self.path: Path = (field,) if isinstance(field, str) else field
 
 
-class _Problems(Exception):  # noqa: N818 - carries problems out of a nested structuring, never escapes this module
+class _Problems(Exception):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(problem.message for problem in problems))
         self.problems = problems
@@ -140,7 +142,9 @@ def plain(options: Any) -> Any:
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or the empty text."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1) or [one for one in known if one.lower() == word.lower()]
+    close = difflib.get_close_matches(word, known, n=1) or [
+        one for one in known if one.lower() == word.lower()
+    ]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -157,6 +161,10 @@ def converter(registry: Registry) -> cattrs.Converter:
         lambda cls: get_origin(cls) is tuple, lambda cls: _tuple_hook(cls, strict)
     )
     strict.register_structure_hook_factory(attrs.has, lambda cls: _table_hook(cls, strict))
+    strict.register_structure_hook_func(
+        lambda cls: hasattr(cls, "from_plain"),
+        lambda value, cls: _table_hook(cls, strict)(cls.from_plain(value), cls),
+    )
     strict.register_structure_hook_func(
         lambda cls: isinstance(cls, type) and issubclass(cls, Choice),
         lambda value, cls: _choice(value, cls, registry),
@@ -189,7 +197,11 @@ def _one_of(value: Any, cls: Any) -> Any:
     allowed = get_args(cls)
     if not any(value == one and type(value) is type(one) for one in allowed):
         listed = ", ".join(repr(one) for one in allowed)
-        close = suggestion(value, [one for one in allowed if isinstance(one, str)]) if isinstance(value, str) else ""
+        close = (
+            suggestion(value, [one for one in allowed if isinstance(one, str)])
+            if isinstance(value, str)
+            else ""
+        )
         raise ValueError(f"expected one of {listed}; got {shown(value)}{close}")
     return value
 
@@ -263,7 +275,9 @@ def _choice(value: Any, cls: type[Choice], registry: Registry) -> Choice:
     if cls is FormatChoice:
         table.setdefault("plugin", "ExMy")
     if "plugin" not in table:
-        raise _Problems([Problem((), f"the table names no plugin: add plugin = \"...\"{_first_name(cls, registry)}")])
+        raise _Problems(
+            [Problem((), f'the table names no plugin: add plugin = "..."{_first_name(cls, registry)}')]
+        )
     name = table.pop("plugin")
     if not isinstance(name, str):
         raise TypeError(f"expected the name of a {cls.kind}, got {shown(name)}")
@@ -369,7 +383,7 @@ def regexes(_: Any, field: Any, value: str | tuple[str, ...]) -> None:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
 
-def option(help: str, *, unit: str = "", default: Any = attrs.NOTHING, validator: Any = None) -> Any:  # noqa: A002
+def option(help: str, *, unit: str = "", default: Any = attrs.NOTHING, validator: Any = None) -> Any:
     """Return an attrs field for an options class: its help, its unit, its default, its validator."""
     metadata: Mapping[str, str] = {"help": help, "unit": unit}
     return attrs.field(default=default, validator=validator, metadata=metadata)

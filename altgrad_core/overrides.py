@@ -76,7 +76,9 @@ class Tree:
                 self.origins[override.path] = override.origin
                 return
         self.origins = {
-            path: origin for path, origin in self.origins.items() if path[: len(override.path)] != override.path
+            path: origin
+            for path, origin in self.origins.items()
+            if path[: len(override.path)] != override.path
         }
         self.origins[override.path] = override.origin
         if last == "plugin" and isinstance(table, dict) and table.get("plugin") != override.value:

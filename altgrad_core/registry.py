@@ -126,7 +126,9 @@ class Registry:
         """
         distribution, _, bare = name.rpartition(":")
         named = [entry for entry in self.of_kind(kind) if entry.name == bare]
-        owners = [entry for entry in named if _same(entry.distribution, distribution)] if distribution else named
+        owners = (
+            [entry for entry in named if _same(entry.distribution, distribution)] if distribution else named
+        )
         if len(owners) == 1:
             return owners[0]
         if not owners:
@@ -169,13 +171,13 @@ def discover(without: Iterable[str] = ()) -> Registry:
 @functools.lru_cache(maxsize=8)
 def _discover(without: tuple[str, ...]) -> Registry:
     found = sorted(
-        importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (_owner(point), point.name)
+        importlib.metadata.entry_points(group=ENTRY_POINT_GROUP),
+        key=lambda point: (_owner(point), point.name),
     )
     installed = {_canonical(_owner(point)[0]) for point in found}
     if unknown := [name for name in without if name not in installed]:
-        raise UsageError(
-            f"--without {unknown[0]!r}: no such plugin is installed; there are: {', '.join(sorted(installed))}"
-        )
+        known = ", ".join(sorted(installed))
+        raise UsageError(f"--without {unknown[0]!r}: no such plugin is installed; there are: {known}")
     registry = _collect(builtin, CORE_DISTRIBUTION, importlib.metadata.version(CORE_DISTRIBUTION))
     for point in found:
         if _canonical(_owner(point)[0]) in without:
@@ -226,7 +228,9 @@ def _checked(component: object, hook: str) -> Component:
     if not isinstance(component.name, str) or not _NAME.fullmatch(component.name):
         raise ValueError(f"{hook}: the name {component.name!r} must be text without spaces, ':' and '/'")
     if not (isinstance(component.options, type) and attrs.has(component.options)):
-        raise TypeError(f"{hook}: options of {component.name!r} must be an attrs class, not {component.options!r}")
+        raise TypeError(
+            f"{hook}: options of {component.name!r} must be an attrs class, not {component.options!r}"
+        )
     if not isinstance(component.target, str) or not _TARGET.fullmatch(component.target):
         raise ValueError(f"{hook}: target of {component.name!r} must be 'package.module:attribute'")
     return component

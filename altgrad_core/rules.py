@@ -50,10 +50,11 @@ def tied_layers(model: ModelOptions) -> tuple[str, ...]:
 
 @attrs.frozen
 class LayerPlan:
-    """One quantised Linear: its format, and where its weight lives."""
+    """One quantised Linear: its format, where its weight lives, and whether optimizers see its grid."""
 
     format: FormatChoice
     storage: str
+    geometry: bool = True
 
 
 def plan(
@@ -67,7 +68,9 @@ def plan(
     matched = {layer: first_match(quantize.rule, layer) for layer in layers}
     for index, rule in enumerate(quantize.rule):
         if not any(rule.matches(layer) for layer in layers):
-            raise _rule_error(index, f"matches no layer: {rule.layers!r}; the layers are: {', '.join(layers)}")
+            raise _rule_error(
+                index, f"matches no layer: {rule.layers!r}; the layers are: {', '.join(layers)}"
+            )
         if index not in matched.values():
             raise _rule_error(index, f"is never reached: earlier rules match every layer of {rule.layers!r}")
     planned = {}
@@ -92,10 +95,11 @@ def _layer_plan(
         raise _rule_error(
             index,
             f"{layer!r} shares its weight with the embedding and cannot live on the grid; "
-            "set model.tie_weights = false, or storage = \"master\"",
+            'set model.tie_weights = false, or storage = "master"',
         )
-    inherited = "master" if wide or tied else quantize.storage
-    return LayerPlan(format, rule.storage or inherited)
+    geometry = not tied and (not wide or rule.storage is not None)
+    inherited = quantize.storage if geometry else "master"
+    return LayerPlan(format, rule.storage or inherited, geometry)
 
 
 def _rule_error(index: int, message: str) -> FieldError:
@@ -108,5 +112,3 @@ def bits(format: FormatChoice, registry: Registry) -> int:
         return 32
     component = registry.find("format", format.plugin).component
     return component.bits or getattr(format.options, "bits", None) or WIDEST_GRID_BITS
-
-

@@ -32,7 +32,7 @@ def amax(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def fit_exponent(amax: Tensor, format: Format, margin: float = 1.0) -> Tensor:
-    """Return k of the `fit` rule, clamped: int32, of amax's shape. Meaningless where amax is 0 or not finite."""
+    """Return k of the `fit` rule, clamped: int32, of amax's shape. Nonsense where amax is 0 or not finite."""
     mantissa, exponent = torch.frexp(amax.double() * margin)
     top, top_exponent = math.frexp(format.largest)
     k = top_exponent - exponent - (mantissa > top).to(torch.int32)
@@ -65,7 +65,9 @@ def scaled(format: Format, granularity: str = "tensor") -> bool:
     return granularity != "none" and format.name not in UNSCALED
 
 
-def adapted(k: Tensor, seen: Tensor, amax: Tensor, format: Format, margin: float, shrink_early: bool) -> Tensor:
+def adapted(
+    k: Tensor, seen: Tensor, amax: Tensor, format: Format, margin: float, shrink_early: bool
+) -> Tensor:
     """Return the next exponents of grid-stored tensors, from the updated, unrounded amax.
 
     k* = fit(amax); k becomes k* where that is smaller, k + 1 where k* >= k + 2, else stays. Where nothing

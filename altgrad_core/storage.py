@@ -211,7 +211,9 @@ def store_on_grid(
     if rounding not in STORAGE_ROUNDINGS:
         raise ValueError(f"storage rounding is one of {', '.join(STORAGE_ROUNDINGS)}, not {rounding!r}")
     if scale_mode not in SCALE_MODES:
-        raise ValueError(f"the scale mode of grid storage is one of {', '.join(SCALE_MODES)}, not {scale_mode!r}")
+        raise ValueError(
+            f"the scale mode of grid storage is one of {', '.join(SCALE_MODES)}, not {scale_mode!r}"
+        )
     if not (math.isfinite(bound) and bound >= 0):
         raise ValueError(f"bound is a multiple of the initial rms, 0 or more, not {bound!r}")
     if getattr(optimizer, "stores_on_grid", False):
@@ -224,7 +226,9 @@ def store_on_grid(
 class MasterBound:
     """Limits float32 master weights to a multiple of their initial rms, after each step."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], bound: float) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], bound: float
+    ) -> None:
         self.weights = list(weights)
         rms = torch.stack([weight.detach().float().pow(2).mean().sqrt() for weight in self.weights])
         self.limits = torch.where(rms > 0, bound * rms, math.inf)
@@ -243,7 +247,7 @@ class MasterBound:
 
 
 def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if (args and args[0] is not None) or kwargs.get("closure") is not None:
+    if any(given is not None for given in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
         raise ValueError(
             "grid storage works after the whole step, a closure would see unrounded weights: "
             "call loss.backward() and then step() without a closure"

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,8 +37,9 @@ class WeightQuantizer:
         format: the number format.
         scale: 0-d float32 on the weight's device; the grid in weight units is `format.values / scale`.
         storage: "master", "grid", or None: as whoever stores the weights decides.
-        on_grid: True while something keeps the weight itself on the grid; the forward pass then uses it as is.
-        geometry: False where optimizers must treat the weight as an unquantised one (wide formats of rules).
+        on_grid: True while something keeps the weight itself on the grid; the forward pass uses it as is.
+        geometry: False where optimizers must treat the weight as an unquantised one (a tied head, or a wide
+            format that a rule names): it is quantised in the forward pass alone.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized, nn.Linear):
     """An `nn.Linear` whose forward pass uses the quantised weight."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.quantizer.quantized(self.weight), self.bias)
 
 
@@ -169,10 +171,37 @@ def quantize_model(
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if not linears:
         raise ValueError("the model has no nn.Linear to quantise")
-    chosen = _chosen_by_rules(linears, rules) if rules is not None else _chosen(model, linears, format)
-    for name, (found, storage, geometry) in chosen.items():
-        _operate(linears[name], found, storage, geometry, options)
+    shared = _shared_with_others(model, linears)
+    if rules is not None:
+        chosen = _chosen_by_rules(linears, rules, shared)
+    else:
+        chosen = _chosen(linears, format, shared)
+    quantize_layers(model, chosen, **options)
     return model
+
+
+@attrs.frozen
+class LayerFormat:
+    """What one Linear becomes: `format`, and `storage` and `geometry` of its WeightQuantizer."""
+
+    format: Format
+    storage: str | None = None
+    geometry: bool = True
+
+
+def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerFormat], **options: Any) -> None:
+    """Quantise the Linears named by module path, in place; see `quantize_model` for the options."""
+    for name, layer in chosen.items():
+        module: Any = model.get_submodule(name)
+        quantizer = quantizer_of(module.weight)
+        if quantizer is None:
+            quantizer = WeightQuantizer(
+                layer.format, storage=layer.storage, geometry=layer.geometry, **options
+            )
+            quantizer.fit(module.weight)
+            quantizer.attach(module.weight)
+        module.__class__ = _quantized_conv1d(type(module)) if _is_conv1d(module) else QuantizedLinear
+        module.quantizer = quantizer
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
@@ -193,7 +222,9 @@ def quantizer_of(weight: Tensor) -> WeightQuantizer | None:
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:
     """Return the quantisers of a model by module path; Linears that share a Parameter share one."""
-    return {name: module.quantizer for name, module in model.named_modules() if isinstance(module, _Quantized)}
+    return {
+        name: module.quantizer for name, module in model.named_modules() if isinstance(module, _Quantized)
+    }
 
 
 @contextlib.contextmanager
@@ -237,38 +268,34 @@ def _shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[
     }
 
 
-_Choice = tuple[Format, str | None, bool]
-
-
-def _chosen(model: nn.Module, linears: dict[str, nn.Module], format: Any) -> dict[str, _Choice]:
+def _chosen(linears: dict[str, nn.Module], format: Any, shared: set[int]) -> dict[str, LayerFormat]:
     found = format_or_none(format)
     if found is None:
         return {}
-    shared = _shared_with_others(model, linears)
-    return {name: (found, None, True) for name, module in linears.items() if id(module.weight) not in shared}
+    return {name: LayerFormat(found) for name, module in linears.items() if id(module.weight) not in shared}
 
 
-def _chosen_by_rules(linears: dict[str, nn.Module], rules: Sequence[Rule]) -> dict[str, _Choice]:
+def _chosen_by_rules(
+    linears: dict[str, nn.Module], rules: Sequence[Rule], shared: set[int]
+) -> dict[str, LayerFormat]:
     for rule in rules:
         if not any(rule.matches(name) for name in linears):
             raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")
-    chosen: dict[str, _Choice] = {}
-    for name in linears:
+    chosen: dict[str, LayerFormat] = {}
+    for name, module in linears.items():
         index = first_match(rules, name)
         found = None if index is None else format_or_none(rules[index].format)
         if index is not None and found is not None:
-            geometry = found.bits <= WIDEST_GRID_BITS or rules[index].storage is not None
-            chosen[name] = (found, rules[index].storage if geometry else "master", geometry)
+            chosen[name] = _ruled(name, found, rules[index], id(module.weight) in shared)
     return chosen
 
 
-def _operate(
-    module: nn.Module, format: Format, storage: str | None, geometry: bool, options: dict[str, Any]
-) -> None:
-    quantizer = quantizer_of(module.weight)
-    if quantizer is None:
-        quantizer = WeightQuantizer(format, storage=storage, geometry=geometry, **options)
-        quantizer.fit(module.weight)
-        quantizer.attach(module.weight)
-    module.__class__ = _quantized_conv1d(type(module)) if _is_conv1d(module) else QuantizedLinear
-    module.quantizer = quantizer
+def _ruled(name: str, format: Format, rule: Rule, shared: bool) -> LayerFormat:
+    """Return format, storage and geometry of a layer under its rule."""
+    if shared and rule.storage == "grid":
+        raise ValueError(
+            f"{name!r} shares its weight with an embedding and cannot live on the grid: untie it, or leave "
+            "the rule's storage out"
+        )
+    geometry = not shared and (format.bits <= WIDEST_GRID_BITS or rule.storage is not None)
+    return LayerFormat(format, rule.storage if geometry else "master", geometry)

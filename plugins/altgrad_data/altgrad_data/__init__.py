@@ -148,8 +148,9 @@ class MarkovOptions:
     def __attrs_post_init__(self) -> None:
         if self.vocab_size ** (self.order + 1) > MOST_TRANSITIONS:
             raise ValueError(
-                f"order = {self.order} and vocab_size = {self.vocab_size} make {self.vocab_size}^{self.order + 1} "
-                f"transition probabilities; {MOST_TRANSITIONS} is the most: lower one of them"
+                f"order = {self.order} and vocab_size = {self.vocab_size} make "
+                f"{self.vocab_size}^{self.order + 1} transition probabilities; at most {MOST_TRANSITIONS}: "
+                "lower one of them"
             )
 
 

@@ -36,9 +36,10 @@ class TokenFiles:
                     f"path = {options.path!r} holds no {file.name}; set path to a folder with train.bin and "
                     "val.bin, as nanoGPT's data/*/prepare.py writes them"
                 )
-            if file.stat().st_size == 0 or file.stat().st_size % 2:
+            size = file.stat().st_size
+            if size == 0 or size % 2:
                 raise ValueError(
-                    f"{file} has {file.stat().st_size} bytes; expected uint16 tokens, two bytes each: prepare it again"
+                    f"{file} has {size} bytes; expected uint16 tokens, two bytes each: prepare it again"
                 )
 
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ def existing(path: str, option: str, wanted: str) -> Path:
 
 
 def content_hash(files: Iterable[Path], *settings: object) -> str:
-    """Return the hash of the files' content, in order, and of settings; where the files lie does not count."""
+    """Return the hash of the files' content, in order, and of settings; not of where they lie."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in files:
         with path.open("rb") as file:

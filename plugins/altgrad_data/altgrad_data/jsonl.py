@@ -95,8 +95,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return cast(BinaryIO, opener(path, "rb"))
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else path.open("rb")
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -105,7 +106,9 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {_short(row)}")
+        raise ValueError(  # noqa: TRY004 - the file is wrong, not a type of ours
+            f"{where}: expected a JSON object, got {_short(row)}"
+        )
     return row
 
 

@@ -1,6 +1,6 @@
 """The licence texts that ScanCode recognises, in the pip package `licensedcode-data`: no network needed.
 
-Each `*.LICENSE` file is a YAML front matter (key, category, ...) and a text. The few without a text or of
+Each `*.LICENSE` file is a YAML front matter (key, category, ...) and a text. The few without a text, or of
 the category "Unstated License" are dropped; the 10 other categories are the labels.
 
 Licences come in families (`gpl-1.0`, `gpl-2.0`, `gpl-2.0-autoconf`, ...) of near-duplicates, so a family

@@ -34,6 +34,10 @@ UNIFORM_SHARE = 0.01
 STREAMS = {"probabilities": 0, "train": 1, "validation": 2}
 """Second word of Philox's key: draws that never meet."""
 
+MOST_ITERATIONS = 100_000
+CONVERGED = 1e-14
+"""Change in one iteration, summed over contexts: 90 times the rounding unit of float64, 2^-53."""
+
 Matrix = NDArray[np.float64]
 
 
@@ -68,7 +72,7 @@ class Markov:
         shape = (self.vocab_size**self._options.order, self.vocab_size)
         # A row of gammas divided by its sum is Dirichlet distributed; the tiny term saves a row of zeros.
         gammas = self._generator("probabilities").standard_gamma(self._options.concentration, shape) + 1e-300
-        rows = gammas / gammas.sum(axis=1, keepdims=True)
+        rows: Matrix = gammas / gammas.sum(axis=1, keepdims=True)
         return (1.0 - UNIFORM_SHARE) * rows + UNIFORM_SHARE / self.vocab_size
 
     @cached_property
@@ -85,7 +89,9 @@ def stationary(probabilities: Matrix) -> NDArray[np.float64]:
     contexts, vocab_size = probabilities.shape
     weights = np.full(contexts, 1.0 / contexts)
     for _ in range(MOST_ITERATIONS):
-        after = (weights[:, None] * probabilities).reshape(vocab_size, contexts).sum(axis=0)
+        after: NDArray[np.float64] = (
+            (weights[:, None] * probabilities).reshape(vocab_size, contexts).sum(axis=0)
+        )
         after /= after.sum()
         if np.abs(after - weights).sum() <= CONVERGED:
             return after
@@ -93,11 +99,6 @@ def stationary(probabilities: Matrix) -> NDArray[np.float64]:
     raise ArithmeticError(
         f"the stationary distribution did not settle in {MOST_ITERATIONS} steps; use a larger concentration"
     )
-
-
-MOST_ITERATIONS = 100_000
-CONVERGED = 1e-14
-"""Change of one iteration, summed over contexts: some 45 roundings of float64 to one part in 2^53."""
 
 
 def entropy_rate(probabilities: Matrix, weights: NDArray[np.float64]) -> float:

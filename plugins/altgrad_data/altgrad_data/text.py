@@ -60,15 +60,16 @@ class TextFiles:
 
 def _find(path: str, option: str) -> list[Path]:
     wanted = "a text file, a folder of .txt files, or a glob"
-    if glob.has_magic(path):
-        files = sorted(Path(name) for name in glob.glob(str(Path(path).expanduser()), recursive=True))
-        files = [file for file in files if file.is_file()]
+    if glob.has_magic(path) and not Path(path).expanduser().exists():
+        matches = (Path(name) for name in glob.glob(str(Path(path).expanduser()), recursive=True))
+        files = sorted(match for match in matches if match.is_file())
+        missing = "no file matches it"
     else:
         found = existing(path, option, wanted)
         files = sorted(found.rglob("*.txt")) if found.is_dir() else [found]
+        missing = "no .txt file is below it"
     if not files:
-        what = "no file matches" if glob.has_magic(path) else "no .txt file is below"
-        raise FileNotFoundError(f"{option} = {path!r}: {what} it; set {option} to {wanted}")
+        raise FileNotFoundError(f"{option} = {path!r}: {missing}; set {option} to {wanted}")
     return files
 
 
@@ -87,7 +88,7 @@ def _hash(file: Path) -> str:
 
 
 def _cut(text: str, fraction: float) -> tuple[str, str]:
-    """Return the text in two, the second about `fraction` of it and starting a line if it can."""
+    """Return the text in two, the second `fraction` of it, or up to a fifth more to start with a line."""
     cut = round(len(text) * (1.0 - fraction))
-    line = text.rfind("\n", 0, cut) + 1
+    line = text.rfind("\n", cut - (len(text) - cut) // 5, cut) + 1
     return text[: line or cut], text[line or cut :]

@@ -19,7 +19,7 @@ from attrs.validators import ge, in_, instance_of, optional
 from altgrad_core.hookspecs import Component, NoOptions, hookimpl
 from altgrad_formats.layout import NAMED, SECOND_NAMES, SPECIALS, Layout, default_bias
 
-__all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions"]  # noqa: PLE0604
+__all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions"]
 
 
 @attrs.frozen(kw_only=True)

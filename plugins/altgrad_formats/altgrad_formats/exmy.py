@@ -150,13 +150,14 @@ class ExMy(Format):
 
     def _decode(self, codes: Tensor) -> Tensor:
         layout = self.layout
-        negative = codes >= layout.magnitudes
-        magnitude = torch.where(negative, codes - layout.magnitudes, codes)
-        value = self._magnitude(magnitude.clamp(0, layout.largest_code).to(torch.int32))
-        nan_where_(value, (codes < 0) | (magnitude > layout.largest_code))
+        codes = codes.clamp(-1, 2**self.bits).to(torch.int32)
+        magnitude = codes & (layout.magnitudes - 1)
+        value = self._magnitude(magnitude)
         if layout.inf_code is not None:
             value.masked_fill_(magnitude == layout.inf_code, torch.inf)
-        return torch.where(negative, -value, value)
+        value.view(torch.int32).bitwise_or_((codes & layout.magnitudes) << (32 - self.bits))
+        none = (codes < 0) | (codes == 2**self.bits) | (magnitude > layout.largest_code)
+        return nan_where_(value, none if layout.inf_code is None else none & (magnitude != layout.inf_code))
 
     # --- its pieces ----------------------------------------------------------------------------------
 
@@ -172,8 +173,9 @@ class ExMy(Format):
 
     def _exact(self, x: Tensor, bound: float = 0.0) -> Tensor:
         """Return x in a precision in which its quotients and products by spacings are exact."""
-        in_float32 = -126 <= self._lowest_unit <= 0 and bound < 2.0**128
-        return x if in_float32 else x.double()
+        if self._lowest_unit > 0:  # x/ulp may underflow, but must not become zero: push x off it
+            return x.double().add(x.sign(), alpha=2.0**-900).copysign_(x)
+        return x if self._lowest_unit >= -126 and bound < 2.0**128 else x.double()
 
     def _ulp(self, x: Tensor) -> Tensor | float:
         """Return the spacing at each in-range x; a number where it is the same everywhere."""
@@ -191,9 +193,9 @@ class ExMy(Format):
             outward = rest >= 0.5 if uniform is None else uniform < rest
             return n.add_(outward.to(y.dtype).copysign_(y))
         if rounding == "nearest_even" and self.layout.mantissa_bits == 0 and isinstance(ulp, Tensor):
-            even_field = self._codes_below_binade(ulp).bitwise_and_(1).to(y.dtype)
-            tie_rounds_in = (y.abs() == 1.5).to(y.dtype).mul_(even_field)
-            return y.round_().sub_(tie_rounds_in.copysign_(y))
+            even_field = self._codes_below_binade(ulp).bitwise_and_(1).to(y.dtype)  # counts from field 1
+            tie_goes_in = (y.abs() == 1.5).to(y.dtype).mul_(even_field)
+            return y.mul_(tie_goes_in.mul_(-0.25).add_(1.0)).round_()
         return _IN_PLACE[rounding](y)
 
     def _codes_below_binade(self, ulp: Tensor) -> Tensor:

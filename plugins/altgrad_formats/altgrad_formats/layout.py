@@ -119,7 +119,9 @@ class Layout:
                 f"{self.shape} has {self.bits} bits with its sign; a format has {FEWEST_BITS} to {MOST_BITS}"
             )
         if self.specials == "ieee" and self.exponent_bits == 0:
-            raise ValueError(f"{self.shape} has no exponent field, of which specials='ieee' takes the top one")
+            raise ValueError(
+                f"{self.shape} has no exponent field, of which specials='ieee' takes the top one"
+            )
 
     def _check_range(self) -> None:
         usual = self.bias == default_bias(self.exponent_bits, self.mantissa_bits)

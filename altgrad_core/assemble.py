@@ -1,0 +1,247 @@
+"""From an experiment to a run: data, model, surgery, optimizer, storage, monitors, policies."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from altgrad_core import data, rules, shapes
+from altgrad_core.experiment import Experiment
+from altgrad_core.experiment_file import Cell
+from altgrad_core.format import Format
+from altgrad_core.groups import param_groups
+from altgrad_core.hookspecs import OptimizerInputs
+from altgrad_core.lookup import get_format
+from altgrad_core.model import GPT
+from altgrad_core.options import Choice
+from altgrad_core.record import RunFolder
+from altgrad_core.registry import Registry, UsageError
+from altgrad_core.run import Run, Watched
+from altgrad_core.storage import GridStorage, MasterBound, store_on_grid
+from altgrad_core.surgery import LayerFormat, quantize_layers, quantizer_of
+from altgrad_core.terminal import Terminal
+
+
+def device_for(experiment: Experiment, asked: str = "auto") -> str:
+    """Return `cpu` or `cuda`. Raises UsageError where cuda is asked for and absent."""
+    wanted = asked if asked != "auto" else experiment.train.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError('train.device = "cuda", but torch sees no CUDA device; use "cpu" or "auto"')
+    return wanted
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Return a 63-bit seed for one purpose, so that streams never share draws."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Terminal, device: str) -> Run:
+    """Build everything of one cell. Raises UsageError for what only shows now, PluginError for plugins."""
+    experiment = cell.experiment
+    torch.use_deterministic_algorithms(experiment.train.deterministic)
+    on = torch.device(device)
+    tokens = _tokens(experiment, registry)
+    model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
+    frozen = _freeze(model, experiment)
+    layers = _quantize(model, experiment, registry, _autocast(experiment, device))
+    optimizer = _optimizer(model, experiment, registry)
+    storage = _storage(model, optimizer, experiment, layers)
+    return Run(
+        experiment=experiment,
+        cell=cell.name,
+        folder=folder,
+        terminal=terminal,
+        device=on,
+        model=model,
+        compiled=_compiled(model, experiment, device),
+        optimizer=optimizer,
+        storage=storage,
+        master_bound=_master_bound(model, optimizer, experiment),
+        tokens=tokens,
+        autocast=_autocast(experiment, device),
+        layers=_layer_names(model),
+        share_on_grid=share_on_grid(model, experiment),
+        monitors=_watched(experiment.monitor, registry),
+        policies=_watched(experiment.fallback, registry),
+        frozen=frozen,
+    )
+
+
+def _generator(experiment: Experiment, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(experiment.seed, purpose))
+
+
+def _tokens(experiment: Experiment, registry: Registry) -> data.TokenData:
+    choice = experiment.data.source
+    tokens = data.prepare(
+        choice.build(registry), choice.plugin, experiment.data.tokenizer, data.default_cache()
+    )
+    if tokens.vocab_size != experiment.data.vocab_size:
+        raise UsageError(
+            f"the data set {choice.plugin!r} has {tokens.vocab_size} tokens, its options say "
+            f"{experiment.data.vocab_size}"
+        )
+    return tokens
+
+
+def _freeze(model: nn.Module, experiment: Experiment) -> int:
+    """Stop the named parameters from training; returns how many numbers that are."""
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if any(re.fullmatch(pattern, name) for pattern in experiment.train.freeze):
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("train.freeze leaves nothing to train; narrow its patterns")
+    return frozen
+
+
+def _autocast(experiment: Experiment, device: str) -> bool:
+    return experiment.train.dtype == "bf16" or (experiment.train.dtype == "auto" and device == "cuda")
+
+
+def _quantize(
+    model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool
+) -> dict[str, rules.LayerPlan]:
+    quantize = experiment.quantize
+    if quantize is None:
+        return {}
+    linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
+    planned = rules.plan(quantize, linears, rules.tied_layers(experiment.model), registry)
+    chosen = {
+        layer: LayerFormat(get_format(plan.format, registry), plan.storage, plan.geometry)
+        for layer, plan in planned.items()
+    }
+    if autocast:
+        _refuse_inexact({layer.format for layer in chosen.values()})
+    quantize_layers(
+        model,
+        chosen,
+        rounding=quantize.rounding,
+        overflow=quantize.overflow,
+        granularity=quantize.granularity,
+        margin=quantize.margin,
+        scale_mode=quantize.scale_mode or "current",
+    )
+    return planned
+
+
+def _refuse_inexact(formats: set[Format]) -> None:
+    for format in formats:
+        try:
+            format.quantize(torch.ones(1, dtype=torch.bfloat16))
+        except ValueError as error:
+            raise UsageError(
+                f'{format.name} does not survive bfloat16 autocast: {error}; set train.dtype = "float32"'
+            ) from error
+
+
+def _optimizer(model: nn.Module, experiment: Experiment, registry: Registry) -> torch.optim.Optimizer:
+    quantize = experiment.quantize
+    inputs = OptimizerInputs(
+        groups=param_groups(model),
+        generator=_generator(experiment, "optimizer"),
+        registry=registry,
+        storage=quantize.storage if quantize else "master",
+        storage_rounding=quantize.storage_rounding if quantize else "nearest_even",
+        bound=quantize.bound if quantize else 0.0,
+        scale_mode=_scale_mode(experiment),
+    )
+    optimizer: torch.optim.Optimizer = experiment.optimizer.build(registry, inputs)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def _scale_mode(experiment: Experiment) -> str:
+    quantize = experiment.quantize
+    if quantize is None or quantize.storage == "master":
+        return "initial"
+    return quantize.scale_mode or "adaptive"
+
+
+def _storage(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experiment: Experiment,
+    layers: dict[str, rules.LayerPlan],
+) -> GridStorage | None:
+    """Put the weights that the plan wants there on their grids, unless the optimizer does so itself."""
+    wanted = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and _wants_grid(parameter)
+    ]
+    if not wanted or experiment.quantize is None or getattr(optimizer, "stores_on_grid", False):
+        return None
+    return store_on_grid(
+        optimizer,
+        rounding=experiment.quantize.storage_rounding,
+        generator=_generator(experiment, "storage"),
+        bound=experiment.quantize.bound,
+        scale_mode="initial" if experiment.quantize.scale_mode == "initial" else "adaptive",
+    )
+
+
+def _wants_grid(parameter: nn.Parameter) -> bool:
+    quantizer = quantizer_of(parameter)
+    return quantizer is not None and quantizer.storage == "grid"
+
+
+def _master_bound(
+    model: nn.Module, optimizer: torch.optim.Optimizer, experiment: Experiment
+) -> MasterBound | None:
+    quantize = experiment.quantize
+    if quantize is None or not quantize.bound:
+        return None
+    masters = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad
+        and (quantizer := quantizer_of(parameter)) is not None
+        and quantizer.geometry
+        and not quantizer.on_grid
+    ]
+    return MasterBound(optimizer, masters, quantize.bound) if masters else None
+
+
+def _compiled(model: nn.Module, experiment: Experiment, device: str) -> Any:
+    wanted = experiment.train.compile
+    return torch.compile(model) if wanted is True or (wanted == "auto" and device == "cuda") else model
+
+
+def _layer_names(model: nn.Module) -> dict[str, str]:
+    """Return parameter name to module path; a tied head's weight goes by `lm_head`."""
+    names = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    heads = {
+        id(module.weight): path for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return {name: heads.get(id(model.get_parameter(name)), path) for name, path in names.items()}
+
+
+def share_on_grid(model: nn.Module, experiment: Experiment) -> float:
+    """Return the share of the non-embedding parameters that live on a grid."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in embeddings]
+    on_grid = [
+        parameter
+        for parameter in others
+        if (quantizer := quantizer_of(parameter)) is not None and quantizer.on_grid
+    ]
+    return sum(parameter.numel() for parameter in on_grid) / sum(parameter.numel() for parameter in others)
+
+
+def _watched(choices: tuple[Choice, ...], registry: Registry) -> list[Watched]:
+    return [
+        Watched(
+            choice.plugin.rpartition(":")[2],
+            registry.find(choice.kind, choice.plugin).owner,
+            choice.build(registry),
+        )
+        for choice in choices
+    ]

@@ -1,0 +1,186 @@
+"""Checkpoints: exact, atomic, checksummed; no pickle.
+
+A checkpoint is a folder: `model.safetensors` (plain parameter names), `state.safetensors` and `state.json`
+(everything else), and `manifest.json` with the SHA-256 of each file. It is written under another name,
+synced and renamed, so that a crash leaves the one before whole. What does not match its manifest is never
+loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from altgrad_core.registry import UsageError
+
+MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
+BEST, LAST_FINITE = "best", "last_finite"
+_UNFINISHED = ".unfinished-"
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be used, and why."""
+
+
+@attrs.frozen(kw_only=True)
+class Checkpoint:
+    """What was read from a checkpoint folder."""
+
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint as `folder/name`, replacing one of that name only once the new one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f"{_UNFINISHED}{name}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        tensors: dict[str, Tensor] = {}
+        tree = _packed(state, "", tensors)
+        save_file({key: value.detach().contiguous().clone() for key, value in model.items()}, scratch / MODEL)
+        save_file(
+            {key: value.detach().contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS
+        )
+        (scratch / TREE).write_text(json.dumps(tree))
+        manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in (*manifest, MANIFEST):
+            _sync(scratch / file)
+        _sync(scratch)
+        _replace(scratch, folder / name)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _sync(folder)
+    return folder / name
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking it against its manifest. Raises CheckpointError with the reason."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: its manifest cannot be read: {error}") from error
+    for file in (MODEL, TENSORS, TREE):
+        if not (path / file).is_file() or _digest(path / file) != manifest.get(file):
+            raise CheckpointError(f"{path}: {file} is not what its manifest says; the file is damaged")
+    tensors = load_file(path / TENSORS)
+    state = _unpacked(json.loads((path / TREE).read_text()), tensors)
+    return Checkpoint(model=load_file(path / MODEL), state=state)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest whole checkpoint of a run (None: none), and why newer ones were passed over."""
+    reasons = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            return load(path), reasons
+        except CheckpointError as error:
+            reasons.append(str(error))
+    return None, reasons
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
+    for path in [*sorted(folder.glob("step_*"))[:-keep], *folder.glob(f"{_UNFINISHED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(scratch: Path, final: Path) -> None:
+    """Rename scratch to final; an older folder of that name steps aside first."""
+    aside = final.with_name(f"{_UNFINISHED}old-{final.name}")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    scratch.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- trees of state: JSON with tensors beside it -----------------------------------------------------
+
+
+def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return JSON for a tree of state; its tensors go to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"table": [[key, _packed(inner, f"{path}/{key}", tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_packed(inner, f"{path}/{index}", tensors) for index, inner in enumerate(value)]
+        return {type(value).__name__: items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{path}: state must be tensors, numbers, text, lists and tables, not {type(value).__name__}"
+    )
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "table":
+        return {key: _unpacked(item, tensors) for key, item in inner}
+    items = [_unpacked(item, tensors) for item in inner]
+    return tuple(items) if kind == "tuple" else items
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the global generators: Python, NumPy, torch CPU and CUDA."""
+    import random
+
+    import numpy
+
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Take up the states that `random_state` returned; CUDA's only where the device count matches."""
+    import random
+
+    import numpy
+
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

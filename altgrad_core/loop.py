@@ -1,0 +1,174 @@
+"""The training loop: one optimizer step after another.
+
+The order of a step: micro-batches forward and backward, gradients ready, policies decide, optimizer step and
+storage, monitors observe; at the log interval, one transfer from the device. Evaluation and monitors never
+touch the training trajectory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from altgrad_core import checkpoint, data
+from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, SkipStep, Stop
+from altgrad_core.measuring import Interval, autocast, evaluate, log, moved
+from altgrad_core.run import Run
+from altgrad_core.surgery import held_weights
+from altgrad_core.watching import call_each, decision, due_monitors, observe_after, watch
+
+
+def train(run: Run) -> str:
+    """Train to the last step, and return the outcome: finished, stopped, interrupted or terminated."""
+    options = run.experiment.train
+    with _signals() as asked, _seeded(run):
+        call_each(run, "start", run)
+        if run.step == 0:
+            log(run, Interval.empty(), evaluate(run))
+        interval = Interval.empty()
+        while run.step < run.experiment.steps and run.outcome == "running":
+            _one_step(run, interval)
+            last = run.step == run.experiment.steps or run.outcome != "running" or bool(asked)
+            evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
+            if evaluated or last or _due(options.log_every, run.step):
+                interval.pause()
+                log(run, interval, evaluate(run) if evaluated else {})
+                interval = Interval.empty()
+            if last or _due(options.checkpoint_every, run.step):
+                interval.pause()
+                _checkpoint(run)
+                interval.resume()
+            if asked:
+                run.outcome = asked[0]
+        if run.outcome == "running":
+            run.outcome = "finished"
+        call_each(run, "end", run, run.outcome)
+    return run.outcome
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _one_step(run: Run, interval: Interval) -> None:
+    options = run.experiment.train
+    with held_weights(run.model):
+        loss = _forward_backward(run)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    _set_learning_rate(run)
+    limit = options.grad_clip or math.inf
+    action = decision(run, loss, norm)
+    if isinstance(action, ClipGradients):
+        limit = min(limit, action.norm)
+    if isinstance(action, ScaleLearningRate):
+        run.lr_factor *= action.factor
+        _set_learning_rate(run)
+    if isinstance(action, Stop):
+        run.outcome = "stopped"
+    if not isinstance(action, SkipStep | Stop):
+        if math.isfinite(limit):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        _update(run, loss)
+    else:
+        run.step += 1
+    run.optimizer.zero_grad(set_to_none=True)
+    interval.losses.append(loss)
+    interval.norms.append(norm)
+    interval.clipped.append(norm > limit)
+
+
+def _forward_backward(run: Run) -> Tensor:
+    """Accumulate the gradients of one step's micro-batches; returns the mean loss, 0-d, detached."""
+    options, total = run.experiment.train, torch.zeros((), device=run.device)
+    for micro_batch in range(options.gradient_accumulation):
+        tokens, targets = data.training_batch(
+            run.tokens.train,
+            block_size=run.experiment.model.block_size,
+            batch_size=options.batch_size,
+            seed=run.experiment.seed,
+            step=run.step,
+            micro_batch=micro_batch,
+        )
+        with autocast(run):
+            _, loss = run.compiled(moved(tokens, run.device), moved(targets, run.device))
+        loss = loss / options.gradient_accumulation
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _update(run: Run, loss: Tensor) -> None:
+    """The optimizer's step and the storage's rounding, then the monitors that are due."""
+    due = due_monitors(run, run.step + 1)
+    before = watch(run, due)
+    run.optimizer.step()
+    run.step += 1
+    observe_after(run, due, loss, before)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Return nanoGPT's schedule for the step after `step` others: linear warm-up, then cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - floor)
+
+
+def _set_learning_rate(run: Run) -> None:
+    options = run.experiment.train
+    factor = learning_rate_factor(run.step, run.experiment.steps, options.warmup_steps, options.min_lr_ratio)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor * run.lr_factor
+
+
+def _checkpoint(run: Run) -> None:
+    run.save()
+    run.folder.event(run.step, "checkpoint", "checkpoint written", checkpoint=checkpoint.step_name(run.step))
+
+
+# --- the process around the loop ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _seeded(run: Run) -> Iterator[None]:
+    """Dropout draws from the global generators: seed them for the run, and give them back afterwards."""
+    devices = [run.device] if run.device.type == "cuda" else []
+    state = torch.get_rng_state() if run.step else None  # a resume has set it
+    with torch.random.fork_rng(devices):
+        if state is None:
+            torch.manual_seed(run.experiment.seed)
+        else:
+            torch.set_rng_state(state)
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM, so that the step can finish; a second SIGINT ends at once."""
+    asked: list[str] = []
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append("interrupted")
+
+    def terminate(_: int, frame: FrameType | None) -> None:
+        asked.append("terminated")
+
+    try:
+        before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])

@@ -1,0 +1,157 @@
+"""Evaluation, and the lines of metrics: everything on the device comes over in one transfer a line."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from altgrad_core import checkpoint, data
+from altgrad_core.record import now
+from altgrad_core.run import Run
+from altgrad_core.surgery import held_weights
+from altgrad_core.watching import drop, to_host
+
+
+@attrs.define(eq=False)
+class Interval:
+    """What adds up between two log lines; tensors stay on the device."""
+
+    losses: list[Tensor]
+    norms: list[Tensor]
+    clipped: list[Tensor]
+    seconds: float
+    since: float | None
+
+    @classmethod
+    def empty(cls) -> Interval:
+        return cls([], [], [], 0.0, now())
+
+    def pause(self) -> None:
+        if self.since is not None:
+            self.seconds += now() - self.since
+            self.since = None
+
+    def resume(self) -> None:
+        self.since = now()
+
+
+def moved(tokens: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return tokens.pin_memory().to(device, non_blocking=True)
+    return tokens
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
+    if run.autocast:
+        return torch.autocast(run.device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Return validation loss (nats per token), perplexity and bits per byte, on fixed windows."""
+    losses, weights = [], []
+    run.model.eval()
+    with held_weights(run.model):
+        for tokens, targets in data.evaluation_batches(
+            run.tokens.validation,
+            block_size=run.experiment.model.block_size,
+            batch_size=run.experiment.train.batch_size,
+            batches=run.experiment.train.eval_batches,
+        ):
+            with autocast(run):
+                _, loss = run.compiled(moved(tokens, run.device), moved(targets, run.device))
+            losses.append(loss.double())
+            weights.append(targets.numel())
+    run.model.train()
+    shares = torch.tensor(weights, dtype=torch.float64, device=run.device) / sum(weights)
+    return validation_metrics(float((torch.stack(losses) * shares).sum()), run.tokens.bytes_per_token)
+
+
+def validation_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
+    """Return the metrics that follow from a mean loss in nats per token."""
+    metrics = {"validation/loss": loss, "validation/perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if bytes_per_token:
+        metrics["validation/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return metrics
+
+
+def log(run: Run, interval: Interval, evaluated: Mapping[str, float]) -> None:
+    """Write one line of metrics; everything on the device comes over in one transfer."""
+    values: dict[str, Tensor | float] = {}
+    if interval.losses:
+        values["train/loss"] = torch.stack(interval.losses).mean()
+        values["train/gradient_norm"] = interval.norms[-1]
+        values["train/clipped_steps"] = torch.stack(interval.clipped).sum()
+        values |= _epoch(run, interval)
+    if run.storage is not None:
+        values["range/rescale/total"] = run.storage.scales.rescales.sum()
+    values |= run.observed
+    read = dict(zip(values, to_host(list(values.values())), strict=True))
+    line = {name: value for name, value in read.items() if not _undefined(run, name, value)} | dict(evaluated)
+    line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
+    line |= _timings(run, interval)
+    run.last |= line
+    loss = evaluated.get("validation/loss", math.inf)
+    improved = loss < run.best.get("validation/loss", math.inf)
+    if improved:
+        run.best = {"step": run.step, **evaluated}
+    run.folder.metrics(run.step, line)
+    run.terminal.line(run.step, line)
+    if improved and run.step:
+        run.save(checkpoint.BEST)
+    for watched in list(run.monitors):
+        call = getattr(watched.plugin, "evaluated", None)
+        if evaluated and call is not None:
+            try:
+                call(run.step, line)
+            except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
+                drop(run, watched, "evaluated", error)
+
+
+def _undefined(run: Run, name: str, value: float) -> bool:
+    """Whether a NaN means that the quantity is not defined in this step, as its monitor declares."""
+    return math.isnan(value) and any(
+        getattr(watched.plugin, "undefined_is_nan", False) and name.startswith(f"{watched.name}/")
+        for watched in run.monitors
+    )
+
+
+def _epoch(run: Run, interval: Interval) -> dict[str, Tensor | float]:
+    """Add the interval to the running epoch; return the epoch's mean loss where one has ended."""
+    total, count = run.epoch_loss or (torch.zeros((), device=run.device), 0)
+    total, count = total + torch.stack(interval.losses).sum(), count + len(interval.losses)
+    before = run.passes - count * run.experiment.tokens_per_step / len(run.tokens.train)
+    if int(run.passes) > int(before):
+        run.epoch_loss = None
+        return {"epoch/index": float(int(run.passes)), "epoch/train_loss": total / count}
+    run.epoch_loss = (total, count)
+    return {}
+
+
+def _timings(run: Run, interval: Interval) -> dict[str, float]:
+    steps = len(interval.losses)
+    if not steps:
+        return {}
+    if run.device.type == "cuda":
+        memory = {"memory/peak_bytes": float(torch.cuda.max_memory_allocated())}
+    else:
+        memory = {"memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    run.seconds += interval.seconds
+    costs = {f"cost/{watched.name}": watched.seconds / steps * 1e3 for watched in run.monitors}
+    for watched in run.monitors:
+        watched.seconds = 0.0
+    tokens = steps * run.experiment.tokens_per_step
+    return {
+        "time/step": interval.seconds / steps,
+        "time/tokens_per_second": tokens / max(interval.seconds, 1e-9),
+        **memory,
+        **costs,
+    }

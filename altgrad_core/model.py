@@ -1,0 +1,155 @@
+"""nanoGPT: the decoder on which the formats are compared.
+
+The architecture is GPT-2's (Radford et al., 2019) as Karpathy's nanoGPT writes it: pre-norm blocks of causal
+self-attention and a four times wider MLP with exact GELU, learned positions, no bias by default. Modules and
+parameters carry nanoGPT's names, so that its checkpoints load here with `strict=True` and ours load there.
+
+Initial weights follow nanoGPT too: N(0, 0.02²), the two projections back into the residual stream
+N(0, 0.02²/(2 n_layer)), biases 0, LayerNorm weights 1. Unlike there, each parameter draws from a stream of
+its own, seeded by its name: arms that differ in one layer (an untied head, a bias, a block more) share all
+other initial weights, and the global generators are never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from altgrad_core.random_bits import draw_seed
+
+if TYPE_CHECKING:
+    from altgrad_core.experiment import ModelOptions
+
+INITIAL_STD = 0.02  # GPT-2's
+LAYER_NORM_EPS = 1e-5  # GPT-2's
+IGNORED = -1
+"""A target that does not count in the loss, as in nanoGPT."""
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension, whose bias can be left out."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what comes before it."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        width = options.n_embd
+        self.n_head = options.n_head
+        self.dropout = options.dropout
+        self.c_attn = nn.Linear(width, 3 * width, bias=options.bias)  # queries, keys, values of all heads
+        self.c_proj = nn.Linear(width, width, bias=options.bias)
+        self.resid_dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))  # (B, T, 3, heads, head width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head width)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two Linears with a GELU between them, four times as wide inside."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        width = options.n_embd
+        self.c_fc = nn.Linear(width, 4 * width, bias=options.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * width, width, bias=options.bias)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a residual connection."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(options.n_embd, options.bias)
+        self.attn = CausalSelfAttention(options)
+        self.ln_2 = LayerNorm(options.n_embd, options.bias)
+        self.mlp = MLP(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 style language model; with `tie_weights` the head's weight *is* the token embedding's."""
+
+    def __init__(self, options: ModelOptions, vocab_size: int, generator: torch.Generator) -> None:
+        """Build the model on the CPU; `generator` is drawn from once, to seed the initial weights."""
+        super().__init__()
+        self.options = options
+        # torch's modules fill themselves from the global generator when they are made, which then goes back
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(vocab_size, options.n_embd),
+                    "wpe": nn.Embedding(options.block_size, options.n_embd),
+                    "drop": nn.Dropout(options.dropout),
+                    "h": nn.ModuleList(Block(options) for _ in range(options.n_layer)),
+                    "ln_f": LayerNorm(options.n_embd, options.bias),
+                }
+            )
+            self.lm_head = nn.Linear(options.n_embd, vocab_size, bias=False)
+        if options.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.initialize(draw_seed(generator))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter with its initial values, a function of `seed` and its own name and shape."""
+        residual_std = INITIAL_STD / math.sqrt(2 * self.options.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                std = residual_std if name.endswith("c_proj.weight") else INITIAL_STD
+                parameter.normal_(0.0, std, generator=_stream(seed, name))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (logits, loss) for `tokens` (B, T), int64.
+
+        With `targets` (B, T) the logits (B, T, vocabulary) and the mean cross-entropy in nats, float32;
+        without, the logits (B, 1, vocabulary) of the last position, and None.
+        """
+        length = tokens.shape[1]
+        if length > self.options.block_size:
+            raise ValueError(f"got {length} tokens, expected at most block_size = {self.options.block_size}")
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:length]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        return logits, loss
+
+
+def _stream(seed: int, name: str) -> torch.Generator:
+    """Return the random stream of the parameter `name`."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

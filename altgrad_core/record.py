@@ -1,0 +1,202 @@
+"""The run folder: what was asked, what was measured, what happened.
+
+`runs/<name>/<cell>/` holds experiment.toml (verbatim), resolved.json (every option, with versions and
+device), metrics.jsonl (one line per logged step), events.jsonl, checkpoints/, log.txt and summary.json.
+Two runs never share a folder: an advisory lock (`flock`) on `.lock` says who holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from altgrad_core.experiment_file import Cell, ExperimentFile
+from altgrad_core.registry import UsageError
+
+METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "summary.json",
+    "resolved.json",
+    "experiment.toml",
+)
+CHECKPOINTS, LOG, LOCK = "checkpoints", "log.txt", ".lock"
+
+
+class BusyError(UsageError):
+    """Another process is running this cell."""
+
+
+class RunFolder:
+    """One cell's folder, locked, with its growing files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / LOCK).open("a+")
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be written: {error.strerror}; choose another folder with --out"
+            ) from error
+        self._take_lock()
+        self._files: dict[str, IO[str]] = {}
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BusyError(f"{self.path}: is being run by {holder}; wait for it, or use --out") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a run that has ended, None before."""
+        return read_json(self.path / SUMMARY)
+
+    def begin(self, file: ExperimentFile, cell: Cell, resolved: Mapping[str, Any]) -> None:
+        """Write what the run was asked to do; refuse a folder that another experiment began."""
+        before = read_json(self.path / RESOLVED)
+        if before is not None and (changed := differences(before["options"], resolved["options"])):
+            raise UsageError(
+                f"{self.path}: was begun with other options: {'; '.join(changed)}; "
+                "use --out for another folder, or put the options back"
+            )
+        (self.path / EXPERIMENT).write_text(file.text)
+        if before is None:
+            (self.path / RESOLVED).write_text(json.dumps(resolved, indent=1) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics and events after `step`, and torn lines, before a resume writes them again."""
+        for name in (METRICS, EVENTS):
+            kept = [line for line in read_lines(self.path / name) if line["step"] <= step]
+            scratch = self.path / f".{name}"
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            scratch.replace(self.path / name)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and flush it. NaN and inf are written as Python's json does."""
+        self._append(METRICS, json.dumps({"step": step, **values}))
+
+    def event(self, step: int, kind: str, message: str, **details: Any) -> None:
+        """Append one line to events.jsonl."""
+        self._append(EVENTS, json.dumps({"step": step, "event": kind, "message": message, **details}))
+
+    def log(self, line: str) -> None:
+        """Append what the terminal showed to log.txt."""
+        self._append(LOG, line)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        scratch = self.path / f".{SUMMARY}"
+        scratch.write_text(json.dumps(summary, indent=1) + "\n")
+        scratch.replace(self.path / SUMMARY)
+
+    def close(self) -> None:
+        """Close the files and let go of the lock."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._lock.close()
+
+    def _append(self, name: str, line: str) -> None:
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("a")
+        self._files[name].write(line + "\n")
+        self._files[name].flush()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a .jsonl file; a torn line is skipped."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and line.endswith("\n"):
+                yield record
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, None where there is no whole one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Return which options differ, as `path: before -> now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+
+
+def resolved(file: ExperimentFile, cell: Cell, device: str) -> dict[str, Any]:
+    """Return everything a reader needs to repeat the run: options, overrides, versions, device."""
+    import torch
+
+    options = cell.experiment.plain()
+    return {
+        "experiment": str(file.path),
+        "cell": cell.name,
+        "options": options,
+        "options_hash": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest(),
+        "overrides": list(cell.in_force),
+        "device": device,
+        "device_name": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine(),
+        "machine": platform.node(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "plugins": _versions(file),
+        "commit": _commit(),
+    }
+
+
+def _versions(file: ExperimentFile) -> dict[str, str]:
+    return {
+        "altgrad-core": importlib.metadata.version("altgrad-core"),
+        **{entry.distribution: entry.version for entry in file.registry.registered},
+    }
+
+
+def _commit() -> str | None:
+    """Return the git commit of the current folder, None outside of a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def now() -> float:
+    """Return seconds on a clock that is never set back."""
+    return time.perf_counter()

@@ -1,0 +1,186 @@
+"""One assembled training run: its parts, its progress, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from altgrad_core import checkpoint, data
+from altgrad_core.experiment import Experiment
+from altgrad_core.groups import GEOMETRY_KEYS
+from altgrad_core.hookspecs import Weight
+from altgrad_core.record import RunFolder
+from altgrad_core.storage import GridStorage, MasterBound
+from altgrad_core.surgery import WeightQuantizer, quantizer_of
+from altgrad_core.terminal import Terminal
+
+EXIT_CODES = {"finished": 0, "stopped": 1, "failed": 1, "interrupted": 130, "terminated": 143}
+"""Outcome of a run to the exit code of the command."""
+
+
+@attrs.define(eq=False)
+class Watched:
+    """A monitor or policy in a run, with what errors and checkpoints call it."""
+
+    name: str
+    owner: str
+    plugin: Any
+    seconds: float = 0.0
+
+    def error(self, method: str, error: BaseException) -> str:
+        return f"{self.name} of {self.owner}: {method} raised {type(error).__name__}: {error}"
+
+
+class PluginFailure(RuntimeError):
+    """A policy raised: the run ends, and the message names the plugin."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Run:
+    """One assembled training run."""
+
+    experiment: Experiment
+    cell: str
+    folder: RunFolder
+    terminal: Terminal
+    device: torch.device
+    model: nn.Module
+    compiled: Any
+    optimizer: torch.optim.Optimizer
+    storage: GridStorage | None
+    master_bound: MasterBound | None
+    tokens: data.TokenData
+    autocast: bool
+    layers: Mapping[str, str]
+    """Parameter name to module path."""
+    share_on_grid: float
+    frozen: int
+    """Numbers in parameters that do not train."""
+    monitors: list[Watched]
+    policies: list[Watched]
+    step: int = 0
+    lr_factor: float = 1.0
+    outcome: str = "running"
+    best: dict[str, float] = attrs.field(factory=dict)
+    last: dict[str, float] = attrs.field(factory=dict)
+    observed: dict[str, Tensor | float] = attrs.field(factory=dict)
+    seconds: float = 0.0
+    epoch_loss: tuple[Tensor, int] | None = None
+    was_finite: bool = True
+    summary: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the training tokens so far."""
+        return self.step * self.experiment.tokens_per_step / len(self.tokens.train)
+
+    # --- checkpoints ---------------------------------------------------------------------------------
+
+    def save(self, name: str | None = None) -> None:
+        """Write a checkpoint of this moment; unnamed ones are numbered by step and pruned."""
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            for key in GEOMETRY_KEYS:
+                group.pop(key, None)
+        state = {
+            "step": self.step,
+            "options": self.experiment.plain(),
+            "optimizer": optimizer,
+            "storage": self.storage.state_dict() if self.storage else None,
+            "master_bound": self.master_bound.state_dict() if self.master_bound else None,
+            "scales": {name: quantizer.scale for name, quantizer in self._quantizers()},
+            "random": checkpoint.random_state(),
+            "data": self.tokens.fingerprint,
+            "plugins": {watched.name: _state(watched.plugin) for watched in (*self.monitors, *self.policies)},
+            "lr_factor": self.lr_factor,
+            "best": self.best,
+            "last": self.last,
+            "seconds": self.seconds,
+            "epoch_loss": self.epoch_loss,
+            "was_finite": self.was_finite,
+            "threads": torch.get_num_threads(),
+        }
+        checkpoint.save(
+            self.folder.checkpoints, name or checkpoint.step_name(self.step), self.model.state_dict(), state
+        )
+        checkpoint.prune(self.folder.checkpoints, self.experiment.train.keep_checkpoints)
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Take up a checkpoint of the same experiment. Raises CheckpointError where it is another's."""
+        state = saved.state
+        if state["data"] != self.tokens.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: the data have changed since the checkpoint was written; "
+                "put them back, or start anew with --out"
+            )
+        self.model.load_state_dict(saved.model)
+        kept = [
+            {key: group[key] for key in GEOMETRY_KEYS if key in group}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(own)
+        if self.storage:
+            self.storage.load_state_dict(state["storage"])
+        if self.master_bound:
+            self.master_bound.load_state_dict(state["master_bound"])
+        for name, quantizer in self._quantizers():
+            quantizer.scale.copy_(state["scales"][name])
+        for watched in (*self.monitors, *self.policies):
+            load = getattr(watched.plugin, "load_state_dict", None)
+            if load is not None and state["plugins"].get(watched.name) is not None:
+                load(state["plugins"][watched.name])
+        self.step, self.lr_factor, self.seconds = state["step"], state["lr_factor"], state["seconds"]
+        self.best, self.last, self.was_finite = state["best"], state["last"], state["was_finite"]
+        if state["epoch_loss"] is not None:
+            self.epoch_loss = (state["epoch_loss"][0].to(self.device), state["epoch_loss"][1])
+        checkpoint.set_random_state(state["random"])
+        if state["threads"] != torch.get_num_threads():
+            self.warn(
+                f"{torch.get_num_threads()} threads now, {state['threads']} before: results may differ in bits"
+            )
+
+    # --- what monitors see ---------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Weight]:
+        """Return the parameters that train, as monitors see them, by name."""
+        return {
+            name: Weight(
+                value=parameter.detach(),
+                layer=self.layers[name],
+                format=quantizer.format if quantizer else None,
+                scale=quantizer.scale if quantizer else None,
+                storage="grid" if quantizer and quantizer.on_grid else "master",
+            )
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+            for quantizer in [quantizer_of(parameter)]
+        }
+
+    def quantized_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the quantised parameters that train, with their names."""
+        return [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and quantizer_of(parameter) is not None
+        ]
+
+    def warn(self, message: str) -> None:
+        self.folder.event(self.step, "warning", message)
+        self.terminal.warning(message)
+
+    def _quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
+        for name, parameter in self.model.named_parameters():
+            quantizer = quantizer_of(parameter)
+            if quantizer is not None:
+                yield name, quantizer
+
+
+def _state(plugin: Any) -> Any:
+    save = getattr(plugin, "state_dict", None)
+    return save() if save is not None else None

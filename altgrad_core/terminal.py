@@ -1,0 +1,108 @@
+"""What a person sees of a run: a header, log lines, a live progress line, a summary.
+
+On a terminal the progress line is live; into a pipe there are plain lines. Everything but the live line goes
+to the run's log.txt too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.markup
+import rich.progress
+
+
+class Terminal:
+    """The output of one run; `quiet` keeps everything but warnings and errors to the log."""
+
+    def __init__(self, *, quiet: bool = False, console: rich.console.Console | None = None) -> None:
+        self.quiet = quiet
+        self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self.log: Callable[[str], None] = lambda line: None
+        self._progress: rich.progress.Progress | None = None
+        self._task: Any = None
+
+    def say(self, line: str, style: str = "") -> None:
+        """Print one line, and log it."""
+        self.log(line)
+        if not self.quiet:
+            self.console.print(rich.markup.escape(line), style=style or None)
+
+    def warning(self, line: str) -> None:
+        """Print a warning, even when quiet."""
+        self.log(f"warning: {line}")
+        self.console.print(rich.markup.escape(f"warning: {line}"), style="yellow")
+
+    def table(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print aligned pairs of name and text."""
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            self.say(f"  {name:<{width}}  {text}")
+
+    def begin(self, step: int, steps: int) -> None:
+        """Start the live progress line, where the output is a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            return
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("step", total=steps, completed=step, numbers="")
+        self._progress.start()
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print one log line, and move the progress line."""
+        parts = [f"step {step:>6}"]
+        parts += [
+            f"{label} {metrics[name]:{form}}"
+            for name, label, form in (
+                ("train/loss", "loss", ".4f"),
+                ("validation/loss", "validation", ".4f"),
+                ("validation/bits_per_byte", "bits/byte", ".4f"),
+                ("train/gradient_norm", "norm", ".2f"),
+                ("train/learning_rate", "lr", ".2e"),
+            )
+            if name in metrics
+        ]
+        if "time/tokens_per_second" in metrics:
+            parts.append(f"{metrics['time/tokens_per_second']:,.0f} tokens/s")
+        self.say("  ".join(parts))
+        if self._progress is not None:
+            numbers = f"loss {metrics.get('train/loss', math.nan):.3f}"
+            self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def advance(self, step: int) -> None:
+        """Move the progress line between log lines."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def end(self) -> None:
+        """Take the progress line away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a person: `75 s`, `12 min`, `3.1 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: float) -> str:
+    """Return a large number for a person: `795,392`, `1.15 M`."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.2f} M"
+
+
+def stamp() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,182 @@
+"""Policies and monitors in a run: what they are shown, what they answer, and what happens when they fail.
+
+Between backward pass and step the core reads from the device once, and only where there are policies. A
+monitor that fails is dropped and training goes on; a policy that fails ends the run. Either way the message
+names the plugin.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from altgrad_core import checkpoint
+from altgrad_core.hookspecs import Step
+from altgrad_core.record import now
+from altgrad_core.run import PluginFailure, Run, Watched
+
+# --- policies ----------------------------------------------------------------------------------------
+
+
+def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
+    """Make the step's one host read and return the first action of a policy, None where all is well."""
+    if not run.policies:
+        return None
+    needs = [need for policy in run.policies for need in policy.plugin.needs]
+    wanted = {need: run.observed[need] for need in needs if need in run.observed}
+    read = dict(
+        zip(
+            ["train/loss", "train/gradient_norm", *wanted],
+            to_host([loss, norm, *wanted.values()]),
+            strict=True,
+        )
+    )
+    finite = [math.isfinite(read["train/loss"]), math.isfinite(read["train/gradient_norm"])]
+    read |= {"train/loss_finite": float(finite[0]), "train/gradient_finite": float(finite[1])}
+    if not all(finite) and run.was_finite:
+        run.save(checkpoint.LAST_FINITE)
+        run.folder.event(
+            run.step, "checkpoint", "the last finite state is kept", checkpoint=checkpoint.LAST_FINITE
+        )
+    run.was_finite = all(finite)
+    for watched in run.policies:
+        try:
+            action = watched.plugin.decide(run.step + 1, read)
+        except Exception as error:
+            raise PluginFailure(watched.error("decide", error)) from error
+        if action is not None:
+            _record_action(run, watched, action, read)
+            return action
+    return None
+
+
+def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, float]) -> None:
+    details = {key: value for key, value in attrs.asdict(action).items() if key != "reason"}
+    kind = type(action).__name__
+    run.folder.event(
+        run.step + 1,
+        "policy",
+        action.reason,
+        policy=watched.name,
+        action=kind,
+        details=details,
+        metrics=dict(read),
+    )
+    run.terminal.warning(f"step {run.step + 1}: {watched.name}: {kind}: {action.reason}")
+
+
+def to_host(values: list[Tensor | float]) -> list[float]:
+    """Return numbers from 0-d tensors and floats, by one transfer."""
+    tensors = [value.detach().double().reshape(()) for value in values if isinstance(value, Tensor)]
+    moved = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+# --- monitors ----------------------------------------------------------------------------------------
+
+
+def due_monitors(run: Run, index: int) -> list[Watched]:
+    """Return the monitors that observe this step: by their interval, or because a policy reads them."""
+    wanted = {need.partition("/")[0] for policy in run.policies for need in policy.plugin.needs}
+    return [
+        watched
+        for watched in run.monitors
+        if index % getattr(watched.plugin, "every", 1) == 0 or watched.name in wanted
+    ]
+
+
+def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
+    """Keep what the due monitors need of the moment before the step: the quantised weights, by name."""
+    needs = _needs(due)
+    before = (
+        {name: parameter.detach().clone() for name, parameter in run.quantized_parameters()} if needs else {}
+    )
+    if run.storage is not None:
+        kept = before if "intended" in needs else {}
+        on_grid = set(map(id, run.storage.weights))
+        run.storage.watched = {
+            parameter: kept[name]
+            for name, parameter in run.quantized_parameters()
+            if name in kept and id(parameter) in on_grid
+        }
+    if hasattr(run.optimizer, "watch"):
+        run.optimizer.watch = "intended" in needs
+    return before
+
+
+def _needs(due: Collection[Watched]) -> set[str]:
+    return {need for watched in due for need in watched.plugin.needs}
+
+
+def observe_after(run: Run, due: list[Watched], loss: Tensor, before: Mapping[str, Tensor]) -> None:
+    """Show the due monitors the step that has just been taken, and keep what they report on the device."""
+    if not due:
+        return
+    step = _seen(run, loss, before, _needs(due))
+    for watched in due:
+        begun = now()
+        try:
+            with torch.no_grad():
+                run.observed.update(_checked(watched, watched.plugin.observe(step)))
+        except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
+            drop(run, watched, "observe", error)
+        watched.seconds += now() - begun
+
+
+def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) -> Step:
+    """Return the step as monitors see it."""
+    gradients, intended, counts = {}, {}, {}
+    own_counts = getattr(run.optimizer, "counts", {})
+    stored = {**getattr(run.optimizer, "intended", {}), **(run.storage.intended if run.storage else {})}
+    for name, parameter in run.model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
+        if parameter in own_counts:
+            counts[name] = own_counts[parameter]
+        if "intended" in needs and name in before:
+            found = stored.get(parameter)
+            intended[name] = parameter.detach() - before[name] if found is None else found
+    return Step(
+        index=run.step,
+        loss=loss,
+        weights=run.weights(),
+        gradients=gradients,
+        before=before if "before" in needs else {},
+        intended=intended,
+        intended_in_rungs=bool(getattr(run.optimizer, "intended_in_rungs", False)),
+        counts=counts,
+    )
+
+
+def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
+    for name, value in metrics.items():
+        if not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
+            raise ValueError(f"the metric {name!r} must be named '{watched.name}/<quantity>/<layer>'")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"the metric {name!r} must be one number, it has the shape {tuple(value.shape)}")
+    return metrics
+
+
+def drop(run: Run, watched: Watched, method: str, error: BaseException) -> None:
+    run.monitors.remove(watched)
+    run.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on")
+
+
+def call_each(run: Run, method: str, *arguments: Any) -> None:
+    """Call an optional method of every monitor and policy that has it."""
+    for watched in (*run.monitors, *(run.policies if method == "start" else ())):
+        call = getattr(watched.plugin, method, None)
+        if call is None:
+            continue
+        try:
+            call(*arguments)
+        except Exception as error:
+            if watched not in run.monitors:
+                raise PluginFailure(watched.error(method, error)) from error
+            drop(run, watched, method, error)

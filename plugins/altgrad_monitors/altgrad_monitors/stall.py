@@ -1,0 +1,80 @@
+"""`stall`: how many updates change no code, beside what the size of the updates predicts.
+
+stall_ratio    1 - flips/updates, counting flips of elements that had a non-zero gradient only, so that it
+               lies in [0, 1]; under GridOptim both are its own counts. Not logged where nothing was updated.
+bit_stall      the share of elements with a non-zero actual update dw for which Q(w + dw) = Q(w).
+expected_stall 1 - mean(min(1, |dw|/S)) over the updated elements, dw the intended update and S the spacing
+               (under GridOptim |r| in rungs): what stochastic rounding of the same updates would give.
+
+A high stall ratio is normal with float32 masters and with small steps. The signals are its excess over
+expected_stall, and `descent`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad_core.hookspecs import Step, Weight
+from altgrad_monitors import MonitorOptions
+from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen
+
+Share = tuple[Tensor, Tensor]
+"""A numerator and a denominator, 0-d; the total of several layers is the ratio of their sums."""
+
+
+class Stall:
+    """Reports the three stall ratios; see the module's text."""
+
+    needs = ("before", "intended")
+    undefined_is_nan = True
+
+    def __init__(self, options: MonitorOptions) -> None:
+        self.every = options.every
+        self._layers = options.layers
+        self._book: CodeBook | None = None
+
+    def start(self, run: Any) -> None:
+        self._book = book_of(run)
+
+    def observe(self, step: Step) -> Mapping[str, Tensor | float]:
+        """Return the ratios of each layer and in total; NaN where a ratio is undefined."""
+        assert self._book is not None
+        found = self._book.flips(step)
+        metrics: dict[str, Tensor | float] = {}
+        weights = {name: weight for name, weight in chosen(self._layers, step).items() if name in found}
+        for quantity, share in (
+            ("stall_ratio", stalled),
+            ("bit_stall", bit_stalled),
+            ("expected_stall", expected),
+        ):
+            shares = {
+                weight.layer: share(name, weight, found[name], step) for name, weight in weights.items()
+            }
+            metrics |= {f"stall/{quantity}/{layer}": part / whole for layer, (part, whole) in shares.items()}
+            if shares:
+                parts, wholes = zip(*shares.values(), strict=True)
+                metrics[f"stall/{quantity}/total"] = torch.stack(parts).sum() / torch.stack(wholes).sum()
+        return metrics
+
+
+def stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
+    flips, updates = step.counts.get(name, (found.flips_of_updated, found.updates))
+    return (updates - flips).double(), updates.double()
+
+
+def bit_stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
+    moved = weight.value != step.before[name]
+    return (moved & found.same).sum().double(), moved.sum().double()
+
+
+def expected(name: str, weight: Weight, found: Flips, step: Step) -> Share:
+    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
+    intended = step.intended[name].abs()
+    if not step.intended_in_rungs or name not in step.counts:
+        intended = intended * weight.scale / weight.format.spacing(step.before[name] * weight.scale)
+    lost = 1 - intended.clamp(max=1)
+    return (lost * found.updated).sum(dtype=torch.float64), found.updated.sum().double()

@@ -1,0 +1,142 @@
+"""Optimizers for AltGrad: torch's AdamW, ManifoldAdamW, GridOptim.
+
+This module is light: options and registration. The optimizer classes are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from altgrad_core.hookspecs import Component, hookimpl
+from altgrad_core.options import FieldError, StiffnessChoice, above, at_least, option, within
+
+if TYPE_CHECKING:
+    from altgrad_optim.grid import GridOptim as GridOptim
+    from altgrad_optim.manifold import ManifoldAdamW as ManifoldAdamW
+
+PLACEMENTS = {"gradient": (1.0, 0.0), "update": (0.0, 1.0), "both": (1.0, 1.0)}
+"""Placement to the exponents (p, q) of delta w = -lr * S^q * Adam(S^p * g)."""
+
+_BETAS = "decay of the first and second moment's averages"
+_DECAY = "decoupled decay of matrices; vectors have none"
+
+
+@attrs.frozen(kw_only=True)
+class AdamWOptions:
+    """torch.optim.AdamW, fused: the baseline."""
+
+    lr: float = option("learning rate", default=1e-3, validator=at_least(0))
+    other_lr: float | None = option("learning rate of unquantised parameters; default: lr", default=None)
+    betas: tuple[float, float] = option(_BETAS, default=(0.9, 0.95), validator=within(0, 1))
+    eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
+    weight_decay: float = option(_DECAY, default=0.1, validator=at_least(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.other_lr is not None and self.other_lr < 0:
+            raise FieldError("other_lr", f"expected 0 or more, got {self.other_lr}")
+
+
+@attrs.frozen(kw_only=True)
+class Placement:
+    """Where the stiffness S acts: delta w = -lr * S^q * Adam(S^p * g)."""
+
+    p: float = option("exponent of S on the gradient", default=0.0)
+    q: float = option("exponent of S on the update", default=0.0)
+
+    @classmethod
+    def from_plain(cls, value: Any) -> Any:
+        """Read a placement by name, or leave the table {p, q} as it is."""
+        if isinstance(value, str):
+            if value not in PLACEMENTS:
+                raise ValueError(
+                    f"expected one of {', '.join(PLACEMENTS)} or a table {{p, q}}, got {value!r}"
+                )
+            p, q = PLACEMENTS[value]
+            return cls(p=p, q=q)
+        return value
+
+
+@attrs.frozen(kw_only=True)
+class ManifoldAdamWOptions:
+    """AdamW with a stiffness: Adam's step, or its gradient, measured in the format's spacing."""
+
+    lr: float = option(
+        "learning rate; under normalize = none and q = 1, ULPs per step", default=1e-3, validator=at_least(0)
+    )
+    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    placement: Placement = option("gradient, update, both, or {p, q}", default=Placement(p=0.0, q=1.0))
+    stiffness: StiffnessChoice = option(
+        "a stiffness formula, or a table with options", default=StiffnessChoice("grid")
+    )
+    normalize: Literal["rms", "mean", "max", "none"] = option(
+        "what S^q is divided by, per tensor", default="rms"
+    )
+    max_stiffness: float = option("S is clamped to it", unit="weight units", default=1e6, validator=above(0))
+    betas: tuple[float, float] = option(_BETAS, default=(0.9, 0.95), validator=within(0, 1))
+    eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
+    weight_decay: float = option(_DECAY, default=0.1, validator=at_least(0))
+    decay_lr: float = option(
+        "rate of the decay where lr is not in weight units", default=1e-3, validator=at_least(0)
+    )
+
+
+@attrs.frozen(kw_only=True)
+class GridOptimOptions:
+    """Updates in whole rungs of the format's grid."""
+
+    step_scale: float = option(
+        "rungs per unit of direction; with normalize = adam, rungs per step",
+        default=6.0,
+        validator=at_least(0),
+    )
+    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    normalize: Literal["none", "adam"] = option("direction: the raw velocity, or Adam's", default="none")
+    rounding: Literal["rung", "value"] = option("what is rounded stochastically", default="rung")
+    momentum: float = option("of the velocity", default=0.9, validator=within(0, 1))
+    betas: tuple[float, float] = option(
+        _BETAS + " (normalize = adam)", default=(0.9, 0.95), validator=within(0, 1)
+    )
+    eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
+    weight_decay: float = option(
+        "coupled under none, decoupled under adam", default=0.0, validator=at_least(0)
+    )
+    decay_lr: float = option("rate of the decay under adam", default=1e-3, validator=at_least(0))
+    rung_clip: float = option("largest move in one step", unit="rungs", default=10.0, validator=above(0))
+
+
+@hookimpl
+def altgrad_optimizers() -> list[Component]:
+    return [
+        Component(
+            name="AdamW",
+            summary="torch.optim.AdamW, fused: the baseline",
+            options=AdamWOptions,
+            target="altgrad_optim.adamw:build",
+            source="arXiv 1711.05101; defaults of nanoGPT",
+        ),
+        Component(
+            name="ManifoldAdamW",
+            summary="AdamW in the geometry of the format's spacing",
+            options=ManifoldAdamWOptions,
+            target="altgrad_optim.manifold:build",
+            source="docs/architecture.md; placement both is Riemannian Adam, arXiv 1810.00760",
+        ),
+        Component(
+            name="GridOptim",
+            summary="updates in whole rungs, rounded stochastically",
+            options=GridOptimOptions,
+            target="altgrad_optim.grid:build",
+        ),
+    ]
+
+
+_LAZY = {"GridOptim": "altgrad_optim.grid", "ManifoldAdamW": "altgrad_optim.manifold"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,88 @@
+"""AdamW: torch's own as the baseline, and its update for the plain parameters of the other optimizers.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments m, v and bias corrections c1 = 1 - b1^t,
+c2 = 1 - b2^t:   w <- (1 - lr*decay)*w - lr * (m/c1) / (sqrt(v)/sqrt(c2) + eps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from altgrad_core.hookspecs import OptimizerInputs
+from altgrad_optim import AdamWOptions
+
+
+def build(options: AdamWOptions, inputs: OptimizerInputs) -> torch.optim.AdamW:
+    """Return torch.optim.AdamW; groups without a format train at `other_lr`."""
+    other = options.lr if options.other_lr is None else options.other_lr
+    groups = [
+        {**group, "lr": options.lr if group["format"] is not None else other} for group in inputs.groups
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def adamw_direction(
+    gradient: Tensor, m: Tensor, v: Tensor, step: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Update the moments in place and return Adam's direction (m/c1) / (sqrt(v)/sqrt(c2) + eps).
+
+    gradient, m, v: of one shape and dtype. step counts from 1. Arithmetic in their dtype.
+    """
+    first, second = betas
+    m.lerp_(gradient, 1 - first)
+    v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    denominator = (v.sqrt() / math.sqrt(1 - second**step)).add_(eps)
+    return m.div(denominator).div_(1 - first**step)
+
+
+def moments(state: dict[str, Any], parameter: Tensor, *names: str) -> None:
+    """Start a parameter's state: `step` (0-d float32, as torch keeps it) and zero tensors."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    for name in names:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def plain_step(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], plain: Sequence[Tensor], lr: float
+) -> None:
+    """Update parameters without a format by torch's fused AdamW, at learning rate `lr`."""
+    if not plain:
+        return
+    for parameter in plain:
+        state = optimizer.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments(state, parameter, "exp_avg", "exp_avg_sq")
+    states = [optimizer.state[parameter] for parameter in plain]
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(plain),
+        [parameter.grad for parameter in plain],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

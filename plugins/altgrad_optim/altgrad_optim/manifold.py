@@ -1,0 +1,185 @@
+"""ManifoldAdamW: AdamW in the geometry of a format's spacing.
+
+A format's grid is a warped image of the integers: w = T(u), with local spacing S(w) = dw/du. With two
+exponents (p, q), the placement,
+
+    delta w = -lr * S^q * Adam(S^p * g).
+
+gradient, (1, 0): stiffness before Adam's moments. Adam divides a constant factor of the gradient out again,
+    so this is plain AdamW up to eps and the lag of a changing S. It does not move weights by constant ULPs.
+update, (0, 1): the normalised step is scaled, so that every weight moves by the same number of ULPs.
+both, (1, 1): Adam in rung space: Riemannian Adam (Becigneul and Ganea, arXiv 1810.00760) under the metric
+    1/S^2.
+
+S is taken at w before decay, in weight units, clamped to `max_stiffness`. S^q is divided per tensor by its
+rms, mean or max (`normalize`), accumulated in float64; with "none", lr reads as ULPs per step under q = 1.
+
+When not to use it: where weights are float32 masters and only the forward pass is quantised, formats hardly
+differ and plain AdamW does as well. A tensor that starts at zero does not leave it under `normalize="none"`
+with a learning rate meant for weight units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad_core.format import Format
+from altgrad_core.hookspecs import OptimizerInputs, Stiffness
+from altgrad_core.lookup import get_stiffness
+from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions
+from altgrad_optim.adamw import adamw_direction, moments, plain_step
+from altgrad_optim.base import (
+    GeometryOptimizer,
+    evaluated,
+    plain_lr,
+    refuse_bad,
+    refuse_betas,
+    schedule_factor,
+    split_by_grid,
+)
+
+NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rms": lambda s: s.double().square().mean().sqrt(),
+    "mean": lambda s: s.double().mean(),
+    "max": lambda s: s.double().amax(),
+}
+
+
+class ManifoldAdamW(GeometryOptimizer):
+    """AdamW with a stiffness; see the module's text.
+
+    params: as for any torch optimizer; `altgrad_core.param_groups(model)` splits a model's. A group may set
+        `format` and `scale` itself for weights that no quantiser knows.
+    lr: learning rate of the parameters that have a grid. Weight units, except under normalize="none".
+    stiffness: name of an installed formula, a table with options, or a callable.
+    placement: "gradient", "update", "both", or a pair (p, q) or table {"p":, "q":}.
+    normalize: "rms", "mean", "max" or "none": what S^q is divided by, per tensor.
+    weight_decay: decoupled, w *= 1 - rate * weight_decay; the rate is lr, or decay_lr (following the
+        schedule) where lr is not in weight units (q != 0 under normalize="none").
+    other_lr: learning rate of the parameters that have no grid: plain AdamW.
+    Raises ValueError on options out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        stiffness: Any = "grid",
+        placement: Any = "update",
+        normalize: str = "rms",
+        max_stiffness: float = 1e6,
+        other_lr: float = 1e-3,
+        decay_lr: float = 1e-3,
+    ) -> None:
+        not_negative, positive = (lambda x: x >= 0), (lambda x: x > 0)
+        refuse_bad(
+            learning_rate=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative)
+        )
+        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
+        refuse_bad(max_stiffness=(max_stiffness, positive))
+        refuse_betas(betas)
+        if normalize not in (*NORMALIZERS, "none"):
+            raise ValueError(
+                f"Invalid normalize value: {normalize!r}; use one of {', '.join(NORMALIZERS)}, none"
+            )
+        p, q = exponents(placement)
+        self.stiffness: Stiffness = get_stiffness(stiffness)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "p": p,
+                "q": q,
+                "normalize": normalize,
+                "max_stiffness": max_stiffness,
+                "other_lr": other_lr,
+                "decay_lr": decay_lr,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take one step; returns the closure's loss, None without one."""
+        loss = evaluated(closure)
+        for group in self.param_groups:
+            gridded, plain = split_by_grid(group)
+            for weight, format, scale in gridded:
+                self._update(group, weight, format, scale)
+            plain_step(self, group, plain, plain_lr(group, mixed=bool(gridded)))
+        return loss
+
+    def _update(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> None:
+        state = self.state[weight]
+        moments(state, weight, "exp_avg", "exp_avg_sq")
+        state["step"] += 1
+        p, q = group["p"], group["q"]
+        stiffness = (
+            self.stiffness(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
+        )
+        gradient = weight.grad if stiffness is None else weight.grad * powered(stiffness, p)
+        direction = adamw_direction(
+            gradient, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["betas"], group["eps"]
+        )
+        if stiffness is not None and q:
+            direction *= normalized(powered(stiffness, q), group["normalize"])
+        in_weight_units = not q or group["normalize"] != "none"
+        rate = group["lr"] if in_weight_units else group["decay_lr"] * schedule_factor(group)
+        weight.mul_(1 - rate * group["weight_decay"]).sub_(direction.mul_(group["lr"]))
+
+
+def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
+    """Return S^exponent; exact for the exponents 0 and 1."""
+    if exponent == 0:
+        return 1.0
+    return stiffness if exponent == 1 else stiffness.pow(exponent)
+
+
+def normalized(powers: Tensor | float, normalize: str) -> Tensor | float:
+    """Return S^q over its rms, mean or max over the tensor (float64 accumulation), in S's dtype."""
+    if normalize == "none" or not isinstance(powers, Tensor):
+        return powers
+    return powers / NORMALIZERS[normalize](powers).to(powers.dtype)
+
+
+def exponents(placement: Any) -> tuple[float, float]:
+    """Return (p, q) of a placement given by name, pair, table or object with p and q. Raises ValueError."""
+    if isinstance(placement, str):
+        if placement not in PLACEMENTS:
+            raise ValueError(
+                f"Invalid placement: {placement!r}; use one of {', '.join(PLACEMENTS)} or a pair (p, q)"
+            )
+        return PLACEMENTS[placement]
+    if isinstance(placement, dict):
+        placement = (placement.get("p", 0.0), placement.get("q", 0.0))
+    pair = placement if isinstance(placement, tuple | list) else (placement.p, placement.q)
+    if len(pair) != 2 or not all(isinstance(one, int | float) for one in pair):
+        raise ValueError(f"Invalid placement: {placement!r}; a pair is (p, q), two numbers")
+    return float(pair[0]), float(pair[1])
+
+
+def build(options: ManifoldAdamWOptions, inputs: OptimizerInputs) -> ManifoldAdamW:
+    """Return the optimizer of an experiment."""
+    return ManifoldAdamW(
+        inputs.groups,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        stiffness=options.stiffness.build(inputs.registry),
+        placement=options.placement,
+        normalize=options.normalize,
+        max_stiffness=options.max_stiffness,
+        other_lr=options.other_lr,
+        decay_lr=options.decay_lr,
+    )
