@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from altgrad_core import data, rules, shapes
+from altgrad_core import data, kernels, rules, shapes
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell
 from altgrad_core.format import Format
@@ -51,6 +51,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
     frozen = _freeze(model, experiment)
     layers = _quantize(model, experiment, registry, _autocast(experiment, device))
+    kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
     optimizer = _optimizer(model, experiment, registry)
     storage = _storage(model, optimizer, experiment, layers)
     return Run(

@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,9 +81,11 @@ def load(path: Path) -> Checkpoint:
     for file in (MODEL, TENSORS, TREE):
         if not (path / file).is_file() or _digest(path / file) != manifest.get(file):
             raise CheckpointError(f"{path}: {file} is not what its manifest says; the file is damaged")
-    tensors = load_file(path / TENSORS)
-    state = _unpacked(json.loads((path / TREE).read_text()), tensors)
-    return Checkpoint(model=load_file(path / MODEL), state=state)
+    try:
+        state = _unpacked(json.loads((path / TREE).read_text()), load_file(path / TENSORS))
+        return Checkpoint(model=load_file(path / MODEL), state=state)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,22 @@ import cyclopts
 from cyclopts import Parameter
 
 from altgrad_core.hookspecs import KINDS
-from altgrad_core.options import Choice, plain
-from altgrad_core.registry import Registered, Registry, UsageError, discover
+from altgrad_core.registry import (
+    NotFoundError,
+    Registered,
+    Registry,
+    UsageError,
+    discover,
+    listed,
+    suggestion,
+)
 
 _VERSION_FLAGS = ["--version"]
-Without = Annotated[tuple[str, ...], Parameter(help="Leave out this distribution's plugins.", negative=())]
+_SWITCH = Parameter(negative=(), show_default=False)
+Without = Annotated[
+    tuple[str, ...],
+    Parameter(help="Leave out this distribution's plugins.", negative=(), show_default=False),
+]
 
 run_app = cyclopts.App(
     name="altgrad-run",
@@ -47,6 +59,7 @@ def _guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake prints without a traceback and exits with 2."""
     try:
         code = command(tokens, exit_on_error=False, print_error=True)
+        sys.stdout.flush()
     except cyclopts.CycloptsError:
         return 2
     except UsageError as error:
@@ -54,7 +67,8 @@ def _guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader, head perhaps, has gone; Python would say so again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code if isinstance(code, int) else 0
 
@@ -67,13 +81,13 @@ def run(
     experiment: Path,
     /,
     *,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative=(), show_default=False)] = (),
     out: Path = Path("runs"),
     device: str = "auto",
-    check: Annotated[bool, Parameter(negative=())] = False,
+    check: Annotated[bool, _SWITCH] = False,
     resume: Path | None = None,
     jobs: int = 1,
-    quiet: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Annotated[bool, _SWITCH] = False,
     without: Without = (),
 ) -> int:
     """Run an experiment; a grid runs all its cells, skipping those already finished.
@@ -125,7 +139,7 @@ def run(
 def plugins(
     *,
     kind: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
     without: Without = (),
 ) -> int:
     """List what is installed; broken and conflicting plugins with the reason.
@@ -140,20 +154,23 @@ def plugins(
         Leave out this distribution's plugins.
     """
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"--kind is one of {', '.join(KINDS)}, not {kind!r}")
+        raise UsageError(f"--kind is one of {listed(KINDS)}; not {kind!r}{suggestion(kind, KINDS)}")
     registry = discover(without)
-    entries = [entry for entry in registry.registered if kind in (None, entry.kind)]
+    entries = [entry for one in KINDS if kind in (None, one) for entry in registry.of_kind(one)]
     if as_json:
         print(json.dumps(_listing(registry, entries), indent=1))
         return 0
     _print_table([(entry.kind, entry.name, entry.owner, entry.component.summary) for entry in entries])
+    if not entries:
+        print(f"no {kind or 'plugin'} is installed")
     for broken in registry.broken:
         print(f"\nbroken: {broken}")
     for owners in registry.conflicts():
-        listed = " and ".join(entry.owner for entry in owners)
-        print(
-            f'\nconflict: the {owners[0].kind} {owners[0].name!r} is owned by {listed}; say plugin = "dist:name"'
-        )
+        both = " and ".join(entry.owner for entry in owners)
+        choices = " or ".join(f'plugin = "{entry.distribution}:{entry.name}"' for entry in owners)
+        print(f"\nconflict: {owners[0].kind} {owners[0].name!r} is owned by {both}; say which: {choices}")
+    if registry.blocked:
+        print(f"\nleft out: {listed(registry.blocked)}")
     return 0
 
 
@@ -178,14 +195,14 @@ def _listing(registry: Registry, entries: Sequence[Registered]) -> dict[str, Any
             }
             for owners in registry.conflicts()
         ],
+        "left_out": list(registry.blocked),
     }
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]).rstrip())
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command
@@ -199,102 +216,31 @@ def show(name: str, /, *, without: Without = ()) -> int:
     without
         Leave out this distribution's plugins.
     """
+    from altgrad_core import component_page
+
     registry = discover(without)
     kind, _, bare = name.rpartition("/")
     if kind and kind not in KINDS:
-        raise UsageError(f"the kind is one of {', '.join(KINDS)}, not {kind!r}")
-    found = _shown_components(registry, [kind] if kind else list(KINDS), bare)
-    if len(found) > 1:
-        choices = ", ".join(f"altgrad show {entry.kind}/{bare}" for entry in found)
-        raise UsageError(f"{bare!r} is the name of several components: {choices}")
-    for line in _description(found[0]):
+        raise UsageError(f"the kind is one of {listed(KINDS)}; not {kind!r}{suggestion(kind, KINDS)}")
+    found = registry.find(kind, bare) if kind else _of_any_kind(registry, bare)
+    for line in component_page.lines(found, registry):
         print(line)
     return 0
 
 
-def _shown_components(registry: Registry, kinds: Sequence[str], name: str) -> list[Registered]:
-    import difflib
-
-    found, errors = [], []
-    for kind in kinds:
+def _of_any_kind(registry: Registry, name: str) -> Registered:
+    found = []
+    for kind in KINDS:
         try:
             found.append(registry.find(kind, name))
-        except UsageError as error:
-            errors.append(error)
+        except NotFoundError:
+            continue
     if not found:
-        if len(kinds) == 1:
-            raise errors[0]
-        known = sorted({entry.name for entry in registry.registered})
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; `altgrad plugins` lists what there is"
-        raise UsageError(f"nothing named {name!r} is installed{hint}")
-    return found
-
-
-_HEADINGS = {
-    "optimizer": "[optimizer]",
-    "monitor": "[[monitor]]",
-    "fallback": "[[fallback]]",
-    "dataset": "[data]",
-}
-
-
-def _description(entry: Registered) -> list[str]:
-    component = entry.component
-    lines = [f"{entry.kind} {entry.name}: {component.summary}", f"from {entry.owner}"]
-    if component.source:
-        lines.append(f"source: {component.source}")
-    fields = attrs.fields(component.options)
-    if fields:
-        lines += ["", "options:"]
-    for field in fields:
-        unit = f", {field.metadata['unit']}" if field.metadata.get("unit") else ""
-        default = "required" if field.default is attrs.NOTHING else f"default {_written(_default(field))}"
-        lines.append(f"  {field.name}: {_type_name(field.type)}, {default}{unit}")
-        if field.metadata.get("help"):
-            lines.append(f"      {field.metadata['help']}")
-    return [*lines, "", *_snippet(entry, fields)]
-
-
-def _default(field: Any) -> Any:
-    return field.default.factory() if isinstance(field.default, attrs.Factory) else field.default
-
-
-def _type_name(annotation: Any) -> str:
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    return text.removesuffix("Choice").lower() if text.endswith("Choice") else text
-
-
-def _written(value: Any) -> str:
-    """Return a value as TOML writes it."""
-    value = plain(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_written(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_written, value)) + "]"
-    if value is None:
-        return "none"
-    return json.dumps(value)
-
-
-def _snippet(entry: Registered, fields: Sequence[Any]) -> list[str]:
-    defaults = [(field, None if field.default is attrs.NOTHING else _default(field)) for field in fields]
-    pairs = [
-        f"{field.name} = {_written(value)}" if value is not None else f"# {field.name} = ..."
-        for field, value in defaults
-    ]
-    if entry.kind == "format":
-        if not fields:
-            return ["[quantize]", f'format = "{entry.name}"']
-        inline = ", ".join(pair for pair in pairs if not pair.startswith("#"))
-        return ["[quantize]", f'format = {{plugin = "{entry.name}"{", " + inline if inline else ""}}}']
-    if entry.kind == "stiffness":
-        inline = ", ".join(
-            [f'plugin = "{entry.name}"', *(pair for pair in pairs if not pair.startswith("#"))]
-        )
-        return ["[optimizer]", 'plugin = "ManifoldAdamW"', f"stiffness = {{{inline}}}"]
-    heading = _HEADINGS.get(entry.kind)
-    return [heading, f'plugin = "{entry.name}"', *pairs] if heading else []
-
-
-__all__ = ["Choice", "altgrad", "altgrad_run"]
+        known = {entry.name for entry in registry.registered}
+        hint = suggestion(name, sorted(known)) or "; `altgrad plugins` lists what there is"
+        broken = f"; broken plugins, where it may be: {listed(map(str, registry.broken))}"
+        raise UsageError(f"nothing named {name!r} is installed{hint}{broken if registry.broken else ''}")
+    if len(found) > 1:
+        choices = " or ".join(f"altgrad show {entry.kind}/{name}" for entry in found)
+        raise UsageError(f"{name!r} is the name of several components; say which: {choices}")
+    return found[0]

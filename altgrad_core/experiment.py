@@ -1,8 +1,8 @@
 """The experiment's schema: what a TOML file may say, with every default.
 
-These classes hold one run's options, fully resolved. `altgrad_core.files` reads them from a file, with
-overrides and grids; `altgrad_core.assemble` turns them into a run. Plugins' own options stand behind the
-`Choice` fields. No torch here.
+These classes hold one run's options, fully resolved. `altgrad_core.experiment_file` reads them from a file,
+with overrides and grids; `altgrad_core.assemble` turns them into a run. Plugins' own options stand behind
+the `Choice` fields. No torch here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from altgrad_core.options import (
     OptimizerChoice,
     above,
     at_least,
+    between,
     option,
     plain,
     regexes,
     within,
 )
+
+DEFAULT_DATASET, DEFAULT_OPTIMIZER = "licenses", "AdamW"
 
 TOKENIZERS = {"bytes": 256}
 """Tokenizer to the size of its vocabulary."""
@@ -54,7 +57,7 @@ class DataOptions:
 class ModelOptions:
     """`[model]`: nanoGPT."""
 
-    n_layer: int = option("transformer blocks", default=6, validator=at_least(1))
+    n_layer: int = option("transformer blocks", default=6, validator=between(1, 1000))
     n_head: int = option("attention heads; divides n_embd", default=6, validator=at_least(1))
     n_embd: int = option("width of the residual stream", default=384, validator=at_least(1))
     block_size: int = option("context length", unit="tokens", default=256, validator=at_least(1))
@@ -85,9 +88,7 @@ class TrainOptions:
     )
     deterministic: bool = option("deterministic kernels only, for bit-equal runs on cuda", default=False)
     warmup_steps: int = option("linear warm-up", unit="steps", default=100, validator=at_least(0))
-    min_lr_ratio: float = option(
-        "end of the cosine, as a share of lr", default=0.1, validator=within(0, 1.0001)
-    )
+    min_lr_ratio: float = option("end of the cosine, as a share of lr", default=0.1, validator=between(0, 1))
     grad_clip: float = option(
         "global L2 norm to clip gradients to; 0: never", default=1.0, validator=at_least(0)
     )
@@ -167,11 +168,11 @@ class Experiment:
         "initial weights, data order and rounding follow from it", default=1337, validator=at_least(0)
     )
     steps: int = option("optimizer steps", default=500, validator=at_least(1))
-    data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice("licenses")))
+    data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_DATASET)))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())
     train: TrainOptions = option("the loop", default=TrainOptions())
     quantize: QuantizeOptions | None = option("absent: nothing is quantised", default=None)
-    optimizer: OptimizerChoice = option("the optimizer", default=OptimizerChoice("AdamW"))
+    optimizer: OptimizerChoice = option("the optimizer", default=OptimizerChoice(DEFAULT_OPTIMIZER))
     monitor: tuple[MonitorChoice, ...] = option("watchers, in file order", default=())
     fallback: tuple[FallbackChoice, ...] = option("policies, in file order", default=())
 
@@ -191,8 +192,12 @@ class Experiment:
         return resolved
 
 
-def data_options(table: dict[str, Any]) -> dict[str, Any]:
-    """Return a `[data]` table in the shape of DataOptions: the core's keys apart from the plugin's."""
+def data_options(table: Any) -> Any:
+    """Return a `[data]` table, or a name, in the shape of DataOptions: the core's keys beside the plugin."""
+    if isinstance(table, str):
+        return {"source": table}
+    if not isinstance(table, dict):
+        return table
     core = {key: value for key, value in table.items() if key == "tokenizer"}
     source = {key: value for key, value in table.items() if key != "tokenizer"}
-    return {**core, "source": source}
+    return {**core, "source": {"plugin": DEFAULT_DATASET, **source}}

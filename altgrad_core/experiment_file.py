@@ -6,8 +6,8 @@ torch is imported; each problem is reported as `file:line: path: what is wrong`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,20 +16,18 @@ from typing import Any
 import attrs
 import tomli
 
-from altgrad_core import locator, rules, shapes
-from altgrad_core.experiment import Experiment, data_options
-from altgrad_core.options import FieldError, Path, Problem, shown, structure, suggestion
-from altgrad_core.overrides import Origin, Override, Tree, from_flag, from_table, spelled, split
-from altgrad_core.registry import Registry, UsageError, discover
+from altgrad_core import locator
+from altgrad_core.axes import SINGLE, axes, cell_name
+from altgrad_core.contradictions import contradictions
+from altgrad_core.experiment import DEFAULT_DATASET, DEFAULT_OPTIMIZER, Experiment, data_options
+from altgrad_core.options import Path, written
+from altgrad_core.overrides import DEEPEST, Override, Tree, from_flag, from_table, is_deep, spelled
+from altgrad_core.registry import Registry, UsageError, discover, listed, shown, suggestion
+from altgrad_core.structuring import Problem, structure
 
 DEVICES = ("cpu", "cuda")
 DRIVER_KEYS = ("on", "grid")
 """Top-level tables that shape the runs and are no option of a run."""
-
-SINGLE = "run"
-"""The name of the only cell of a file without a grid."""
-
-_LONGEST_CELL_NAME = 120
 
 
 class ExperimentError(UsageError):
@@ -67,20 +65,30 @@ def load_experiment(
 ) -> ExperimentFile:
     """Read an experiment file with `key=value` overrides. Raises ExperimentError with every problem."""
     path = pathlib.Path(path)
-    flags = [from_flag(text) for text in overrides]
+    flags, bad_flags = _flags(overrides)
     text, raw = _read(path)
     registry = registry or discover()
-    checked = _Checked(path=path, text=text, raw=raw, flags=flags, registry=registry)
+    checked = _Checked(raw=raw, flags=flags, registry=registry, mistakes=_Mistakes(path, locator.lines(text)))
     cells_on = {device: checked.cells(device) for device in DEVICES}
-    if checked.lines:
-        raise ExperimentError(list(checked.lines))
+    if lines := [*checked.mistakes.lines(), *bad_flags]:
+        raise ExperimentError(lines)
     name = cells_on[DEVICES[0]][0].experiment.name
     return ExperimentFile(path=path, text=text, name=name, registry=registry, cells_on=cells_on)
 
 
+def _flags(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
+    flags, wrong = [], []
+    for text in texts:
+        try:
+            flags.append(from_flag(text))
+        except UsageError as error:
+            wrong.append(_one_line(str(error)))
+    return flags, wrong
+
+
 def _read(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # Windows editors put a byte order mark first
     except OSError as error:
         raise ExperimentError(
             [f"{path}: cannot be read: {error.strerror}; give the path of a TOML file"]
@@ -91,140 +99,145 @@ def _read(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
             [f"{path}:{line}: is not UTF-8 text: {error.reason}; save it as UTF-8"]
         ) from error
     try:
-        return text, tomli.loads(text)
+        raw = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         reason = str(error)[: place.start()] if place else str(error)
-        raise ExperimentError([f"{path}:{line}: is no TOML: {reason}"]) from error
+        raise ExperimentError([f"{path}:{line}: is no TOML: {_one_line(reason)}"]) from error
+    except ValueError as error:  # what Python says to an integer of thousands of digits
+        raise ExperimentError([f"{path}:1: is no TOML that can be read: {error}"]) from error
     except RecursionError as error:
-        raise ExperimentError([f"{path}:1: is nested too deeply"]) from error
+        raise ExperimentError([f"{path}:1: {_TOO_DEEP}"]) from error
+    if is_deep(raw):
+        deep = (line for at, line in locator.lines(text).items() if len(at) > DEEPEST)
+        raise ExperimentError([f"{path}:{min(deep, default=1)}: {_TOO_DEEP}"])
+    return text, raw
+
+
+_TOO_DEEP = f"tables and lists are nested more than {DEEPEST} levels deep"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+@attrs.define
+class _Mistakes:
+    """What is wrong with one file, each mistake once, in the order of the file's lines."""
+
+    path: pathlib.Path
+    positions: dict[Path, int]
+    found: dict[tuple[float, str], None] = attrs.field(factory=dict)
+
+    def add(self, problems: Iterable[Problem], tree: Tree | None = None) -> None:
+        """Note problems; `tree` knows which of the paths were overridden, and where."""
+        for problem in problems:
+            origin = tree.origin(problem.path) if tree and problem.path else None
+            line = locator.locate(self.positions, origin.path if origin else problem.path)
+            flag = origin.flag if origin else ""
+            parts = (flag or f"{self.path}:{line}", spelled(problem.path), problem.message)
+            text = _one_line(": ".join(part for part in parts if part))
+            self.found[float("inf") if flag else line, text] = None
+
+    def lines(self) -> list[str]:
+        return [text for _, text in sorted(self.found, key=lambda one: one[0])]
 
 
 @attrs.define
 class _Checked:
-    """One file on its way to cells, collecting problems as lines, each once."""
+    """One file on its way to cells."""
 
-    path: pathlib.Path
-    text: str
     raw: dict[str, Any]
     flags: list[Override]
     registry: Registry
-    lines: dict[str, None] = attrs.field(factory=dict)
-    positions: dict[Path, int] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.positions = locator.lines(self.text)
+    mistakes: _Mistakes
 
     def cells(self, device: str) -> tuple[Cell, ...]:
-        """Return the cells of the file on this device; problems go to `lines`."""
+        """Return the cells of the file on this device, as far as they are right."""
+        overlay, varied = self._overlay(device), self._axes()
+        self._refuse(overlay, varied)
         base = Tree({key: value for key, value in self.raw.items() if key not in DRIVER_KEYS})
-        overlay = self._overlay(device)
         base.apply(overlay)
         cells = []
-        for name, values in self._combinations():
+        for values in itertools.product(*varied):
             tree = base.copy()
             tree.apply(values)
             tree.apply(self.flags)
             experiment = self._experiment(tree)
             if experiment is not None:
                 in_force = tuple(_in_force(one, device) for one in (*overlay, *values, *self.flags))
-                cells.append(Cell(name=name, experiment=experiment, in_force=in_force))
+                cells.append(Cell(name=cell_name(values), experiment=experiment, in_force=in_force))
+        self.mistakes.add(_twins(cells))
         return tuple(cells)
 
     def _overlay(self, device: str) -> list[Override]:
+        """Return the overrides of `[on.*]` for this device."""
         overlays = self.raw.get("on", {})
         if not isinstance(overlays, dict):
-            self._report(Tree({}), [Problem(("on",), "expected tables [on.cpu] or [on.cuda]")])
+            self.mistakes.add([Problem(("on",), "expected tables [on.cpu] or [on.cuda]")])
             return []
         for key, table in overlays.items():
             if key not in DEVICES:
-                self._report(
-                    Tree({}),
-                    [
-                        Problem(
-                            ("on", key),
-                            f"unknown device {key!r}{suggestion(key, DEVICES)}; there are: cpu, cuda",
-                        )
-                    ],
-                )
+                hint = suggestion(key, DEVICES) or f"; there are: {listed(DEVICES)}"
+                self.mistakes.add([Problem(("on", key), f"unknown device {key!r}{hint}")])
             elif not isinstance(table, dict):
-                self._report(Tree({}), [Problem(("on", key), f"expected a table, got {shown(table)}")])
+                self.mistakes.add([Problem(("on", key), f"expected a table, got {shown(table)}")])
         table = overlays.get(device, {})
-        return self._keys(from_table, table, ("on", device)) if isinstance(table, dict) else []
-
-    def _keys(self, reader: Any, table: dict[str, Any], at: Path) -> list[Override]:
         try:
-            return list(reader(table, at))
+            return list(from_table(table, ("on", device))) if isinstance(table, dict) else []
         except ValueError as error:
-            self._report(Tree({}), [Problem(at, str(error))])
+            self.mistakes.add([Problem(("on", device), str(error))])
             return []
 
-    def _combinations(self) -> Iterable[tuple[str, list[Override]]]:
+    def _axes(self) -> list[list[Override]]:
         grid = self.raw.get("grid", {})
         if not isinstance(grid, dict):
-            self._report(Tree({}), [Problem(("grid",), "expected a table of lists")])
-            return [(SINGLE, [])]
-        axes = []
-        for key, values in grid.items():
-            if not isinstance(values, list) or not values:
-                hint = "" if isinstance(values, list) else ", or put the value outside of [grid]"
-                self._report(
-                    Tree({}),
-                    [
-                        Problem(
-                            ("grid", key),
-                            f"expected a list with at least one value, got {shown(values)}{hint}",
-                        )
-                    ],
-                )
-                continue
-            axis = self._keys(
-                lambda values, at: [
-                    Override(split(at[1]), value, Origin((*at, index))) for index, value in enumerate(values)
-                ],
-                values,
-                ("grid", key),
-            )
-            if axis:
-                axes.append(axis)
-        cells = [(cell_name(combination), list(combination)) for combination in itertools.product(*axes)]
-        self._refuse_twins(cells)
-        return cells
+            self.mistakes.add([Problem(("grid",), "expected a table of lists")])
+            return []
+        try:
+            found, problems = axes(grid)
+        except ValueError as error:
+            self.mistakes.add([Problem(("grid",), str(error))])
+            return []
+        self.mistakes.add(problems)
+        return found
 
-    def _refuse_twins(self, cells: list[tuple[str, list[Override]]]) -> None:
-        seen: set[str] = set()
-        for name, _ in cells:
-            if name in seen:
-                self._report(Tree({}), [Problem(("grid",), f"two cells are the same: {name}; remove one")])
-            seen.add(name)
+    def _refuse(self, overlay: Sequence[Override], varied: Sequence[Sequence[Override]]) -> None:
+        """Refuse overrides that would put two runs into one folder."""
+        for override in (*overlay, *itertools.chain(*varied)):
+            if override.path[0] == "name":
+                message = "names the folder of every run; set it at the top of the file"
+                self.mistakes.add([Problem(override.origin.path, message)])
+        for flag in self.flags:
+            if any(axis[0].path[: len(flag.path)] == flag.path for axis in varied):
+                message = "is an axis of [grid]; change its list in the file"
+                self.mistakes.add([Problem(flag.path, message)], Tree({}, {flag.path: flag.origin}))
 
     def _experiment(self, tree: Tree) -> Experiment | None:
         sections, problems = _sections(tree.data, self.registry)
-        problems = [*tree.problems, *problems, *contradictions(sections, self.registry)]
-        self._report(tree, problems)
+        problems = [*tree.problems, *problems, *contradictions(sections)]
+        self.mistakes.add(problems, tree)
         return None if problems else Experiment(**sections)
 
-    def _report(self, tree: Tree, problems: Iterable[Problem]) -> None:
-        for problem in problems:
-            origin = tree.origin(problem.path) if problem.path else Origin()
-            if origin.flag:
-                place = origin.flag
-            else:
-                place = f"{self.path}:{locator.locate(self.positions, origin.path)}"
-            path = spelled(problem.path)
-            self.lines[f"{place}: {path}: {problem.message}" if path else f"{place}: {problem.message}"] = (
-                None
-            )
+
+def _twins(cells: Sequence[Cell]) -> Iterable[Problem]:
+    """Refuse cells that are the same run, or would share a folder."""
+    seen: dict[str, str] = {}
+    for cell in cells:
+        for key in (cell.name, json.dumps(cell.experiment.plain())):
+            if key in seen:
+                yield Problem(
+                    ("grid",), f"the cells {seen[key]} and {cell.name} are the same run; remove one"
+                )
+                break
+            seen[key] = cell.name
 
 
 def _in_force(override: Override, device: str) -> str:
-    source = (
-        "--set"
-        if override.origin.flag
-        else {"on": f"[on.{device}]", "grid": "[grid]"}[str(override.origin.path[0])]
-    )
-    return f"{spelled(override.path)} = {_short(override.value)} ({source})"
+    source = {"on": f"[on.{device}]", "grid": "[grid]"}
+    written_in = "--set" if override.origin.flag else source[str(override.origin.path[0])]
+    return f"{spelled(override.path)} = {written(override.value)} ({written_in})"
 
 
 def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, Any], list[Problem]]:
@@ -233,16 +246,13 @@ def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, An
     Returns the sections that are right, defaults included, and the problems of the others.
     """
     fields = attrs.fields_dict(attrs.resolve_types(Experiment))
-    data = {"data": {"plugin": "licenses"}, "optimizer": {"plugin": "AdamW"}, **data}
-    if isinstance(data["data"], dict):
-        data["data"] = data_options({"plugin": "licenses", **data["data"]})
+    data = {"data": {"plugin": DEFAULT_DATASET}, "optimizer": {"plugin": DEFAULT_OPTIMIZER}, **data}
+    data["data"] = data_options(data["data"])
     sections = {key: field.default for key, field in fields.items() if key not in data and key != "name"}
     problems: list[Problem] = []
     for key, value in data.items():
         if key not in fields:
-            known = [*fields, *DRIVER_KEYS]
-            found = suggestion(key, known) or f"; the keys are: {', '.join(known)}"
-            problems.append(Problem((key,), f"unknown key {key!r}{found}"))
+            problems.append(Problem((key,), _unknown(key, fields)))
             continue
         section, wrong = structure(value, fields[key].type, registry, (key,))
         if not wrong and fields[key].validator is not None:
@@ -253,6 +263,13 @@ def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, An
     if "name" not in data:
         problems.append(Problem((), 'name: is required and missing; add name = "..." at the top'))
     return sections, problems
+
+
+def _unknown(key: str, fields: Iterable[str]) -> str:
+    if key in DRIVER_KEYS:
+        return "is no option of a run; change it in the file"
+    known = [*fields, *DRIVER_KEYS]
+    return f"unknown key {key!r}{suggestion(key, known) or f'; the keys are: {listed(known)}'}"
 
 
 def _validated(field: Any, value: Any) -> list[Problem]:
@@ -270,73 +287,4 @@ def _without_source(problem: Problem) -> Problem:
     return problem
 
 
-# --- what no single field can know -------------------------------------------------------------------
-
-
-def contradictions(sections: Mapping[str, Any], registry: Registry) -> list[Problem]:
-    """Return the problems between sections, as far as the sections given are right by themselves."""
-    problems = []
-    for kind in ("monitor", "fallback"):
-        names = [choice.plugin for choice in sections.get(kind, ())]
-        problems += [
-            Problem((kind, index), f"{name!r} is listed twice; keep one")
-            for index, name in enumerate(names)
-            if name in names[:index]
-        ]
-    if "model" in sections and "data" in sections:
-        problems += _rule_problems(sections, registry)
-        problems += _freeze_problems(sections)
-    return problems
-
-
-def _rule_problems(sections: Mapping[str, Any], registry: Registry) -> list[Problem]:
-    quantize, model = sections.get("quantize"), sections["model"]
-    if quantize is None:
-        return []
-    layers = shapes.linear_shapes(model, sections["data"].vocab_size)
-    try:
-        rules.plan(quantize, layers, rules.tied_layers(model), registry)
-    except FieldError as error:
-        return [Problem(("quantize", *error.path), str(error))]
-    return []
-
-
-def _freeze_problems(sections: Mapping[str, Any]) -> list[Problem]:
-    names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
-    patterns = sections["train"].freeze if "train" in sections else ()
-    return [
-        Problem(
-            ("train", "freeze", index), f"{pattern!r} matches no parameter; there are: {', '.join(names)}"
-        )
-        for index, pattern in enumerate(patterns)
-        if not any(re.fullmatch(pattern, name) for name in names)
-    ]
-
-
-# --- names of cells ----------------------------------------------------------------------------------
-
-
-def cell_name(overrides: Sequence[Override]) -> str:
-    """Return a folder name that says what varies; it depends on this cell's values alone."""
-    if not overrides:
-        return SINGLE
-    name = ",".join(f"{_axis(override.path)}={_short(override.value)}" for override in overrides)
-    name = re.sub(r"[^\w.,=+()-]+", "_", name)
-    if len(name) <= _LONGEST_CELL_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:10]
-    return f"{name[: _LONGEST_CELL_NAME - 11]}-{digest}"
-
-
-def _axis(path: Path) -> str:
-    return str(path[-1]) if len(path) > 1 else str(path[0])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        rest = [f"{key}={_short(inner)}" for key, inner in value.items() if key != "plugin"]
-        name = str(value.get("plugin", ""))
-        return f"{name}({','.join(rest)})" if rest else name
-    if isinstance(value, list):
-        return "+".join(map(_short, value))
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+__all__ = ["SINGLE", "Cell", "ExperimentError", "ExperimentFile", "load_experiment"]

@@ -53,7 +53,7 @@ class Format:
     def __init__(self, *, name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> None:
         if not name:
             raise ValueError("a format needs a name")
-        if not FEWEST_BITS <= bits <= MOST_BITS:
+        if not (isinstance(bits, int) and FEWEST_BITS <= bits <= MOST_BITS):
             raise ValueError(f"format {name!r}: bits is {bits!r}; a format has {FEWEST_BITS} to {MOST_BITS}")
         self.name = name
         self.bits = bits
@@ -96,7 +96,11 @@ class Format:
         return f"<{type(self).__name__} {self.name}: {self.bits} bits, {self.smallest:g} to {self.largest:g}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        derived = {
+            name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)
+        }
+        kept = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {**kept, "_cache": {}}
 
     # --- the contract -------------------------------------------------------------------------------
 

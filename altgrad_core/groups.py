@@ -60,4 +60,4 @@ def grid_of(group: dict[str, Any], index: int) -> tuple[Format, Tensor] | None:
     own = scale[index] if isinstance(scale, list | tuple) else scale
     if isinstance(own, Tensor):
         return format, own.to(parameter.device)
-    return format, torch.tensor(1.0 if own is None else float(own), device=parameter.device)
+    return format, torch.full((), 1.0 if own is None else float(own), device=parameter.device)

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Stiffness
-from altgrad_core.options import Choice, FormatChoice, StiffnessChoice, structure
+from altgrad_core.options import Choice, FormatChoice, StiffnessChoice
 from altgrad_core.registry import Registry, UsageError, discover
+from altgrad_core.structuring import structure
 
 
 def get_format(

@@ -57,11 +57,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))  # (B, T, 3, heads, head width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head width)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, T, head width)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        mixed: Tensor = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+        return mixed
 
 
 class MLP(nn.Module):
@@ -76,7 +76,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        inner = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        outer: Tensor = self.dropout(self.c_proj(inner))
+        return outer
 
 
 class Block(nn.Module):
@@ -90,8 +92,31 @@ class Block(nn.Module):
         self.mlp = MLP(options)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        middle: Tensor = x + self.attn(self.ln_1(x))
+        outer: Tensor = middle + self.mlp(self.ln_2(middle))
+        return outer
+
+
+class Transformer(nn.Module):
+    """Everything before the head: embeddings, blocks, the last LayerNorm."""
+
+    def __init__(self, options: ModelOptions, vocab_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, options.n_embd)
+        self.wpe = nn.Embedding(options.block_size, options.n_embd)
+        self.drop = nn.Dropout(options.dropout)
+        self.h = nn.ModuleList(Block(options) for _ in range(options.n_layer))
+        self.ln_f = LayerNorm(options.n_embd, options.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, block_size = tokens.shape[1], self.wpe.num_embeddings
+        if length > block_size:
+            raise ValueError(f"got {length} tokens in a row, expected at most block_size = {block_size}")
+        x = self.drop(self.wte(tokens) + self.wpe.weight[:length])  # (B, T, C)
+        for block in self.h:
+            x = block(x)
+        hidden: Tensor = self.ln_f(x)
+        return hidden
 
 
 class GPT(nn.Module):
@@ -101,17 +126,9 @@ class GPT(nn.Module):
         """Build the model on the CPU; `generator` is drawn from once, to seed the initial weights."""
         super().__init__()
         self.options = options
-        # torch's modules fill themselves from the global generator when they are made, which then goes back
+        # torch's modules fill themselves from the global generator when they are made; it is put back
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": nn.Embedding(vocab_size, options.n_embd),
-                    "wpe": nn.Embedding(options.block_size, options.n_embd),
-                    "drop": nn.Dropout(options.dropout),
-                    "h": nn.ModuleList(Block(options) for _ in range(options.n_layer)),
-                    "ln_f": LayerNorm(options.n_embd, options.bias),
-                }
-            )
+            self.transformer = Transformer(options, vocab_size)
             self.lm_head = nn.Linear(options.n_embd, vocab_size, bias=False)
         if options.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -119,7 +136,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill every parameter with its initial values, a function of `seed` and its own name and shape."""
+        """Fill every parameter with its initial values, a function of `seed`, its name and its shape."""
         residual_std = INITIAL_STD / math.sqrt(2 * self.options.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -131,20 +148,13 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for `tokens` (B, T), int64.
 
-        With `targets` (B, T) the logits (B, T, vocabulary) and the mean cross-entropy in nats, float32;
-        without, the logits (B, 1, vocabulary) of the last position, and None.
+        With `targets` (B, T): the logits (B, T, vocabulary) and the mean cross-entropy in nats, in float32.
+        Without: the logits (B, 1, vocabulary) of the last position, and None.
         """
-        length = tokens.shape[1]
-        if length > self.options.block_size:
-            raise ValueError(f"got {length} tokens, expected at most block_size = {self.options.block_size}")
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:length]
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+        hidden = self.transformer(tokens)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.lm_head(hidden[:, -1:]), None
+        logits = self.lm_head(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
         return logits, loss
 

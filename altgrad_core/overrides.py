@@ -8,6 +8,7 @@ plugin's options. A table under `[on.*]` is merged key by key; a table as a valu
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 import attrs
 import tomli
 
-from altgrad_core.options import Path, Problem, shown
-from altgrad_core.registry import UsageError
+from altgrad_core.options import Path
+from altgrad_core.registry import UsageError, shown
+from altgrad_core.structuring import Problem
 
 CORE_DATA_KEYS = ("tokenizer",)
 """Keys of [data] that are the core's own, and survive a change of the plugin."""
+
+DEEPEST = 20
+"""Tables and lists inside of one another that an experiment may have; real ones have four."""
 
 _BARE_WORD = re.compile(r"[\w.:+/\\-]+")
 
@@ -53,8 +58,8 @@ class Tree:
         return Tree(copy.deepcopy(self.data), dict(self.origins), list(self.problems))
 
     def apply(self, overrides: Iterable[Override]) -> None:
-        """Put the values in place; within one call, changes of a `plugin` go first."""
-        for override in sorted(overrides, key=lambda one: one.path[-1] != "plugin"):
+        """Put the values in place; within one call, whole tables and changes of a `plugin` go first."""
+        for override in sorted(overrides, key=lambda one: (len(one.path), one.path[-1] != "plugin")):
             self._put(override)
 
     def origin(self, path: Path) -> Origin:
@@ -65,29 +70,46 @@ class Tree:
         return Origin(path)
 
     def _put(self, override: Override) -> None:
-        *parents, last = override.path
+        path: Path = ()
         table: Any = self.data
-        for depth, step in enumerate(parents):
-            table = _entered(table, step)
+        for step in override.path[:-1]:
+            path = (*path, _own(step, table))
+            table = _entered(table, path[-1])
             if table is None:
-                blocked = spelled(override.path[: depth + 1])
-                message = f"cannot be set: {blocked} is no table or list element of the file"
-                self.problems.append(Problem(override.path, message))
-                self.origins[override.path] = override.origin
+                self._refuse(override, f"{spelled(path)} is no table or list element of the file")
                 return
-        self.origins = {
-            path: origin
-            for path, origin in self.origins.items()
-            if path[: len(override.path)] != override.path
-        }
-        self.origins[override.path] = override.origin
-        if last == "plugin" and isinstance(table, dict) and table.get("plugin") != override.value:
-            for key in [key for key in table if not (parents == ["data"] and key in CORE_DATA_KEYS)]:
-                del table[key]
+        last = _own(override.path[-1], table)
         if isinstance(table, list) and not (isinstance(last, int) and last < len(table)):
-            self.problems.append(Problem(override.path, f"cannot be set: the list has {len(table)} elements"))
+            self._refuse(override, f"the list has {len(table)} elements, counted from 0")
             return
+        if last == "plugin" and table.get("plugin") != override.value:
+            self._drop_options(path, table, override.origin)
+        self._forget((*path, last))
+        self.origins[(*path, last)] = override.origin
         table[last] = copy.deepcopy(override.value)
+
+    def _drop_options(self, path: Path, table: dict[str, Any], origin: Origin) -> None:
+        """Empty the table of a plugin that is replaced, but for the core's own keys in [data]."""
+        kept = [key for key in CORE_DATA_KEYS if path == ("data",) and key in table]
+        origins = {(*path, key): self.origin((*path, key)) for key in kept}
+        values = {key: table[key] for key in kept}
+        self._forget(path)
+        self.origins |= {path: origin, **origins}
+        table.clear()
+        table.update(values)
+
+    def _refuse(self, override: Override, reason: str) -> None:
+        self.problems.append(Problem(override.path, f"cannot be set: {reason}"))
+        self.origins[override.path] = override.origin
+
+    def _forget(self, path: Path) -> None:
+        """Drop the origin of `path`, and of everything below it."""
+        self.origins = {known: origin for known, origin in self.origins.items() if known[: len(path)] != path}
+
+
+def _own(step: str | int, table: Any) -> str | int:
+    """Return a step as the table or list knows it: digits are a position only in a list."""
+    return str(step) if isinstance(table, dict) else step
 
 
 def _entered(table: Any, step: str | int) -> Any:
@@ -120,26 +142,43 @@ def from_flag(text: str) -> Override:
     if not equals or not key.strip():
         raise UsageError(f"{flag}: expected key=value, such as steps=20 or quantize.format=E5M2")
     try:
-        path = split(key.strip())
+        return Override(split(key.strip()), _value(written.strip()), Origin(flag=flag))
     except ValueError as error:
         raise UsageError(f"{flag}: {error}") from error
+
+
+def _value(written: str) -> Any:
     try:
-        value = tomli.loads(f"value = {written.strip()}")["value"]
-    except tomli.TOMLDecodeError:
-        if not _BARE_WORD.fullmatch(written.strip()):
-            raise UsageError(f"{flag}: {shown(written)} is neither a TOML value nor a bare word") from None
-        value = written.strip()
-    return Override(path, value, Origin(flag=flag))
+        table = tomli.loads(f"value = {written}")
+    except (ValueError, RecursionError):  # ValueError: also what Python says to an integer of 5000 digits
+        table = {}
+    if list(table) == ["value"]:
+        if is_deep(table):
+            raise ValueError(f"the value is nested more than {DEEPEST} levels deep")
+        return table["value"]
+    if not _BARE_WORD.fullmatch(written):
+        raise ValueError(f"{shown(written)} is neither a TOML value nor a bare word; put text in quotes")
+    return written
+
+
+def is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether tables and lists are nested more than so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        return False
+    return levels == 0 or any(is_deep(one, levels - 1) for one in inner)
 
 
 def split(key: str) -> Path:
     """Split a dotted key as TOML does: `a."b.c".0` gives ("a", "b.c", 0). Raises ValueError."""
-    parts = re.findall(r'"([^"]*)"|\'([^\']*)\'|([\w-]+)|(\.)|(.)', key)
+    parts = re.findall(r'"([^"]*)"|\'([^\']*)\'|([\w-]+)|(\.)|(.)', key, re.DOTALL)
     steps = [double or single or bare for double, single, bare, dot, _ in parts if not dot]
     well_formed = all(bool(part[3]) == bool(index % 2) for index, part in enumerate(parts))
-    if not steps or not well_formed or any(part[4] for part in parts):
-        raise ValueError(f"{key!r} is no dotted key")
-    return tuple(int(step) if step.isdigit() else step for step in steps)
+    if not all(steps) or len(parts) % 2 == 0 or not well_formed or any(part[4] for part in parts):
+        raise ValueError(f"{shown(key)} is no dotted key")
+    if len(steps) > DEEPEST:
+        raise ValueError(f"{shown(key)} has more than {DEEPEST} steps")
+    return tuple(int(step) if re.fullmatch(r"[0-9]{1,9}", step) else step for step in steps)
 
 
 def spelled(path: Path) -> str:
@@ -149,6 +188,6 @@ def spelled(path: Path) -> str:
         if isinstance(step, int):
             text += f"[{step}]"
         else:
-            word = step if re.fullmatch(r"[\w-]+", step) else f'"{step}"'
+            word = step if re.fullmatch(r"[\w-]+", step) else json.dumps(step, ensure_ascii=False)
             text += f".{word}" if text else word
     return text

@@ -8,9 +8,9 @@ as easy as 1, 2, 3", 2011).
 
 The host derives two 32-bit keys from (seed, step, tensor) by SplitMix64 (Steele, Lea and Flood, 2014).
 Each element's 32-bit index is then shifted by the first key and put through the `triple32` permutation
-(C. Wellons' hash-prospector: measured avalanche bias 0.020 of a per-mille-level ideal), with the second key
-added half way, so that two keys give two different permutations and not two windows of one. The upper
-24 bits are the number. All arithmetic is 32-bit and wraps, so a compiled kernel gives the same bits.
+(C. Wellons' hash-prospector: the best avalanche among those of three multiplications), with the second
+key added half way, so that two keys give two different permutations and not two windows of one. The
+upper 24 bits are the number. All arithmetic is 32-bit and wraps, so a compiled kernel gives the same bits.
 
 Not for secrets. A stream is at most 2^31 elements long.
 """
@@ -107,6 +107,17 @@ def uniform(key: Key, shape: int | Sequence[int], device: torch.device | str | N
     first, second = stream_keys(key)
     index = torch.arange(count, dtype=torch.int32, device=device)
     return bits_to_uniform(mix_(index, first, second)).reshape(size)
+
+
+def stream_key_tensor(key: Key, device: torch.device | str | None = None) -> Tensor:
+    """Return `stream_keys` as (2,) int32, for kernels: a new key then needs no new compilation."""
+    return torch.tensor(stream_keys(key), dtype=torch.int32, device=device)
+
+
+def uniform_like(x: Tensor, keys: Tensor) -> Tensor:
+    """Return the stream of `stream_key_tensor`'s keys, laid out in x's shape: the numbers of `uniform`."""
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
+    return bits_to_uniform(mix_(index, keys[0], keys[1])).reshape(x.shape)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

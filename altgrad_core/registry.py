@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -25,6 +25,9 @@ from altgrad_core.hookspecs import KINDS, PROJECT, Component, Hooks
 ENTRY_POINT_GROUP = "altgrad"
 WITHOUT_VARIABLE = "ALTGRAD_WITHOUT"
 CORE_DISTRIBUTION = "altgrad-core"
+
+RESERVED: Mapping[str, tuple[str, ...]] = {"format": ("FP32", "none")}
+"""Kind to the names that mean no component: the formats "FP32" and "none" say `leave it alone`."""
 
 _NAME = re.compile(r"[^\s:/]+")
 _TARGET = re.compile(r"[\w.]+:\w+")
@@ -44,6 +47,10 @@ class ConflictError(UsageError):
 
 class PluginError(RuntimeError):
     """An exception raised inside a plugin, with the plugin's name, distribution and version."""
+
+
+class _ContractError(Exception):
+    """A plugin module that breaks the contract in hookspecs.py."""
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +75,7 @@ class Registered:
         module, _, attribute = self.component.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.owner}: its target {self.component.target!r} "
                 f"cannot be loaded: {type(error).__name__}: {error}"
@@ -83,7 +90,7 @@ class Registered:
             return target(options, *inputs)
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.owner} cannot be built: {type(error).__name__}: {error}"
             ) from error
@@ -134,23 +141,41 @@ class Registry:
         if not owners:
             raise NotFoundError(self._not_found(kind, name))
         choices = " or ".join(f'plugin = "{entry.distribution}:{bare}"' for entry in owners)
-        listed = " and ".join(entry.owner for entry in owners)
-        raise ConflictError(f"{kind} {bare!r} is owned by {listed}; say which: {choices}")
+        both = " and ".join(entry.owner for entry in owners)
+        raise ConflictError(f"{kind} {bare!r} is owned by {both}; say which: {choices}")
 
     def _not_found(self, kind: str, name: str) -> str:
         names = sorted({entry.name for entry in self.of_kind(kind)})
-        close = difflib.get_close_matches(name.rpartition(":")[2], names, n=1) or _same_letters(name, names)
-        message = f"no {kind} named {name!r} is installed"
-        message += f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names) or 'none'}"
+        bare = name.rpartition(":")[2]
+        message = f"no {kind} named {shown(name)} is installed"
+        message += suggestion(bare, [*names, *RESERVED.get(kind, ())]) or f"; there are: {listed(names)}"
+        if others := sorted({entry.kind for entry in self.registered if entry.name == bare} - {kind}):
+            message += f"; {bare!r} is the name of another kind of component: {listed(others)}"
         if self.broken:
-            message += f"; broken plugins, where it may be: {', '.join(map(str, self.broken))}"
+            message += f"; broken plugins, where it may be: {listed(map(str, self.broken))}"
         if self.blocked:
-            message += f"; blocked: {', '.join(self.blocked)}"
+            message += f"; left out by --without or ${WITHOUT_VARIABLE}: {listed(self.blocked)}"
         return message
 
 
-def _same_letters(name: str, names: Sequence[str]) -> list[str]:
-    return [known for known in names if known.lower() == name.lower()]
+def shown(value: Any) -> str:
+    """Return a value for an error message, short and on one line whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python refuses to write out integers of thousands of digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?`, or the empty text; case does not matter."""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def _canonical(distribution: str) -> str:
@@ -170,38 +195,56 @@ def discover(without: Iterable[str] = ()) -> Registry:
 
 @functools.lru_cache(maxsize=8)
 def _discover(without: tuple[str, ...]) -> Registry:
-    found = sorted(
-        importlib.metadata.entry_points(group=ENTRY_POINT_GROUP),
-        key=lambda point: (_owner(point), point.name),
+    plugins = _plugins()
+    if unknown := [name for name in without if name not in plugins]:
+        hint = suggestion(unknown[0], plugins) or f"; there are: {listed(plugins)}"
+        raise UsageError(
+            f"--without (or ${WITHOUT_VARIABLE}) {unknown[0]!r}: no such plugin is installed{hint}"
+        )
+    core = _collect(builtin, CORE_DISTRIBUTION, importlib.metadata.version(CORE_DISTRIBUTION))
+    loaded = [core, *(_load(plugin) for name, plugin in plugins.items() if name not in without)]
+    return Registry(
+        registered=tuple(entry for one in loaded for entry in one.registered),
+        broken=tuple(broken for one in loaded for broken in one.broken),
+        blocked=without,
     )
-    installed = {_canonical(_owner(point)[0]) for point in found}
-    if unknown := [name for name in without if name not in installed]:
-        known = ", ".join(sorted(installed))
-        raise UsageError(f"--without {unknown[0]!r}: no such plugin is installed; there are: {known}")
-    registry = _collect(builtin, CORE_DISTRIBUTION, importlib.metadata.version(CORE_DISTRIBUTION))
-    for point in found:
-        if _canonical(_owner(point)[0]) in without:
-            continue
-        registry = _joined(registry, _load(point))
-    return attrs.evolve(registry, blocked=without)
 
 
-def _owner(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    distribution = point.dist
-    return (distribution.name, distribution.version) if distribution else ("unknown distribution", "?")
+def _plugins() -> dict[str, importlib.metadata.Distribution]:
+    """Return the distributions with an entry point of ours, by name; the first on sys.path wins.
+
+    Files of other distributions are not parsed: a malformed one is none of our business.
+    """
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions():
+        if f"[{ENTRY_POINT_GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+            found.setdefault(_canonical(_metadata(distribution, "Name")), distribution)
+    return dict(sorted(found.items()))
 
 
-def _joined(one: Registry, other: Registry) -> Registry:
-    return Registry(registered=one.registered + other.registered, broken=one.broken + other.broken)
-
-
-def _load(point: importlib.metadata.EntryPoint) -> Registry:
-    distribution, version = _owner(point)
+def _metadata(distribution: importlib.metadata.Distribution, key: str) -> str:
+    """Return `Name` or `Version`; an interrupted installation leaves a folder without them."""
     try:
-        return _collect(point.load(), distribution, version)
+        return str(distribution.metadata[key] or "unknown")
+    except (KeyError, TypeError, OSError):
+        return "unknown"
+
+
+def _load(plugin: importlib.metadata.Distribution) -> Registry:
+    distribution, version = _metadata(plugin, "Name"), _metadata(plugin, "Version")
+    try:
+        return _collect(_entry_point(plugin).load(), distribution, version)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others must work
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, _ContractError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())
         return Registry(broken=(Broken(distribution=distribution, version=version, reason=reason),))
+
+
+def _entry_point(plugin: importlib.metadata.Distribution) -> importlib.metadata.EntryPoint:
+    points = list(plugin.entry_points.select(group=ENTRY_POINT_GROUP))
+    if len(points) != 1:
+        raise _ContractError(f"has {len(points)} entry points in the group {ENTRY_POINT_GROUP!r}, not one")
+    return points[0]
 
 
 def _collect(module: object, distribution: str, version: str) -> Registry:
@@ -209,28 +252,58 @@ def _collect(module: object, distribution: str, version: str) -> Registry:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     manager.register(module, name=distribution)
-    manager.check_pending()  # a misspelt hook is an error, not silence
+    _check_hooks(manager, module)
     entries = [
-        Registered(kind=kind, component=_checked(component, hook), distribution=distribution, version=version)
+        Registered(kind=kind, component=_checked(component, kind), distribution=distribution, version=version)
         for kind, hook in KINDS.items()
-        for components in getattr(manager.hook, hook)()
-        for component in components
+        for component in _components(getattr(manager.hook, hook))
     ]
     names = [(entry.kind, entry.name) for entry in entries]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"registers the {repeated[0]} {repeated[1]!r} twice")
+        raise _ContractError(f"registers the {repeated[0]} {repeated[1]!r} twice")
     return Registry(registered=tuple(entries))
 
 
-def _checked(component: object, hook: str) -> Component:
+def _check_hooks(manager: pluggy.PluginManager, module: object) -> None:
+    """Refuse what pluggy passes over in silence: a misspelt, unmarked or missing hook."""
+    callers = manager.get_hookcallers(module) or []
+    for caller in callers:
+        if not caller.has_spec():
+            raise _ContractError(f"unknown hook {caller.name!r}{suggestion(caller.name, KINDS.values())}")
+    marked = {caller.name for caller in callers}
+    for hook in KINDS.values():
+        if hook not in marked and callable(getattr(module, hook, None)):
+            raise _ContractError(f"{hook} is not marked with altgrad_core.hookspecs.hookimpl")
+    if not callers:
+        raise _ContractError(f"implements no hook; the hooks are: {listed(KINDS.values())}")
+
+
+def _components(hook: pluggy.HookCaller) -> Iterator[object]:
+    """Yield what the hook returns; pluggy drops a None, and a wrapper's components, in silence."""
+    results = hook()
+    if len(results) < len(hook.get_hookimpls()):
+        raise _ContractError(f"{hook.name} must return a list of Component, it returns None")
+    for components in results:
+        if not isinstance(components, Iterable):
+            raise _ContractError(f"{hook.name} must return a list of Component, not {shown(components)}")
+        yield from components
+
+
+def _checked(component: object, kind: str) -> Component:
+    hook = KINDS[kind]
     if not isinstance(component, Component):
-        raise TypeError(f"{hook} must return a list of Component, it holds {component!r}")
-    if not isinstance(component.name, str) or not _NAME.fullmatch(component.name):
-        raise ValueError(f"{hook}: the name {component.name!r} must be text without spaces, ':' and '/'")
-    if not (isinstance(component.options, type) and attrs.has(component.options)):
-        raise TypeError(
-            f"{hook}: options of {component.name!r} must be an attrs class, not {component.options!r}"
+        raise _ContractError(f"{hook} must return a list of Component, it holds {shown(component)}")
+    name, options, target = component.name, component.options, component.target
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable():
+        raise _ContractError(f"{hook}: the name {name!r} must be text without spaces, ':' and '/'")
+    if name in RESERVED.get(kind, ()):
+        raise _ContractError(f"{hook}: the name {name!r} means 'leave it alone'; choose another")
+    if not isinstance(component.summary, str) or not component.summary.isprintable():
+        raise _ContractError(f"{hook}: the summary of {name!r} must be one line of text")
+    if not (isinstance(options, type) and attrs.has(options) and options.__hash__):
+        raise _ContractError(
+            f"{hook}: options of {name!r} must be a frozen attrs class, not {shown(options)}"
         )
-    if not isinstance(component.target, str) or not _TARGET.fullmatch(component.target):
-        raise ValueError(f"{hook}: target of {component.name!r} must be 'package.module:attribute'")
+    if not isinstance(target, str) or not _TARGET.fullmatch(target):
+        raise _ContractError(f"{hook}: target of {name!r} must be 'package.module:attribute', not {target!r}")
     return component

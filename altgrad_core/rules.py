@@ -6,19 +6,31 @@ Rules match full module paths, first match wins (`attn.c_proj` and `mlp.c_proj` 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from altgrad_core.options import FieldError, FormatChoice
-from altgrad_core.registry import Registry
+from altgrad_core.registry import Registry, listed
 
 if TYPE_CHECKING:
     from altgrad_core.experiment import ModelOptions, QuantizeOptions
 
 WIDEST_GRID_BITS = 8
 """Formats wider than this, named in a rule, are stored as master unless the rule says otherwise."""
+
+
+def _is_pattern(_: Any, field: Any, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"the rule {value!r} is no regular expression: {error}") from error
+
+
+def _is_storage(_: Any, field: Any, value: str | None) -> None:
+    if value not in ("grid", "master", None):
+        raise ValueError(f"a rule's storage is 'grid', 'master' or None, not {value!r}")
 
 
 @attrs.frozen
@@ -28,11 +40,13 @@ class Rule:
     format: a name, a table of options, a `Format`, or "FP32" (leave alone).
     storage: "grid" or "master"; None: as the optimizer's storage decides. A format wider than 8 bits
         without a storage is trained as plain AdamW trains it, on a float32 master.
+
+    Raises ValueError for a `layers` that is no regular expression, or an unknown storage.
     """
 
-    layers: str
+    layers: str = attrs.field(validator=_is_pattern)
     format: Any = None
-    storage: str | None = None
+    storage: str | None = attrs.field(default=None, validator=_is_storage)
 
     def matches(self, layer: str) -> bool:
         return re.fullmatch(self.layers, layer) is not None
@@ -65,45 +79,59 @@ def plan(
     `tied` are the Linears whose Parameter an embedding shares: left alone unless a rule names them, and
     then stored as master. Raises FieldError for a rule that matches nothing or asks for what cannot be.
     """
-    matched = {layer: first_match(quantize.rule, layer) for layer in layers}
-    for index, rule in enumerate(quantize.rule):
-        if not any(rule.matches(layer) for layer in layers):
-            raise _rule_error(
-                index, f"matches no layer: {rule.layers!r}; the layers are: {', '.join(layers)}"
-            )
-        if index not in matched.values():
-            raise _rule_error(index, f"is never reached: earlier rules match every layer of {rule.layers!r}")
+    for problem in problems(quantize, layers, tied):
+        raise problem
     planned = {}
-    for layer, index in matched.items():
+    for layer in layers:
+        index = first_match(quantize.rule, layer)
         if index is None and layer in tied:
             continue
-        found = _layer_plan(quantize, index, layer in tied, layer, registry)
+        found = _layer_plan(quantize, index, layer in tied, registry)
         if not found.format.unquantised:
             planned[layer] = found
     return planned
 
 
-def _layer_plan(
-    quantize: QuantizeOptions, index: int | None, tied: bool, layer: str, registry: Registry
-) -> LayerPlan:
+def problems(
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str]
+) -> Iterator[FieldError]:
+    """Yield what is wrong with the rules, as far as the names of the layers tell."""
+    matched = {layer: first_match(quantize.rule, layer) for layer in layers}
+    for index, rule in enumerate(quantize.rule):
+        at = ("rule", index, "layers")
+        if not any(rule.matches(layer) for layer in layers):
+            yield FieldError(at, no_match(rule.layers, layers, "layer"))
+        elif index not in matched.values():
+            yield FieldError(at, f"is never reached: earlier rules match every layer of {rule.layers!r}")
+        on_grid = rule.storage == "grid" and not (rule.format or quantize.format).unquantised
+        for layer in tied:
+            if on_grid and matched.get(layer) == index:
+                yield FieldError(
+                    ("rule", index, "storage"),
+                    f"{layer!r} shares its weight with the embedding and cannot live on the grid; "
+                    'set model.tie_weights = false, or storage = "master"',
+                )
+
+
+def no_match(pattern: str, names: Collection[str], what: str) -> str:
+    """Say that a pattern matches no whole name, and what would."""
+    message = f"{pattern!r} matches no {what}"
+    if any(re.search(pattern, name) for name in names):
+        around = f".*({pattern}).*" if "|" in pattern else f".*{pattern}.*"
+        message += f"; it must match the whole name, as {around!r} does"
+    families = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", name) for name in names)
+    return f"{message}; there are: {listed(families)}"
+
+
+def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, registry: Registry) -> LayerPlan:
     if index is None:
         return LayerPlan(quantize.format, quantize.storage)
     rule = quantize.rule[index]
     format = rule.format or quantize.format
     wide = rule.format is not None and bits(format, registry) > WIDEST_GRID_BITS
-    if tied and rule.storage == "grid":
-        raise _rule_error(
-            index,
-            f"{layer!r} shares its weight with the embedding and cannot live on the grid; "
-            'set model.tie_weights = false, or storage = "master"',
-        )
     geometry = not tied and (not wide or rule.storage is not None)
     inherited = quantize.storage if geometry else "master"
     return LayerPlan(format, rule.storage or inherited, geometry)
-
-
-def _rule_error(index: int, message: str) -> FieldError:
-    return FieldError(("rule", index, "layers"), message)
 
 
 def bits(format: FormatChoice, registry: Registry) -> int:

@@ -27,8 +27,12 @@ UNSCALED = ("BF16", "FP16", "FP32")
 
 
 def amax(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the largest magnitude of each tensor: (n,) float32; NaN where a tensor holds NaN."""
-    return torch.stack(torch._foreach_norm(list(tensors), math.inf)).float()
+    """Return the largest magnitude of each tensor: (n,) float64, exact; 0 for one without elements.
+
+    NaN where a tensor holds NaN.
+    """
+    filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    return torch.stack([norm.double() for norm in torch._foreach_norm(filled, math.inf)])
 
 
 def fit_exponent(amax: Tensor, format: Format, margin: float = 1.0) -> Tensor:

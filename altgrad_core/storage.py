@@ -11,7 +11,7 @@ Rounding draws are a pure function of (seed, step, tensor, element): see `random
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
-from altgrad_core.random_bits import draw_seed, uniform
+from altgrad_core.kernels import flat, kernel
+from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
 from altgrad_core.surgery import quantizer_of
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
@@ -30,8 +31,10 @@ class GridScales:
     """The scales of grid-stored weights as they train, and the bound on the weights.
 
     scales: 0-d float32 tensors, written in place when a scale moves.
-    movable: which scales may move at all; the others are 1, or static.
+    fitted: which scales are fitted to the weights now; the others (1, or static) stay as they are.
+    adaptive: which of those follow the weights afterwards.
     bound: limit on |w| as a multiple of the tensor's float32 rms at construction; 0 means none.
+    may_move: whether any scale is adaptive.
 
     The state is device tensors of shape (n,): exponents k, whether a positive amax was seen, the initial
     rms, and the number of scale changes.
@@ -43,7 +46,8 @@ class GridScales:
         formats: Sequence[Format],
         scales: Sequence[Tensor],
         *,
-        movable: Sequence[bool],
+        fitted: Sequence[bool],
+        adaptive: Sequence[bool],
         bound: float = 0.0,
         margins: Sequence[float] | None = None,
         shrink_early: bool = False,
@@ -52,12 +56,14 @@ class GridScales:
         self.scales = list(scales)
         self.bound = bound
         self.shrink_early = shrink_early
-        self._movable = torch.tensor(list(movable), device=device)
-        self._any_movable = any(movable)
+        self._fitted = torch.tensor(list(fitted), device=device)
+        moving = [one and other for one, other in zip(fitted, adaptive, strict=True)]
+        self._adaptive = torch.tensor(moving, device=device)
+        self.may_move = any(moving)
         self._margins = list(margins or [1.0] * len(self.scales))
         self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
         amax = scaling.amax(weights)
-        self.rms = torch.stack([weight.float().pow(2).mean().sqrt() for weight in weights])
+        self.rms = _rms(weights)
         self.seen = scaling.usable(amax)
         self.exponents = torch.zeros(len(self.scales), dtype=torch.int32, device=device)
         for (format, margin), at in self._kinds.items():
@@ -66,30 +72,40 @@ class GridScales:
         self._write()
 
     def adapt(self, amax: Tensor) -> None:
-        """Move the scales after an update whose unrounded weights have this amax, (n,) float32."""
-        if not self._any_movable:
+        """Move the scales after an update whose unrounded weights have this amax, (n,); 0: not updated."""
+        if not self.may_move:
             return
         moved = self.exponents.clone()
         for (format, margin), at in self._kinds.items():
             moved[at] = scaling.adapted(
                 self.exponents[at], self.seen[at], amax[at], format, margin, self.shrink_early
             )
-        moved = torch.where(self._movable, moved, self.exponents)
+        moved = torch.where(self._adaptive, moved, self.exponents)
         self.rescales += moved != self.exponents
         self.seen |= scaling.usable(amax)
         self.exponents.copy_(moved)
         self._write()
 
     def limits(self) -> Tensor | None:
-        """Return the largest grid value within each weight's bound, times its scale, (n,); None: no bound."""
+        """Return the lowest and the largest grid value within each weight's bound; None: no bound.
+
+        (n, 2) float32, times the scale. A weight whose initial rms is 0 has no bound: the format's ends.
+        """
         if not self.bound:
             return None
-        scales = torch.stack(self.scales)
-        multiples = torch.where(self.rms > 0, self.bound * self.rms, math.inf) * scales
-        limits = torch.empty_like(multiples)
+        multiples = torch.where(self.rms > 0, self.bound * self.rms, math.inf) * torch.stack(self.scales)
+        limits = torch.stack((-multiples, multiples), dim=1)
         for (format, _), at in self._kinds.items():
-            limits[at] = format.quantize(multiples[at], rounding="toward_zero")
+            limits[at] = format.quantize(limits[at], rounding="toward_zero")
         return limits
+
+    def take_over(self, other: GridScales, places: Mapping[int, int]) -> None:
+        """Take up the state of weights that `other` has kept: its place to the place here."""
+        if places:
+            theirs, mine = list(places), list(places.values())
+            for key, own in self.state_dict().items():
+                own[mine] = other.state_dict()[key][theirs]
+            self._write()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state; the scales themselves are the quantisers' and follow from the exponents."""
@@ -103,10 +119,16 @@ class GridScales:
         self._write()
 
     def _write(self) -> None:
-        """Set the movable scales to 2^k, in place."""
+        """Set the fitted scales to 2^k, in place."""
         powers = scaling.power_of_two(self.exponents)
         current = torch.stack(self.scales).to(powers.device)
-        torch._foreach_copy_(self.scales, list(torch.where(self._movable, powers, current).unbind()))
+        torch._foreach_copy_(self.scales, list(torch.where(self._fitted, powers, current).unbind()))
+
+
+@torch.no_grad()
+def _rms(weights: Sequence[Tensor]) -> Tensor:
+    """Return each tensor's root mean square, (n,) float32, accumulated in float32."""
+    return torch.stack([weight.float().square().mean().sqrt() for weight in weights])
 
 
 def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:
@@ -120,6 +142,9 @@ def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:
 class GridStorage:
     """Keeps an optimizer's quantised weights on their grids; made by `store_on_grid`.
 
+    torch does not copy an optimizer's hooks: deepcopy or pickle model, optimizer and storage together, as
+    one tuple, and the copy keeps its own weights on their grids.
+
     Attributes:
         weights: the Parameters on the grid, in the order of their random streams.
         scales: their `GridScales`; `scales.rescales` counts changes of scale.
@@ -130,6 +155,7 @@ class GridStorage:
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, rounding: str, seed: int, bound: float, scale_mode: str
     ) -> None:
+        self.optimizer = optimizer
         self.weights = _grid_weights(optimizer)
         self.rounding = rounding
         self.seed = seed
@@ -142,23 +168,30 @@ class GridStorage:
             [weight.detach() for weight in self.weights],
             self._formats,
             [quantizer.scale for quantizer in quantizers],
-            movable=[scaling.scaled(one.format, one.granularity) for one in quantizers],
+            fitted=[scaling.scaled(one.format, one.granularity) for one in quantizers],
+            adaptive=[scale_mode == "adaptive"] * len(quantizers),
             bound=bound,
             margins=[quantizer.margin for quantizer in quantizers],
             shrink_early=rounding == "stochastic",
         )
-        self._adaptive = scale_mode == "adaptive"
         self._round("nearest_even")
         for quantizer in quantizers:
             quantizer.on_grid = True
-        optimizer.register_step_pre_hook(_refuse_closure)
-        optimizer.register_step_post_hook(self._after_step)
+        self._hook()
+
+    def _hook(self) -> None:
+        self.optimizer.register_step_pre_hook(_refuse_closure)
+        self.optimizer.register_step_post_hook(self._after_step)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hook()
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         """Scale, round, bound."""
         self.intended = {weight: weight - before for weight, before in self.watched.items()}
-        if self._adaptive:
+        if self.scales.may_move:
             self.scales.adapt(scaling.amax([weight.detach() for weight in self.weights]))
         self._round(self.rounding)
         self.counter += 1
@@ -168,16 +201,10 @@ class GridStorage:
         limits = self.scales.limits()
         bounds = [None] * len(self.weights) if limits is None else list(limits.unbind())
         for index, (weight, format) in enumerate(zip(self.weights, self._formats, strict=True)):
-            scale, limit = self.scales.scales[index], bounds[index]
-            draws = (
-                uniform((self.seed, self.counter, index), weight.shape, weight.device)
-                if rounding == "stochastic"
-                else None
-            )
-            rounded = format.quantize(weight.detach() * scale, rounding=rounding, uniform=draws)
-            if limit is not None:
-                rounded = torch.minimum(torch.maximum(rounded, -limit), limit)
-            weight.copy_(rounded / scale)
+            stream = (self.seed, self.counter, index)
+            keys = stream_key_tensor(stream, weight.device) if rounding == "stochastic" else None
+            rounded = _rounded(flat(weight), self.scales.scales[index], bounds[index], keys, format)
+            weight.copy_(rounded.view_as(weight))
 
     def state_dict(self) -> dict[str, Any]:
         """Return scales, initial rms, seed and counter: all that a resume needs beside the weights."""
@@ -223,14 +250,35 @@ def store_on_grid(
     )
 
 
+@kernel
+def _rounded(
+    weight: Tensor, scale: Tensor, limit: Tensor | None, keys: Tensor | None, format: Format
+) -> Tensor:
+    """Return the weight on its grid, by the random stream `keys` or to nearest even, within the limit."""
+    draws = None if keys is None else uniform_like(weight, keys)
+    rounding = "nearest_even" if keys is None else "stochastic"
+    rounded = format.quantize(weight * scale, rounding=rounding, uniform=draws)
+    return bounded(rounded, limit) / scale
+
+
+def bounded(values: Tensor, limit: Tensor | None) -> Tensor:
+    """Return the values limited to [limit[0], limit[1]]; NaN stays NaN. None: as they are."""
+    return values if limit is None else torch.minimum(torch.maximum(values, limit[0]), limit[1])
+
+
 class MasterBound:
-    """Limits float32 master weights to a multiple of their initial rms, after each step."""
+    """Limits float32 master weights to a multiple of their initial rms, after each step.
+
+    A weight whose initial rms is 0 has no bound. Raises ValueError for a bound of 0, which would mean none.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], bound: float
     ) -> None:
+        if not (math.isfinite(bound) and bound > 0):
+            raise ValueError(f"bound is a multiple of the initial rms, more than 0, not {bound!r}")
         self.weights = list(weights)
-        rms = torch.stack([weight.detach().float().pow(2).mean().sqrt() for weight in self.weights])
+        rms = _rms(self.weights)
         self.limits = torch.where(rms > 0, bound * rms, math.inf)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -273,5 +321,8 @@ def _grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
             "the optimizer holds no quantised weight to store on a grid: quantize_model(model, format) first"
         )
     if any(_quantizer(weight).on_grid for weight in weights):
-        raise ValueError("the weights are on the grid already: one store_on_grid per model")
+        raise ValueError(
+            "the weights are on the grid already: one store_on_grid per model; for a copy of such a model, "
+            "dequantize_model and quantize_model it first"
+        )
     return weights

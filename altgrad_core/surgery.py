@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from altgrad_core import scaling
-from altgrad_core.format import Format
+from altgrad_core.format import OVERFLOWS, ROUNDINGS, Format
 from altgrad_core.lookup import format_or_none
 from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
 
 _ATTRIBUTE = "_altgrad_quantizer"
+
+_OPTIONS = {
+    "storage": ("master", "grid", None),
+    "rounding": tuple(mode for mode in ROUNDINGS if mode != "stochastic"),
+    "overflow": OVERFLOWS,
+    "granularity": ("none", "tensor"),
+    "scale_mode": ("current", "initial"),
+}
+"""What WeightQuantizer's options may be. A forward pass draws no random numbers: it must be repeatable."""
 
 
 class WeightQuantizer:
@@ -40,6 +50,8 @@ class WeightQuantizer:
         on_grid: True while something keeps the weight itself on the grid; the forward pass uses it as is.
         geometry: False where optimizers must treat the weight as an unquantised one (a tied head, or a wide
             format that a rule names): it is quantised in the forward pass alone.
+
+    Raises ValueError on an option that is not one of its choices.
     """
 
     def __init__(
@@ -54,6 +66,19 @@ class WeightQuantizer:
         margin: float = 1.0,
         scale_mode: str = "current",
     ) -> None:
+        given = {
+            "storage": storage,
+            "rounding": rounding,
+            "overflow": overflow,
+            "granularity": granularity,
+            "scale_mode": scale_mode,
+        }
+        for name, value in given.items():
+            if value not in _OPTIONS[name]:
+                choices = ", ".join(map(repr, _OPTIONS[name]))
+                raise ValueError(f"{name}={value!r} is not one of {choices}")
+        if not 0 < margin < math.inf:
+            raise ValueError(f"margin is head room, a positive number that multiplies amax, not {margin!r}")
         self.format = format
         self.storage = storage
         self.geometry = geometry
@@ -66,7 +91,7 @@ class WeightQuantizer:
         self.scale = torch.ones(())
         self.held: Tensor | None = None
 
-    def attach(self, weight: nn.Parameter) -> None:
+    def attach(self, weight: Tensor) -> None:
         """Make the weight known as quantised by this quantiser."""
         setattr(weight, _ATTRIBUTE, self)
 
@@ -79,7 +104,7 @@ class WeightQuantizer:
         if self.on_grid:
             return weight
         held = self.quantize(weight) if self.held is None else self.held
-        return _StraightThrough.apply(weight, held)  # type: ignore[no-any-return]
+        return _StraightThrough.apply(weight, held)  # type: ignore[no-any-return, no-untyped-call]
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> Tensor:
@@ -116,17 +141,21 @@ class _Quantized(nn.Module):
     """What quantised modules share: the quantiser follows copies and moves of the module."""
 
     quantizer: WeightQuantizer
-    weight: nn.Parameter
+    weight: Tensor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.quantizer.attach(self.weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        module = super()._apply(fn, recurse)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.quantizer.to(self.weight.device)
         self.quantizer.attach(self.weight)
-        return module
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self.quantizer.attach(self.weight)  # with assign=True it is another Parameter now
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
@@ -144,7 +173,16 @@ def _quantized_conv1d(conv1d: type) -> type:
         weight = self.quantizer.quantized(self.weight)
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
 
-    return type("QuantizedConv1D", (_Quantized, conv1d), {"forward": forward})
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _blank_quantized_conv1d, (conv1d,), self.__dict__
+
+    return type("QuantizedConv1D", (_Quantized, conv1d), {"forward": forward, "__reduce_ex__": reduced})
+
+
+def _blank_quantized_conv1d(conv1d: type) -> Any:
+    """Return a QuantizedConv1D without its state, for pickle and deepcopy: its class is made at run time."""
+    cls: Any = _quantized_conv1d(conv1d)
+    return cls.__new__(cls)
 
 
 def quantize_model(
@@ -161,8 +199,8 @@ def quantize_model(
     unless a rule names it. "FP32" leaves alone.
 
     options: `rounding`, `overflow`, `granularity`, `margin`, `scale_mode` of WeightQuantizer.
-    Raises ValueError: both or neither given, a rule that matches no layer, a model quantised already,
-    a model without Linears, an unknown format.
+    Raises ValueError: both or neither given, a rule that matches no layer or has no format, two formats for
+    one Parameter, a model quantised already, a model without Linears, an unknown format or option.
     """
     if (format is None) == (rules is None):
         raise ValueError("give quantize_model either a format or rules=, not both and not neither")
@@ -191,6 +229,7 @@ class LayerFormat:
 
 def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerFormat], **options: Any) -> None:
     """Quantise the Linears named by module path, in place; see `quantize_model` for the options."""
+    _refuse_two_formats(model, chosen)
     for name, layer in chosen.items():
         module: Any = model.get_submodule(name)
         quantizer = quantizer_of(module.weight)
@@ -200,8 +239,20 @@ def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerFormat], **optio
             )
             quantizer.fit(module.weight)
             quantizer.attach(module.weight)
-        module.__class__ = _quantized_conv1d(type(module)) if _is_conv1d(module) else QuantizedLinear
+        module.__class__ = _quantized_conv1d(module.__class__) if _is_conv1d(module) else QuantizedLinear
         module.quantizer = quantizer
+
+
+def _refuse_two_formats(model: nn.Module, chosen: Mapping[str, LayerFormat]) -> None:
+    """Raise ValueError where Linears that share one Parameter are to become different things."""
+    first: dict[int, str] = {}
+    for name, layer in chosen.items():
+        other = first.setdefault(id(model.get_submodule(name).weight), name)
+        if chosen[other] != layer:
+            raise ValueError(
+                f"{other!r} and {name!r} share one weight, which cannot be {chosen[other].format.name} and "
+                f"{layer.format.name}, or stored in two places; give both the same rule"
+            )
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
@@ -239,13 +290,15 @@ def held_weights(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, _Quantized) and not module.quantizer.on_grid
     ]
+    mine = []  # an outer context's stay held when this one ends
     try:
         for quantizer, weight in pairs:
             if quantizer.held is None:
                 quantizer.held = quantizer.quantize(weight)
+                mine.append(quantizer)
         yield
     finally:
-        for quantizer, _ in pairs:
+        for quantizer in mine:
             quantizer.held = None
 
 
@@ -281,6 +334,8 @@ def _chosen_by_rules(
     for rule in rules:
         if not any(rule.matches(name) for name in linears):
             raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")
+        if rule.format is None:
+            raise ValueError(f'the rule {rule.layers!r} has no format; "FP32" leaves its layers alone')
     chosen: dict[str, LayerFormat] = {}
     for name, module in linears.items():
         index = first_match(rules, name)

@@ -1,10 +1,10 @@
 """Which tables of values are formats, and the thresholds at which a table rounds.
 
-Put one virtual value beyond each end, at the last gap's distance: n values become
-n + 2 cells. In every deterministic mode x belongs to a cell or to the next, decided at one threshold
-between the two: the midpoint, or the upper value, or the number just above the lower one. "x rounds up"
-is then `x >= threshold` exactly, ties included, if the threshold is the smallest float with that
-property; midpoints that float64 cannot hold are no exception. Rounding is one binary search.
+Put one virtual value beyond each end, at the last gap's distance: n values become n + 2 cells. In every
+deterministic mode x belongs to a cell or to the next, decided at one threshold between the two: the
+midpoint, or the upper value, or the number just above the lower one. "x rounds up" is `x >= threshold`
+exactly, ties included, if the threshold is the smallest float with that property; midpoints that float64
+cannot hold are no exception. So rounding is one binary search.
 """
 
 from __future__ import annotations

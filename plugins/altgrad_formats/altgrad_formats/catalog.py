@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import attrs
-
 from altgrad_formats.exmy import ExMy
 from altgrad_formats.layout import NAMED
 
 
 def _named(name: str) -> ExMy:
-    return ExMy(*attrs.astuple(NAMED[name]), name=name)
+    layout = NAMED[name]
+    return ExMy(layout.exponent_bits, layout.mantissa_bits, layout.bias, layout.specials, name)
 
 
 E0M7 = _named("E0M7")

@@ -65,8 +65,8 @@ class ExMy(Format):
     E = 0. `specials` is `finite`, `ieee` or `fn`. `name` is for display only: by default the catalog's
     name for exactly these numbers, else one such as `E4M5(bias=7,fn)`.
 
-    Beyond its largest value the format's spacing stays what it is there: for M > 0 the last gap, for
-    M = 0, where every binade is one value, the gap to the value that would come next.
+    At and beyond the largest value the spacing is that of its binade: the last gap, but the gap to the
+    value that would come next where the largest is the first of its binade (always so for M = 0).
 
     Raises ValueError where the numbers make no format, or one with values that are no float32.
     """
@@ -89,14 +89,13 @@ class ExMy(Format):
         self._cache = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        layout = self.layout
-        return ExMy, (*attrs.astuple(layout), self.name)
+        return ExMy, (*attrs.astuple(self.layout), self.name)
 
     def _identity(self) -> tuple[object, ...]:
         return (type(self), self.name, self.layout)
 
     @cached_property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """The finite values, strictly increasing, 1-d float32 on the CPU. Read it; never write it."""
         positive = self._magnitude(torch.arange(1, self.layout.largest_code + 1, dtype=torch.int32))
         return torch.cat((-positive.flip(0), torch.zeros(1), positive))
@@ -220,8 +219,8 @@ class ExMy(Format):
         """Return y with what is past the largest value made inf or NaN, or clamped if x was cut there."""
         special = torch.full_like(y, torch.inf if self.has_inf else torch.nan).copysign_(y)
         if rounding in ("toward_zero", "up", "down"):
-            toward_zero = {"toward_zero": True, "up": x < 0, "down": x > 0}[rounding]
-            special = torch.where(x.isfinite() & toward_zero, y.clamp(-self.largest, self.largest), special)
+            inward = {"toward_zero": x == x, "up": x < 0, "down": x > 0}[rounding]
+            special = torch.where(x.isfinite() & inward, y.clamp(-self.largest, self.largest), special)
         return torch.where(y.abs() > self.largest, special, y)
 
 

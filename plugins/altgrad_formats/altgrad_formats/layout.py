@@ -31,7 +31,7 @@ def default_bias(exponent_bits: int, mantissa_bits: int) -> int:
     named = NAMED.get(f"E{exponent_bits}M{mantissa_bits}")
     if named is not None:
         return named.bias
-    return 2 ** (exponent_bits - 1) - 1 if exponent_bits else 0
+    return (1 << (exponent_bits - 1)) - 1 if exponent_bits > 0 else 0
 
 
 @attrs.frozen
@@ -76,12 +76,12 @@ class Layout:
     @property
     def magnitudes(self) -> int:
         """How many magnitude codes there are, special ones included."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     @property
     def inf_code(self) -> int | None:
         """The magnitude code of inf."""
-        return self.magnitudes - 2**self.mantissa_bits if self.specials == "ieee" else None
+        return self.magnitudes - (1 << self.mantissa_bits) if self.specials == "ieee" else None
 
     @property
     def nan_code(self) -> int | None:
@@ -89,22 +89,22 @@ class Layout:
         if self.specials == "fn":
             return self.magnitudes - 1
         if self.specials == "ieee" and self.mantissa_bits:
-            return self.magnitudes - 2**self.mantissa_bits // 2
+            return self.magnitudes - (1 << (self.mantissa_bits - 1))
         return None
 
     @property
     def largest_code(self) -> int:
         """The magnitude code of the largest finite value, which is also its rung."""
-        reserved = {"finite": 0, "ieee": 2**self.mantissa_bits, "fn": 1}
+        reserved = {"finite": 0, "ieee": 1 << self.mantissa_bits, "fn": 1}
         return self.magnitudes - reserved[self.specials] - 1
 
     def split(self, magnitude: int) -> tuple[int, int]:
         """Return (significand, exponent of its unit): the value is significand · 2^exponent."""
-        field, mantissa = divmod(magnitude, 2**self.mantissa_bits)
+        field, mantissa = divmod(magnitude, 1 << self.mantissa_bits)
         unit = self.lowest_exponent - self.mantissa_bits
         if field == 0 or self.exponent_bits == 0:
             return magnitude, unit
-        return mantissa + 2**self.mantissa_bits, unit + field - 1
+        return mantissa + (1 << self.mantissa_bits), unit + field - 1
 
     def _check_fields(self) -> None:
         if self.specials not in SPECIALS:

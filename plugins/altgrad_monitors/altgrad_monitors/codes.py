@@ -16,16 +16,25 @@ from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
+from altgrad_core.kernels import flat, kernel
 
 _BYTE_NAN, _WORD_NAN = -128, -32768
 
 
+@kernel
 def codes(value: Tensor, format: Format, scale: Tensor) -> Tensor:
     """Return the rungs of value*scale as int8 (formats to 8 bits) or int16; NaN gets the lowest integer."""
     rungs = format.rung(value * scale)
     if format.bits <= 8:
         return rungs.clamp_(min=_BYTE_NAN).to(torch.int8)
     return rungs.clamp_(min=_WORD_NAN).to(torch.int16)
+
+
+@kernel
+def _compared(before: Tensor, now: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how many codes changed, how many elements have a gradient, and how many both: 0-d int64."""
+    flipped, updated = now != before, gradient != 0
+    return flipped.sum(), updated.sum(), (flipped & updated).sum()
 
 
 @attrs.frozen(kw_only=True)
@@ -38,10 +47,10 @@ class Flips:
     """Elements with a non-zero gradient."""
     flips_of_updated: Tensor
     """Codes that changed among those."""
-    same: Tensor
-    """Which codes stayed: bool, of the weight's shape."""
-    updated: Tensor
-    """Which elements had a non-zero gradient: bool, of the weight's shape."""
+    before: Tensor
+    """The codes before the step, as one row."""
+    now: Tensor
+    """The codes after it."""
 
 
 class CodeBook:
@@ -53,7 +62,7 @@ class CodeBook:
         self._found: dict[str, Flips] = {}
         for name, weight in run.weights().items():
             if weight.format is not None and weight.scale is not None:
-                self._codes[name] = codes(weight.value, weight.format, weight.scale)
+                self._codes[name] = codes(flat(weight.value), weight.format, weight.scale)
 
     def flips(self, step: Step) -> dict[str, Flips]:
         """Return the flips of this step by parameter name; computed once however many monitors ask.
@@ -72,20 +81,14 @@ class CodeBook:
 
     def _compare(self, name: str, weight: Weight, step: Step, consecutive: bool) -> Flips:
         assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-        now = codes(weight.value, weight.format, weight.scale)
+        now = codes(flat(weight.value), weight.format, weight.scale)
         if consecutive or name not in step.before:
             before = self._codes.get(name, now)
         else:
-            before = codes(step.before[name], weight.format, weight.scale)
+            before = codes(flat(step.before[name]), weight.format, weight.scale)
         self._codes[name] = now
-        same, updated = now == before, step.gradients[name] != 0
-        return Flips(
-            flips=(~same).sum(),
-            updates=updated.sum(),
-            flips_of_updated=(updated & ~same).sum(),
-            same=same,
-            updated=updated,
-        )
+        flips, updates, both = _compared(before, now, flat(step.gradients[name]))
+        return Flips(flips=flips, updates=updates, flips_of_updated=both, before=before, now=now)
 
 
 _BOOKS: weakref.WeakKeyDictionary[Any, CodeBook] = weakref.WeakKeyDictionary()

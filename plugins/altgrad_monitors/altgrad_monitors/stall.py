@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
+from altgrad_core.kernels import flat, kernel
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen
 
@@ -67,14 +69,33 @@ def stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
 
 
 def bit_stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
-    moved = weight.value != step.before[name]
-    return (moved & found.same).sum().double(), moved.sum().double()
+    stayed, moved = _stayed(flat(weight.value), flat(step.before[name]), found.now, found.before)
+    return stayed.double(), moved.double()
 
 
 def expected(name: str, weight: Weight, found: Flips, step: Step) -> Share:
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    intended = step.intended[name].abs()
-    if not step.intended_in_rungs or name not in step.counts:
-        intended = intended * weight.scale / weight.format.spacing(step.before[name] * weight.scale)
-    lost = 1 - intended.clamp(max=1)
-    return (lost * found.updated).sum(dtype=torch.float64), found.updated.sum().double()
+    in_rungs = step.intended_in_rungs and name in step.counts
+    before = None if in_rungs else flat(step.before[name])
+    intended, gradient = flat(step.intended[name]), flat(step.gradients[name])
+    lost = _lost(intended, gradient, before, weight.scale, weight.format)
+    return lost, found.updates.double()
+
+
+@kernel
+def _stayed(now: Tensor, before: Tensor, code: Tensor, code_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many elements moved without changing their code, and how many moved: 0-d int64."""
+    moved = now != before
+    return (moved & (code == code_before)).sum(), moved.sum()
+
+
+@kernel
+def _lost(intended: Tensor, gradient: Tensor, before: Tensor | None, scale: Tensor, format: Format) -> Tensor:
+    """Return the expected number of updated elements whose code stays, 0-d float64.
+
+    intended: in rungs where `before` is None, else in weight units.
+    """
+    size = intended.abs()
+    if before is not None:
+        size = size * scale / format.spacing(before * scale)
+    return ((1 - size.clamp(max=1)) * (gradient != 0)).sum(dtype=torch.float64)

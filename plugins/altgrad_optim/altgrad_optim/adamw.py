@@ -48,10 +48,16 @@ def adamw_direction(
     return m.div(denominator).div_(1 - first**step)
 
 
-def moments(state: dict[str, Any], parameter: Tensor, *names: str) -> None:
-    """Start a parameter's state: `step` (0-d float32, as torch keeps it) and zero tensors."""
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+def moments(
+    state: dict[str, Any], parameter: Tensor, *names: str, step_device: torch.device | str = "cpu"
+) -> None:
+    """Start a parameter's state: zero tensors, and `step` (0-d float32, as torch keeps it).
+
+    `step` moves to `step_device`, wherever a checkpoint has put it: on the CPU it can be read without
+    waiting, torch's fused update wants it beside the parameter.
+    """
+    step = state["step"] if "step" in state else torch.zeros((), dtype=torch.float32)
+    state["step"] = step.to(step_device)
     for name in names:
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -64,10 +70,9 @@ def plain_step(
     if not plain:
         return
     for parameter in plain:
-        state = optimizer.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments(state, parameter, "exp_avg", "exp_avg_sq")
+        moments(
+            optimizer.state[parameter], parameter, "exp_avg", "exp_avg_sq", step_device=parameter.device
+        )
     states = [optimizer.state[parameter] for parameter in plain]
     beta1, beta2 = group["betas"]
     adamw(

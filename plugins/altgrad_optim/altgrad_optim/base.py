@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.groups import GEOMETRY_KEYS, grid_of
+from altgrad_core.lookup import format_or_none
 
 
 class GeometryOptimizer(torch.optim.Optimizer):
     """An optimizer that treats quantised parameters by their grid and the others as AdamW does.
 
-    A group in which no parameter has a grid trains at `other_lr` unless it sets its own `lr`; parameters
-    without a grid in a mixed group train at `other_lr`, following the group's schedule. `format` and `scale`
-    are looked up at each step and never saved.
+    The `lr` of a group in which some parameter has a grid is that of the parameters with a grid; those
+    without one train at `other_lr`, following the group's schedule. The `lr` of a group without any grid is
+    `other_lr` unless the group sets it (`lr_is_other`). `format` and `scale` are looked up at each step and
+    never saved.
     """
+
+    _own: ClassVar[tuple[str, ...]] = ()
+    """Attributes beside torch's that a copy or a pickle of the optimizer keeps."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = "lr" in param_group
+        if "format" in param_group:
+            param_group["format"] = format_or_none(param_group["format"])
+        _refuse_bad_scale(param_group.get("scale"))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not given and not any(grid_of(group, index) for index in range(len(group["params"]))):
+        group["lr_is_other"] = not any(grid_of(group, index) for index in range(len(group["params"])))
+        if group["lr_is_other"] and not given:
             group["lr"] = group["other_lr"]
-        group["initial_lr"] = group["lr"]
+        group["first_lr"] = group["lr"]
+
+    def grid_lr(self, group: dict[str, Any]) -> float:
+        """Return the learning rate of the group's parameters that have a grid."""
+        if group["lr_is_other"]:  # they were quantised after the optimizer was made
+            return float(self.defaults["lr"] * schedule_factor(group))
+        return float(group["lr"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -39,6 +58,8 @@ class GeometryOptimizer(torch.optim.Optimizer):
         kept = [{key: group[key] for key in GEOMETRY_KEYS if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, kept, strict=True):
+            for key in GEOMETRY_KEYS:
+                group.pop(key, None)
             group.update(own)
 
 
@@ -66,20 +87,39 @@ def split_by_grid(
 
 
 def schedule_factor(group: dict[str, Any]) -> float:
-    """Return the group's learning rate as a share of its initial one: what a scheduler made of it."""
-    return group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
+    """Return the group's learning rate as a share of its initial one: what a schedule made of it.
+
+    Initial is what a scheduler found (`initial_lr`), or what the group was made with.
+    """
+    initial = group.get("initial_lr", group["first_lr"])
+    return float(group["lr"] / initial) if initial else 1.0
 
 
-def plain_lr(group: dict[str, Any], mixed: bool) -> float:
-    """Return the learning rate of a group's plain parameters."""
-    return group["other_lr"] * schedule_factor(group) if mixed else group["lr"]
+def plain_lr(group: dict[str, Any]) -> float:
+    """Return the learning rate of a group's parameters that have no grid."""
+    return float(group["lr"] if group["lr_is_other"] else group["other_lr"] * schedule_factor(group))
+
+
+def not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def positive(value: float) -> bool:
+    return value > 0
 
 
 def refuse_bad(**values: tuple[float, Callable[[float], bool]]) -> None:
     """Raise ValueError in torch's words for each (value, is right) that is wrong."""
     for name, (value, right) in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not right(value):
-            raise ValueError(f"Invalid {name.replace('_', ' ')} value: {value!r}")
+            what = "learning rate" if name == "lr" else f"{name} value"
+            raise ValueError(f"Invalid {what}: {value!r}")
+
+
+def _refuse_bad_scale(scale: Any) -> None:
+    for one in scale if isinstance(scale, list | tuple) else [scale]:
+        if not (one is None or isinstance(one, Tensor) or 0 < one < math.inf):
+            raise ValueError(f"Invalid scale value: {one!r}")
 
 
 def refuse_betas(betas: tuple[float, float]) -> None:

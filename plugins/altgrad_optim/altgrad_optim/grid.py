@@ -37,7 +37,8 @@ from altgrad_core import scaling
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.random_bits import draw_seed, uniform
+from altgrad_core.kernels import flat, kernel
+from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales
 from altgrad_core.surgery import quantizer_of
 from altgrad_optim import GridOptimOptions
@@ -169,9 +170,9 @@ class GridOptim(GeometryOptimizer):
             self.intended[member.weight] = -rungs
         if member.master:
             return _Landing(self.state[member.weight]["rung_coordinate"].sub_(rungs), None)
-        draws = uniform((self.seed, self.counter, member.index), member.weight.shape, member.weight.device)
-        step = grid_step if group["rounding"] == "rung" else value_step
-        return _Landing(*step(member.weight * scale, rungs, member.format, draws, int(group["rung_clip"])))
+        keys = stream_key_tensor((self.seed, self.counter, member.index), member.weight.device)
+        clip, by_value = int(group["rung_clip"]), group["rounding"] == "value"
+        return _Landing(*_moved(flat(member.weight), flat(rungs), scale, keys, member.format, clip, by_value))
 
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
@@ -210,22 +211,24 @@ class GridOptim(GeometryOptimizer):
         ratios = torch.stack(scales.scales) / before
         for index, landing in landings.items():
             member = self._members[index]
-            limit = None if limits is None else limits[index]
+            limit, scale = None if limits is None else limits[index], scales.scales[index]
             if member.master:
-                values = _master_values(landing.target, member.format, limit)
+                values = _master_values(landing.target, member.format, limit) / scale
             else:
-                values = _bounded(self._rerounded(member, landing.target * ratios[index]), limit)
-            self._write(member, values / scales.scales[index])
+                keys = self._rerounding_keys(member)
+                values = _landed(landing.target, ratios[index], scale, limit, keys, member.format)
+            values = values.view_as(member.weight)
+            self.counts[member.weight] = _counted(*map(flat, (values, member.weight, member.weight.grad)))
+            member.weight.copy_(values)
         self.flips = torch.stack([flips for flips, _ in self.counts.values()]).sum()
         self.updates = torch.stack([updates for _, updates in self.counts.values()]).sum()
 
-    def _rerounded(self, member: _Member, target: Tensor) -> Tensor:
-        """Round to the grid again: changes something only where the scale has moved."""
+    def _rerounding_keys(self, member: _Member) -> Tensor | None:
+        """Return the random stream of the rounding after a change of scale; None: nearest even."""
+        if self.storage_rounding == "nearest_even":
+            return None
         stream = (self.seed, self.counter, len(self._members) + member.index)
-        draws = (
-            uniform(stream, target.shape, target.device) if self.storage_rounding == "stochastic" else None
-        )
-        return member.format.quantize(target, rounding=self.storage_rounding, uniform=draws)
+        return stream_key_tensor(stream, member.weight.device)
 
     def _amax(self, member: _Member, landing: _Landing | None) -> Tensor:
         """Return the magnitude that the scale must serve; past the last rung it is twice the largest."""
@@ -234,10 +237,6 @@ class GridOptim(GeometryOptimizer):
         largest = member.format.largest
         asked = torch.where(landing.past_end, 2 * largest, landing.target.abs().amax())
         return (asked / self._scale(member)).float()
-
-    def _write(self, member: _Member, values: Tensor) -> None:
-        self.counts[member.weight] = ((values != member.weight).sum(), (member.weight.grad != 0).sum())
-        member.weight.copy_(values)
 
     # --- which weights move in rungs, and their first snap -------------------------------------------
 
@@ -389,6 +388,34 @@ def value_step(
     lost = torch.isnan(rungs) | torch.isnan(scaled)
     past = (target.abs() > format.largest) & ~lost
     return torch.where(lost, torch.nan, values), past.any()
+
+
+@kernel
+def _moved(
+    weight: Tensor, rungs: Tensor, scale: Tensor, keys: Tensor, format: Format, rung_clip: int, by_value: bool
+) -> tuple[Tensor, Tensor]:
+    """Draw and take the step of on-grid weights; see `grid_step` and `value_step`."""
+    step = value_step if by_value else grid_step
+    return step(weight * scale, rungs, format, uniform_like(weight, keys), rung_clip)
+
+
+@kernel
+def _landed(
+    target: Tensor, ratio: Tensor, scale: Tensor, limit: Tensor | None, keys: Tensor | None, format: Format
+) -> Tensor:
+    """Return weights on the grid of the new `scale`, which is `ratio` times the old one, within the limit.
+
+    Rounding again, by the stream `keys` or to nearest even, changes something only where the scale moved.
+    """
+    draws = None if keys is None else uniform_like(target, keys)
+    rounding = "nearest_even" if keys is None else "stochastic"
+    return _bounded(format.quantize(target * ratio, rounding=rounding, uniform=draws), limit) / scale
+
+
+@kernel
+def _counted(values: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many weights change, and how many have a non-zero gradient: 0-d int64."""
+    return (values != weight).sum(), (gradient != 0).sum()
 
 
 def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:

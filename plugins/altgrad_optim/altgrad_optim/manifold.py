@@ -35,7 +35,9 @@ from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
+    not_negative,
     plain_lr,
+    positive,
     refuse_bad,
     refuse_betas,
     schedule_factor,
@@ -64,6 +66,8 @@ class ManifoldAdamW(GeometryOptimizer):
     Raises ValueError on options out of range.
     """
 
+    _own = ("stiffness",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,10 +83,7 @@ class ManifoldAdamW(GeometryOptimizer):
         other_lr: float = 1e-3,
         decay_lr: float = 1e-3,
     ) -> None:
-        not_negative, positive = (lambda x: x >= 0), (lambda x: x > 0)
-        refuse_bad(
-            learning_rate=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative)
-        )
+        refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
         refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
         refuse_bad(max_stiffness=(max_stiffness, positive))
         refuse_betas(betas)
@@ -116,14 +117,14 @@ class ManifoldAdamW(GeometryOptimizer):
             gridded, plain = split_by_grid(group)
             for weight, format, scale in gridded:
                 self._update(group, weight, format, scale)
-            plain_step(self, group, plain, plain_lr(group, mixed=bool(gridded)))
+            plain_step(self, group, plain, plain_lr(group))
         return loss
 
     def _update(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> None:
         state = self.state[weight]
         moments(state, weight, "exp_avg", "exp_avg_sq")
         state["step"] += 1
-        p, q = group["p"], group["q"]
+        p, q, lr = group["p"], group["q"], self.grid_lr(group)
         stiffness = (
             self.stiffness(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
         )
@@ -134,8 +135,8 @@ class ManifoldAdamW(GeometryOptimizer):
         if stiffness is not None and q:
             direction *= normalized(powered(stiffness, q), group["normalize"])
         in_weight_units = not q or group["normalize"] != "none"
-        rate = group["lr"] if in_weight_units else group["decay_lr"] * schedule_factor(group)
-        weight.mul_(1 - rate * group["weight_decay"]).sub_(direction.mul_(group["lr"]))
+        rate = lr if in_weight_units else group["decay_lr"] * schedule_factor(group)
+        weight.mul_(1 - rate * group["weight_decay"]).sub_(direction.mul_(lr))
 
 
 def powered(stiffness: Tensor, exponent: float) -> Tensor | float:

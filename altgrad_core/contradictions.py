@@ -1,0 +1,50 @@
+"""What no single option can know: options that contradict one another, or the model they are for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from altgrad_core import rules, shapes
+from altgrad_core.structuring import Problem
+
+
+def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the problems between the sections of an experiment that are right by themselves."""
+    yield from _listed_twice(sections)
+    if "model" in sections and "data" in sections:
+        yield from _rules(sections)
+        yield from _freeze(sections)
+
+
+def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Two of one name, from whichever distribution: metrics and checkpoints go by the bare name."""
+    for kind in ("monitor", "fallback"):
+        names = [choice.plugin.rpartition(":")[2] for choice in sections.get(kind, ())]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Problem((kind, index), f"{name!r} is listed twice; keep one")
+
+
+def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    quantize, model = sections.get("quantize"), sections["model"]
+    if quantize is None:
+        return
+    layers = shapes.linear_shapes(model, sections["data"].vocab_size)
+    for problem in rules.problems(quantize, layers, rules.tied_layers(model)):
+        yield Problem(("quantize", *problem.path), str(problem))
+
+
+def _freeze(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    if "train" not in sections:
+        return
+    names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
+    frozen = set()
+    for index, pattern in enumerate(sections["train"].freeze):
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        if not matched:
+            yield Problem(("train", "freeze", index), rules.no_match(pattern, names, "parameter"))
+        frozen |= matched
+    if frozen == set(names):
+        yield Problem(("train", "freeze"), "leaves nothing to train; narrow its patterns")

@@ -1,0 +1,92 @@
+"""Compiled kernels: pure tensor functions fused to one loop, where that pays.
+
+`@kernel` marks a function whose arithmetic is exact (integers, roundings, powers of two), so that compiled
+and eager give the same bits. It runs eagerly until `enable()`; then torch.compile fuses it, once per format
+and dtype, for every shape. Compiling takes seconds, so a run enables kernels only when it is long enough.
+Where no C++ compiler works, that is said once and everything stays eager.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+VARIABLE = "ALTGRAD_KERNELS"
+"""Environment variable: `eager` keeps every kernel eager."""
+
+WORTH_COMPILING = 3e8
+"""Elements over a whole run from which compiling (some 20 s cold) is repaid; eager costs about 0.1 us each."""
+
+_KERNELS_PER_FUNCTION = 64  # torch gives up silently at 8: one for each format, dtype and rounding in use
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_enabled = False
+
+
+def enable(elements: float = float("inf")) -> bool:
+    """Compile kernels from here on, if so many elements are worth it; returns whether kernels are compiled."""
+    global _enabled  # noqa: PLW0603 - one process, one switch
+    if elements >= WORTH_COMPILING and os.environ.get(VARIABLE) != "eager":
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, _KERNELS_PER_FUNCTION
+        )
+        _enabled = True
+    return _enabled
+
+
+def disable() -> None:
+    """Run kernels eagerly from here on."""
+    global _enabled  # noqa: PLW0603 - one process, one switch
+    _enabled = False
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return x detached, as one row: kernels are compiled once for all one-row tensors of a dtype."""
+    return x.detach().reshape(-1)
+
+
+def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Mark a pure tensor function for compilation; see the module's text."""
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        if not _enabled:
+            return function(*arguments, **keywords)
+        if not compiled:
+            compiled.append(torch.compile(function, dynamic=True))
+        try:
+            with torch.no_grad():
+                return compiled[0](*arguments, **keywords)  # type: ignore[no-any-return]
+        except Exception as error:
+            if not _is_compiler_error(error):
+                raise
+            disable()
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"kernels stay eager, which is slower: {reason}", RuntimeWarning, stacklevel=2)
+            return function(*arguments, **keywords)
+
+    return call
+
+
+def _is_compiler_error(error: Exception) -> bool:
+    """Whether torch.compile itself failed, such as for want of a C++ compiler."""
+    import torch._dynamo.exc
+    import torch._inductor.exc
+
+    failures = (
+        torch._dynamo.exc.BackendCompilerFailed,
+        torch._inductor.exc.InductorError,
+        torch._inductor.exc.InvalidCxxCompiler,
+        torch._inductor.exc.CppCompileError,
+    )
+    return isinstance(error, failures)

@@ -1,0 +1,101 @@
+import json
+import pickle
+
+import pytest
+import torch
+
+from altgrad_core import checkpoint
+from altgrad_core.checkpoint import CheckpointError
+
+STATE = {
+    "step": 3,
+    "nested": {"pair": (1, 2.5), "list": [None, True, "text"], 7: torch.arange(4)},
+    "scalar": torch.tensor(2.0),
+}
+
+
+def save(folder, step=3):
+    return checkpoint.save(folder, checkpoint.step_name(step), {"w": torch.eye(2)}, {**STATE, "step": step})
+
+
+def test_a_tree_of_state_comes_back_as_it_was(tmp_path):
+    found = checkpoint.load(save(tmp_path))
+    assert found.state["nested"]["pair"] == (1, 2.5)
+    assert found.state["nested"]["list"] == [None, True, "text"]
+    assert torch.equal(found.state["nested"][7], torch.arange(4))
+    assert torch.equal(found.model["w"], torch.eye(2))
+
+
+def test_tensors_that_share_memory_are_each_saved_whole(tmp_path):
+    shared = torch.arange(6.0).reshape(2, 3)
+    path = checkpoint.save(tmp_path, "step_1", {"a": shared, "b": shared.t()}, {})
+    assert torch.equal(checkpoint.load(path).model["b"], shared.t())
+
+
+@pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.TENSORS, checkpoint.TREE])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b[:9] + b"!" + b[10:]])
+def test_a_damaged_file_is_refused_by_name(file, damage, tmp_path):
+    path = save(tmp_path)
+    (path / file).write_bytes(damage((path / file).read_bytes()))
+    with pytest.raises(CheckpointError, match=file):
+        checkpoint.load(path)
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_damage_told(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / checkpoint.MANIFEST).write_text("{")
+    found, reasons = checkpoint.newest(tmp_path)
+    assert found.state["step"] == 1
+    assert len(reasons) == 1
+
+
+def test_a_folder_that_was_not_renamed_is_never_selected(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / ".unfinished-step_00000002")
+    found, _ = checkpoint.newest(tmp_path)
+    assert found.state["step"] == 1
+    checkpoint.prune(tmp_path, keep=3)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.step_name(1)]
+
+
+def test_pruning_keeps_the_newest_and_the_named(tmp_path):
+    for step in range(5):
+        save(tmp_path, step)
+    checkpoint.save(tmp_path, checkpoint.BEST, {"w": torch.eye(2)}, STATE)
+    checkpoint.prune(tmp_path, keep=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {checkpoint.step_name(3), checkpoint.step_name(4), checkpoint.BEST}
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_no_scratch(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(TypeError, match="/callback: state must be tensors"):
+        checkpoint.save(tmp_path, checkpoint.step_name(1), {"w": torch.eye(2)}, {"callback": print})
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.step_name(1)]
+    assert checkpoint.load(tmp_path / checkpoint.step_name(1)).state["step"] == 1
+
+
+def test_a_pickle_is_refused_and_does_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = save(tmp_path)
+    (path / checkpoint.TENSORS).write_bytes(pickle.dumps(Payload()))
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest[checkpoint.TENSORS] = checkpoint._digest(path / checkpoint.TENSORS)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_global_generators_come_back(tmp_path):
+    import random
+
+    import numpy
+
+    state = checkpoint.load(checkpoint.save(tmp_path, "step_1", {}, {"random": checkpoint.random_state()})).state
+    drawn = random.random(), numpy.random.rand(), torch.rand(1)
+    checkpoint.set_random_state(state["random"])
+    assert drawn == (random.random(), numpy.random.rand(), torch.rand(1))

@@ -1,0 +1,370 @@
+"""Real runs with everything installed: resume, purity, policies, grids, and what is left in the folder."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import altgrad_core as altgrad
+from altgrad_core import checkpoint
+from altgrad_core.record import RunFolder, read_lines
+from altgrad_core.registry import UsageError
+
+TINY = """
+name = "tiny"
+seed = 7
+steps = 12
+
+[data]
+plugin = "markov"
+tokens = 4000
+
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 16
+block_size = 16
+dropout = 0.2
+
+[train]
+batch_size = 4
+device = "cpu"
+warmup_steps = 2
+eval_every = 4
+eval_batches = 2
+log_every = 3
+checkpoint_every = 4
+keep_checkpoints = 5
+"""
+
+STORED = """
+[quantize]
+format = "E4M3"
+storage = "grid"
+storage_rounding = "stochastic"
+bound = 4.0
+"""
+
+ARMS = {
+    "unquantised": "[optimizer]\nplugin = 'AdamW'\n",
+    "master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'ManifoldAdamW'\n",
+    "grid": STORED + "[optimizer]\nplugin = 'ManifoldAdamW'\nlr = 1e-2\n",
+    "rungs": STORED + "[optimizer]\nplugin = 'GridOptim'\nnormalize = 'adam'\nstep_scale = 0.3\n",
+    "rungs_on_master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'GridOptim'\nstep_scale = 6.0\n",
+}
+WATCHED = "[[monitor]]\nplugin='flip'\n[[monitor]]\nplugin='stall'\n[[monitor]]\nplugin='descent'\n"
+GUARDED = "[[fallback]]\nplugin='nan_guard'\nnan_patience=3\n"
+CLOCKS = ("time/", "cost/", "memory/")
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write an experiment file, with the token cache beside it, and return its path."""
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
+
+    def write(text: str, name: str = "experiment.toml") -> pathlib.Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def run(path, out, *overrides):
+    return altgrad.run(altgrad.load_experiment(path, overrides), out=out, quiet=True)
+
+
+def last_checkpoint(result):
+    found, passed_over = checkpoint.newest(result.folder / "checkpoints")
+    assert not passed_over
+    return found
+
+
+def metrics(result):
+    return [
+        {key: value for key, value in line.items() if not key.startswith(CLOCKS)}
+        for line in read_lines(result.folder / "metrics.jsonl")
+    ]
+
+
+def same_tree(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_tree(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_tree, one, other))
+    return one == other
+
+
+def without_clocks(state):
+    return {
+        key: {name: number for name, number in value.items() if not name.startswith(CLOCKS)}
+        if key in ("last", "best")
+        else value
+        for key, value in state.items()
+        if key != "seconds"
+    }
+
+
+def interrupt_at(monkeypatch, step):
+    """Make the loop stop as SIGINT would, after `step` steps."""
+    from altgrad_core import loop
+
+    whole = loop._one_step
+
+    def until(run, interval):
+        whole(run, interval)
+        if run.step == step:
+            run.outcome = "interrupted"
+
+    monkeypatch.setattr(loop, "_one_step", until)
+    return lambda: monkeypatch.setattr(loop, "_one_step", whole)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arm, write, tmp_path, monkeypatch):
+    path = write(TINY + ARMS[arm] + WATCHED + GUARDED)
+    whole = run(path, tmp_path / "whole")
+    restore = interrupt_at(monkeypatch, 6)
+    assert run(path, tmp_path / "parts").outcome == "interrupted"
+    restore()
+    parts = run(path, tmp_path / "parts")
+    one, other = last_checkpoint(whole), last_checkpoint(parts)
+    assert same_tree(one.model, other.model)
+    assert same_tree(without_clocks(one.state), without_clocks(other.state))
+    in_whole = {line["step"]: line for line in metrics(whole)}
+    assert all(
+        in_whole[line["step"]]["validation/loss"] == line["validation/loss"]
+        for line in metrics(parts)
+        if "validation/loss" in line and line["step"] != 6
+    )
+
+
+def test_monitors_evaluation_and_logging_leave_the_trajectory_alone(write, tmp_path):
+    plain = run(write(TINY + ARMS["grid"]), tmp_path / "plain")
+    watched = run(
+        write(TINY + ARMS["grid"] + WATCHED, "watched.toml"),
+        tmp_path / "watched",
+        "train.eval_every=1",
+        "train.log_every=1",
+        "train.checkpoint_every=1",
+    )
+    assert same_tree(last_checkpoint(plain).model, last_checkpoint(watched).model)
+
+
+def test_every_grid_weight_of_the_checkpoint_is_on_the_grid(write, tmp_path):
+    saved = last_checkpoint(run(write(TINY + ARMS["rungs"]), tmp_path / "runs"))
+    e4m3 = altgrad.get_format("E4M3")
+    assert len(saved.state["scales"]) == 8
+    for name, scale in saved.state["scales"].items():
+        scaled = saved.model[name] * scale
+        assert torch.equal(e4m3.quantize(scaled), scaled)
+
+
+def test_the_model_file_loads_strictly_into_a_plain_model(write, tmp_path):
+    from altgrad_core.experiment import ModelOptions
+    from altgrad_core.model import GPT
+
+    saved = last_checkpoint(run(write(TINY + ARMS["grid"]), tmp_path / "runs"))
+    options = ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=16)
+    vocabulary = saved.model["lm_head.weight"].shape[0]
+    GPT(options, vocabulary, torch.Generator()).load_state_dict(saved.model, strict=True)
+
+
+def test_fp32_everywhere_equals_the_unquantised_run(write, tmp_path):
+    one = run(write(TINY + ARMS["unquantised"]), tmp_path / "one")
+    other = run(write(TINY + ARMS["unquantised"] + "[quantize]\nformat='FP32'\nstorage='grid'\n", "b.toml"), tmp_path / "b")
+    assert same_tree(last_checkpoint(one).model, last_checkpoint(other).model)
+
+
+def test_a_finished_run_is_not_run_again(write, tmp_path):
+    path = write(TINY + ARMS["unquantised"])
+    first = run(path, tmp_path / "runs")
+    lines = (first.folder / "metrics.jsonl").read_text()
+    assert run(path, tmp_path / "runs").outcome == "skipped"
+    assert (first.folder / "metrics.jsonl").read_text() == lines
+
+
+def test_an_edited_file_is_refused_and_the_difference_named(write, tmp_path):
+    path = write(TINY + ARMS["unquantised"])
+    run(path, tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"train\.batch_size: 4 -> 5.*--out"):
+        run(path, tmp_path / "runs", "train.batch_size=5")
+
+
+def test_a_folder_in_use_is_refused_and_says_by_whom(write, tmp_path):
+    held = RunFolder(tmp_path / "runs" / "tiny" / "run")
+    with pytest.raises(UsageError, match="is being run by process"):
+        run(write(TINY + ARMS["unquantised"]), tmp_path / "runs")
+    held.close()
+
+
+def test_an_unwritable_folder_is_refused_in_one_line(write, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written") as caught:
+        run(write(TINY + ARMS["unquantised"]), tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(write, tmp_path, monkeypatch):
+    path = write(TINY + ARMS["grid"])
+    whole = run(path, tmp_path / "whole")
+    restore = interrupt_at(monkeypatch, 9)
+    parts = run(path, tmp_path / "parts")
+    restore()
+    damaged = parts.folder / "checkpoints" / checkpoint.step_name(9) / checkpoint.MODEL
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    again = run(path, tmp_path / "parts")
+    assert same_tree(last_checkpoint(whole).model, last_checkpoint(again).model)
+    warnings = [line for line in read_lines(again.folder / "events.jsonl") if line["event"] == "warning"]
+    assert any("damaged" in line["message"] for line in warnings)
+
+
+def test_no_metrics_line_is_written_twice_after_a_resume(write, tmp_path, monkeypatch):
+    path = write(TINY + ARMS["grid"])
+    restore = interrupt_at(monkeypatch, 7)
+    run(path, tmp_path / "runs")
+    restore()
+    result = run(path, tmp_path / "runs")
+    steps = [line["step"] for line in read_lines(result.folder / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 12
+
+
+def test_nan_guard_stops_a_diverged_run_and_keeps_the_last_finite_state(write, tmp_path):
+    text = TINY + ARMS["unquantised"] + "lr = 1e30\n" + GUARDED
+    result = run(write(text), tmp_path / "runs", "steps=30", "train.grad_clip=0.0")
+    assert result.outcome == "stopped"
+    events = list(read_lines(result.folder / "events.jsonl"))
+    actions = [line["action"] for line in events if line["event"] == "policy"]
+    assert actions == ["SkipStep", "SkipStep", "Stop"]
+    kept = checkpoint.load(result.folder / "checkpoints" / checkpoint.LAST_FINITE)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.model.values())
+
+
+def test_nan_guard_leaves_a_healthy_run_alone(write, tmp_path):
+    guarded = run(write(TINY + ARMS["grid"] + GUARDED), tmp_path / "guarded")
+    assert not [line for line in read_lines(guarded.folder / "events.jsonl") if line["event"] == "policy"]
+    plain = run(write(TINY + ARMS["grid"], "plain.toml"), tmp_path / "plain")
+    assert same_tree(last_checkpoint(guarded).model, last_checkpoint(plain).model)
+
+
+def test_without_a_guard_nan_stays_visible(write, tmp_path):
+    result = run(write(TINY + ARMS["unquantised"] + "lr = 1e30\n"), tmp_path / "runs", "train.grad_clip=0.0")
+    assert result.outcome == "finished"
+    assert math.isnan(result.summary["final"]["validation/loss"])
+
+
+def test_the_frozen_linears_do_not_move(write, tmp_path):
+    path = write(TINY + ARMS["unquantised"])
+    frozen = run(path, tmp_path / "frozen", "train.freeze=['.*(attn|mlp).*']")
+    start = run(path, tmp_path / "start", "steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
+    one, other = last_checkpoint(frozen).model, last_checkpoint(start).model
+    moved = {name for name in one if not torch.equal(one[name], other[name])}
+    assert moved == {name for name in one if "attn" not in name and "mlp" not in name}
+
+
+def test_gradient_accumulation_sees_the_batches_and_averages_them(write, tmp_path):
+    path = write(TINY.replace("dropout = 0.2", "") + ARMS["unquantised"])
+    result = run(path, tmp_path / "runs", "train.gradient_accumulation=3")
+    assert result.summary["tokens"] == 12 * 3 * 4 * 16
+
+
+def test_a_policy_that_raises_ends_the_run_and_is_named(write, tmp_path, monkeypatch):
+    from altgrad_policies.nan_guard import NanGuard
+
+    monkeypatch.setattr(NanGuard, "decide", lambda self, step, metrics: 1 / 0)
+    from altgrad_core.run import PluginFailure
+
+    with pytest.raises(PluginFailure, match="nan_guard of altgrad-policies .*: decide raised ZeroDivisionError"):
+        run(write(TINY + ARMS["grid"] + GUARDED), tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda self, step: 1 / 0, "ZeroDivisionError"),
+        (lambda self, step: {"other/x/total": 1.0}, "must be named 'flip/"),
+        (lambda self, step: {"flip/x/total": torch.zeros(3)}, "must be one number"),
+    ],
+)
+def test_a_monitor_that_fails_is_named_and_dropped_and_training_goes_on(
+    answer, reason, write, tmp_path, monkeypatch
+):
+    from altgrad_monitors.flip import Flip
+
+    monkeypatch.setattr(Flip, "observe", answer)
+    result = run(write(TINY + ARMS["grid"] + WATCHED), tmp_path / "runs")
+    assert result.outcome == "finished"
+    (warning,) = [line for line in read_lines(result.folder / "events.jsonl") if line["event"] == "warning"]
+    assert "flip of altgrad-monitors" in warning["message"]
+    assert reason in warning["message"]
+    assert any(name.startswith("stall/") for name in result.summary["final"])
+
+
+def test_stall_and_descent_tell_nearest_from_stochastic_rounding(write, tmp_path):
+    path = write(TINY + ARMS["grid"].replace("lr = 1e-2", "lr = 1e-5") + WATCHED)
+    lost = run(path, tmp_path / "nearest", "quantize.storage_rounding=nearest_even").summary["final"]
+    kept = run(path, tmp_path / "stochastic").summary["final"]
+    assert lost["stall/stall_ratio/total"] == 1.0
+    assert lost["stall/expected_stall/total"] < 1.0
+    assert abs(lost["descent/quality/total"]) < 1e-6
+    assert 0.0 < kept["stall/stall_ratio/total"] < 1.0
+    assert 0.2 < kept["descent/quality/total"] < 3.0
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from altgrad_core.cli import altgrad_run; altgrad_run()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_grid_skips_finished_cells_and_runs_added_ones(write, tmp_path):
+    grid = "[grid]\nseed = {}\n"
+    first = command(write(TINY + ARMS["grid"] + grid.format([1, 2])), "--out", tmp_path / "runs", "--jobs", "2")
+    assert first.returncode == 0, first.stderr
+    folders = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
+    assert folders == {"seed=1", "seed=2"}
+    second = command(write(TINY + ARMS["grid"] + grid.format([1, 2, 3])), "--out", tmp_path / "runs", "--quiet")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("skipped") == 2
+    assert second.stdout.count("finished") == 1
+
+
+def test_a_failing_cell_lets_the_others_finish_and_the_command_fail(write, tmp_path):
+    text = TINY + ARMS["unquantised"] + GUARDED + '[grid]\n"optimizer.lr" = [1e30, 1e-3]\n'
+    ended = command(write(text), "--out", tmp_path / "runs", "--set", "train.grad_clip=0.0", "--quiet")
+    assert ended.returncode == 1
+    summaries = sorted(path for path in (tmp_path / "runs").rglob("summary.json"))
+    assert sorted(json.loads(path.read_text())["outcome"] for path in summaries) == ["finished", "stopped"]
+
+
+def test_sigint_finishes_the_step_writes_a_checkpoint_and_exits_with_130(write, tmp_path):
+    import signal
+    import time
+
+    path = write(TINY + ARMS["grid"])
+    script = "from altgrad_core.cli import altgrad_run; altgrad_run()"
+    options = ["--out", str(tmp_path / "runs"), "--set", "steps=100000", "--set", "train.log_every=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    folder = tmp_path / "runs" / "tiny" / "run"
+    deadline = time.monotonic() + 60
+    while len(list(read_lines(folder / "metrics.jsonl"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, process.stderr.read()
+    found, _ = checkpoint.newest(folder / "checkpoints")
+    lines = list(read_lines(folder / "metrics.jsonl"))
+    assert found.state["step"] == lines[-1]["step"]
