@@ -54,9 +54,10 @@ def _option(field: attrs.Attribute[Any]) -> tuple[str, str, str, str]:
 
 def _default(field: attrs.Attribute[Any]) -> Any:
     """Return a field's default; None where there is none, or none before the object is there."""
-    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
-        return None if field.default.takes_self else field.default.factory()
-    return None if field.default is attrs.NOTHING else field.default
+    default: Any = field.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return None if default.takes_self else default.factory()
+    return None if default is attrs.NOTHING else default
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
@@ -84,7 +85,9 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(inner[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         return annotation.kind
-    return _SCALARS.get(annotation, "table" if attrs.has(annotation) else str(annotation))
+    if attrs.has(annotation):
+        return "name or table" if hasattr(annotation, "from_plain") else "table"
+    return _SCALARS.get(annotation, str(annotation))
 
 
 def _either(names: Any) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from altgrad_core import rules, shapes
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
-from altgrad_core.options import Choice, FormatChoice
+from altgrad_core.options import Choice, plain
 from altgrad_core.record import SUMMARY, read_json
 from altgrad_core.registry import Registry
 from altgrad_core.terminal import count, duration
@@ -59,19 +60,14 @@ def _format(experiment: Experiment, registry: Registry) -> str:
     if not plan:
         return "FP32: nothing is quantised"
     quantize = experiment.quantize
-    kinds = {(_name(layer.format), layer.storage): 0 for layer in plan.values()}
-    for layer in plan.values():
-        kinds[_name(layer.format), layer.storage] += 1
+    kinds = collections.Counter((shown(layer.format), layer.storage) for layer in plan.values())
     text = ", ".join(
-        f"{name} stored as {storage} ({number} layers)" for (name, storage), number in kinds.items()
+        f"{name} stored as {storage} ({number} layer{'s' if number > 1 else ''})"
+        for (name, storage), number in kinds.items()
     )
     if quantize and any(storage == "grid" for _, storage in kinds):
         text += f", rounded {quantize.storage_rounding}"
     return f"{text}, bound {quantize.bound:g}" if quantize and quantize.bound else text
-
-
-def _name(choice: FormatChoice) -> str:
-    return shown(choice)
 
 
 def _model(experiment: Experiment) -> str:
@@ -87,10 +83,9 @@ def _model(experiment: Experiment) -> str:
 def _training(experiment: Experiment) -> str:
     train = experiment.train
     accumulated = f" x {train.gradient_accumulation}" if train.gradient_accumulation > 1 else ""
-    return (
-        f"{experiment.steps:,} steps of {train.batch_size}{accumulated} x {experiment.model.block_size} tokens: "
-        f"{count(experiment.tokens)} tokens, seed {experiment.seed}"
-    )
+    batch = f"{train.batch_size}{accumulated} x {experiment.model.block_size}"
+    tokens = f"{count(experiment.tokens)} tokens, seed {experiment.seed}"
+    return f"{experiment.steps:,} steps of {batch} tokens: {tokens}"
 
 
 def share_on_grid(experiment: Experiment, registry: Registry) -> float:
@@ -105,48 +100,77 @@ def share_on_grid(experiment: Experiment, registry: Registry) -> float:
 # --- --check -----------------------------------------------------------------------------------------
 
 
-def check(file: ExperimentFile, out: Path, device: str = "auto") -> Iterable[str]:
+def check(file: ExperimentFile, out: Path, device: str = "auto") -> Iterator[str]:
     """Yield the lines of `altgrad-run FILE --check`, for each device overlay that differs."""
     yield f"{file.path} is right"
-    devices = [device] if device in DEVICES else list(DEVICES)
-    if len(devices) > 1 and [one.experiment for one in file.cells_on["cpu"]] == [
-        one.experiment for one in file.cells_on["cuda"]
-    ]:
-        devices = ["cpu"]
-    for one in devices:
+    cpu, cuda = ([cell.experiment for cell in file.cells_on[one]] for one in DEVICES)
+    if device in DEVICES:
+        devices = {device: f"on {device}"}
+    else:
+        devices = {"cpu": "on any device"} if cpu == cuda else {one: f"on {one}" for one in DEVICES}
+    for one, label in devices.items():
         cells = file.cells_on[one]
-        label = f"on {one}" if len(devices) > 1 or device in DEVICES else "on any device"
-        yield f"\n{label}: {len(cells)} run{'s' if len(cells) > 1 else ''}{_forecast(cells, file, out, one)}"
-        for overlay in cells[0].in_force if len(cells) == 1 else ():
+        runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
+        yield ""
+        yield f"{label}: {runs}{_forecast(cells, file, out, one)}"
+        yield from _checked(cells, file.registry)
+
+
+def _checked(cells: Sequence[Cell], registry: Registry) -> Iterator[str]:
+    """Yield what the cells have in common, then what tells them apart."""
+    for overlay in cells[0].in_force:
+        if all(overlay in cell.in_force for cell in cells):
             yield f"  with {overlay}"
-        if len(cells) == 1:
-            width = max(len(name) for name, _ in rows(cells[0].experiment, file.registry))
-            yield from (
-                f"  {name:<{width}}  {text}" for name, text in rows(cells[0].experiment, file.registry)
-            )
-        else:
-            for cell in cells:
-                share = share_on_grid(cell.experiment, file.registry)
-                yield f"  {cell.name}: {count(cell.experiment.tokens)} tokens, {share:.1%} on the grid"
+    described = [rows(cell.experiment, registry) for cell in cells]
+    shared = [row for row in described[0] if all(row in one for one in described)]
+    yield from _aligned(shared)
+    if len(cells) > 1:
+        yield from _aligned([_cell_row(cell, registry) for cell in cells])
 
 
-def _forecast(cells: tuple[Cell, ...], file: ExperimentFile, out: Path, device: str) -> str:
-    """Return how long the runs take, from earlier runs of the same name on this machine; empty: unknown."""
+def _cell_row(cell: Cell, registry: Registry) -> tuple[str, ...]:
+    experiment = cell.experiment
+    parameters = shapes.parameter_count(experiment.model, experiment.data.vocab_size, embeddings=True)
+    return (
+        cell.name,
+        f"{count(experiment.tokens)} tokens",
+        f"{count(parameters)} parameters",
+        f"{share_on_grid(experiment, registry):.1%} on the grid",
+    )
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _forecast(cells: Sequence[Cell], file: ExperimentFile, out: Path, device: str) -> str:
+    """Return the tokens, and how long they take at the speed of earlier runs of this name here, if known."""
     tokens = sum(cell.experiment.tokens for cell in cells)
     text = f", {count(tokens)} tokens"
-    speeds = [
-        summary["tokens_per_second"]
-        for path in (out / file.name).glob(f"*/{SUMMARY}")
-        if (summary := read_json(path))
-        and summary.get("machine") == platform.node()
-        and summary.get("device") == device
-        and summary.get("model") == cells[0].experiment.plain()["model"]
-        and summary.get("tokens_per_second")
+    summaries = [read_json(path) for path in sorted((out / file.name).glob(f"*/{SUMMARY}"))]
+    here = [
+        summary
+        for summary in summaries
+        if summary and (summary.get("machine"), summary.get("device")) == (platform.node(), device)
     ]
-    if not speeds:
+    seconds = [_seconds(cell.experiment, here) for cell in cells]
+    if None in seconds:
         return text
-    seconds = tokens / (sum(speeds) / len(speeds))
-    return f"{text}, about {duration(seconds)} at the speed of earlier runs here{cost(seconds)}"
+    total = sum(one for one in seconds if one is not None)
+    return f"{text}, about {duration(total)} at the speed of earlier runs here{cost(total)}"
+
+
+def _seconds(experiment: Experiment, summaries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the time a cell takes at the mean speed of the runs of its model; None: there is none."""
+    model = plain(experiment.model)
+    speeds = [
+        float(summary["tokens_per_second"])
+        for summary in summaries
+        if summary.get("model") == model and summary.get("tokens_per_second")
+    ]
+    return experiment.tokens / (sum(speeds) / len(speeds)) if speeds else None
 
 
 def cost(seconds: float) -> str:

@@ -186,7 +186,7 @@ class Experiment:
 
     def plain(self) -> dict[str, Any]:
         """Return every option, defaults included, as a file would write them."""
-        resolved = plain(self)
+        resolved: dict[str, Any] = plain(self)
         source = resolved["data"].pop("source")
         resolved["data"] = {**source, **resolved["data"]}
         return resolved

@@ -34,6 +34,7 @@ def train(run: Run) -> str:
         interval = Interval.empty()
         while run.step < run.experiment.steps and run.outcome == "running":
             _one_step(run, interval)
+            run.terminal.advance(run.step)
             last = run.step == run.experiment.steps or run.outcome != "running" or bool(asked)
             evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
             if evaluated or last or _due(options.log_every, run.step):

@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -78,7 +78,7 @@ class Registered:
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.owner}: its target {self.component.target!r} "
-                f"cannot be loaded: {type(error).__name__}: {error}"
+                f"cannot be loaded: {_described(error)}"
             ) from error
 
     def build(self, options: Any, *inputs: Any) -> Any:
@@ -92,7 +92,7 @@ class Registered:
             raise
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{self.kind} {self.name!r} of {self.owner} cannot be built: {type(error).__name__}: {error}"
+                f"{self.kind} {self.name!r} of {self.owner} cannot be built: {_described(error)}"
             ) from error
 
 
@@ -156,6 +156,10 @@ class Registry:
         if self.blocked:
             message += f"; left out by --without or ${WITHOUT_VARIABLE}: {listed(self.blocked)}"
         return message
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def shown(value: Any) -> str:
@@ -235,13 +239,16 @@ def _load(plugin: importlib.metadata.Distribution) -> Registry:
     try:
         return _collect(_entry_point(plugin).load(), distribution, version)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others must work
-        reason = str(error) if isinstance(error, _ContractError) else f"{type(error).__name__}: {error}"
-        reason = " ".join(reason.split())
-        return Registry(broken=(Broken(distribution=distribution, version=version, reason=reason),))
+        reason = str(error) if isinstance(error, _ContractError) else _described(error)
+        one_line = " ".join(reason.split())
+        return Registry(broken=(Broken(distribution=distribution, version=version, reason=one_line),))
 
 
 def _entry_point(plugin: importlib.metadata.Distribution) -> importlib.metadata.EntryPoint:
-    points = list(plugin.entry_points.select(group=ENTRY_POINT_GROUP))
+    try:
+        points = list(plugin.entry_points.select(group=ENTRY_POINT_GROUP))
+    except (TypeError, ValueError) as error:
+        raise _ContractError(f"its entry_points.txt is malformed: {error}") from error
     if len(points) != 1:
         raise _ContractError(f"has {len(points)} entry points in the group {ENTRY_POINT_GROUP!r}, not one")
     return points[0]
@@ -300,7 +307,7 @@ def _checked(component: object, kind: str) -> Component:
         raise _ContractError(f"{hook}: the name {name!r} means 'leave it alone'; choose another")
     if not isinstance(component.summary, str) or not component.summary.isprintable():
         raise _ContractError(f"{hook}: the summary of {name!r} must be one line of text")
-    if not (isinstance(options, type) and attrs.has(options) and options.__hash__):
+    if not (isinstance(options, type) and attrs.has(options) and issubclass(options, Hashable)):
         raise _ContractError(
             f"{hook}: options of {name!r} must be a frozen attrs class, not {shown(options)}"
         )

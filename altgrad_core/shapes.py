@@ -43,14 +43,11 @@ def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[
 def parameter_count(options: ModelOptions, vocab_size: int, embeddings: bool) -> int:
     """Count the parameters, with the embeddings or without.
 
-    A token embedding that is tied to the head counts either way, as in nanoGPT: it is the head's weight.
+    A token embedding that is tied to the head is an embedding here. (nanoGPT's count keeps it.)
     """
+    left_out = () if embeddings else {f"{name}.weight" for name in EMBEDDINGS}
     shapes = parameter_shapes(options, vocab_size)
-    if not embeddings:
-        del shapes[f"{POSITION_EMBEDDING}.weight"]
-        if not options.tie_weights:
-            del shapes[f"{TOKEN_EMBEDDING}.weight"]
-    return sum(math.prod(shape) for shape in shapes.values())
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in left_out)
 
 
 def _weight_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:

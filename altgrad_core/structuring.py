@@ -60,24 +60,20 @@ def converter(registry: Registry) -> cattrs.Converter:
     strict.register_structure_hook(bool, _exactly(bool, "true or false"))
     strict.register_structure_hook(int, _whole_number)
     strict.register_structure_hook(float, _number)
-    strict.register_structure_hook_func(lambda cls: get_origin(cls) is Literal, _one_of)
-    for applies, hook in (
-        (lambda cls: get_origin(cls) in (typing.Union, types.UnionType), _union_hook),
-        (lambda cls: get_origin(cls) in (tuple, list), _list_hook),
-        (lambda cls: attrs.has(cls) and not issubclass(cls, Choice), _table_hook),
-    ):
-        strict.register_structure_hook_factory(applies, functools.partial(_made, hook, strict))
-    strict.register_structure_hook_func(
-        lambda cls: isinstance(cls, type) and issubclass(cls, Choice),
-        lambda value, cls: _choice(value, cls, registry),
-    )
+    strict.register_structure_hook_func(_is_of(Literal), _one_of)
+    strict.register_structure_hook_factory(_is_of(typing.Union, types.UnionType), _union_hook)
+    strict.register_structure_hook_factory(_is_of(tuple, list), _list_hook)
+    strict.register_structure_hook_factory(attrs.has, _table_hook)
+    strict.register_structure_hook_func(_is_choice, lambda value, cls: _choice(value, cls, registry))
     return strict
 
 
-def _made(
-    factory: Callable[[Any, cattrs.Converter], Callable[[Any, Any], Any]], strict: cattrs.Converter, cls: Any
-) -> Callable[[Any, Any], Any]:
-    return factory(cls, strict)
+def _is_of(*origins: Any) -> Callable[[Any], bool]:
+    return lambda cls: get_origin(cls) in origins
+
+
+def _is_choice(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Choice)
 
 
 def _exactly(scalar: type, expected: str) -> Callable[[Any, Any], Any]:
@@ -168,7 +164,7 @@ def _list_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]:
 
 def _table_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]:
     attrs.resolve_types(cls)
-    hooks = {
+    hooks: dict[str, Any] = {
         field.name: override(struct_hook=_field_hook(field, strict))
         for field in attrs.fields(cls)
         if field.init

@@ -77,7 +77,8 @@ class Terminal:
             parts.append(f"{metrics['time/tokens_per_second']:,.0f} tokens/s")
         self.say("  ".join(parts))
         if self._progress is not None:
-            numbers = f"loss {metrics.get('train/loss', math.nan):.3f}"
+            speed = metrics.get("time/tokens_per_second", math.nan)
+            numbers = f"loss {metrics.get('train/loss', math.nan):.3f}, {speed:,.0f} tokens/s"
             self._progress.update(self._task, completed=step, numbers=numbers)
 
     def advance(self, step: int) -> None:

@@ -81,12 +81,10 @@ def test_a_checkpoint_holds_the_parameters_and_the_tied_head_too(options):
 
 
 @configurations
-def test_the_count_without_embeddings_keeps_a_tied_token_embedding(options):
+def test_the_count_without_embeddings_leaves_out_a_tied_head_too(options):
     model = build(options)
     everything = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = model.transformer.wpe.weight.numel()
-    if not options.tie_weights:
-        embeddings += model.transformer.wte.weight.numel()
+    embeddings = model.transformer.wpe.weight.numel() + model.transformer.wte.weight.numel()
     assert parameter_count(options, VOCABULARY, embeddings=True) == everything
     assert parameter_count(options, VOCABULARY, embeddings=False) == everything - embeddings
 

@@ -27,7 +27,11 @@ class TextOptions:
 
     path: str = attrs.field(
         validator=[instance_of(str), _named],
-        metadata={"help": "a text file, a folder (every .txt below it), or a glob", "unit": ""},
+        metadata={
+            "help": "a text file, a folder (every .txt below it), or a glob",
+            "unit": "",
+            "example": "texts/*.txt",
+        },
     )
     validation: str = attrs.field(
         default="",
@@ -47,7 +51,11 @@ class JsonlOptions:
 
     path: str = attrs.field(
         validator=[instance_of(str), _named],
-        metadata={"help": "a .jsonl, .jsonl.gz or .jsonl.xz file", "unit": ""},
+        metadata={
+            "help": "a .jsonl, .jsonl.gz or .jsonl.xz file",
+            "unit": "",
+            "example": "documents.jsonl",
+        },
     )
     validation: str = attrs.field(
         default="",
@@ -95,7 +103,11 @@ class BinOptions:
 
     path: str = attrs.field(
         validator=[instance_of(str), _named],
-        metadata={"help": "the folder that holds train.bin and val.bin, uint16 tokens", "unit": ""},
+        metadata={
+            "help": "the folder that holds train.bin and val.bin, uint16 tokens",
+            "unit": "",
+            "example": "data/openwebtext",
+        },
     )
     vocab_size: int = attrs.field(
         default=50257,

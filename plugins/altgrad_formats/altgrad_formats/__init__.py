@@ -14,10 +14,10 @@ import importlib
 from typing import Any, Literal
 
 import attrs
-from attrs.validators import ge, in_, instance_of, optional
+from attrs.validators import ge, in_, instance_of, le, optional
 
 from altgrad_core.hookspecs import Component, NoOptions, hookimpl
-from altgrad_formats.layout import NAMED, SECOND_NAMES, SPECIALS, Layout, default_bias
+from altgrad_formats.layout import MOST_BITS, NAMED, SECOND_NAMES, SPECIALS, Layout, default_bias
 
 __all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions"]
 
@@ -27,10 +27,12 @@ class ExMyOptions:
     """A format by its numbers: 1 sign bit, `exponent_bits`, `mantissa_bits`; 3 to 16 bits in all."""
 
     exponent_bits: int = attrs.field(
-        validator=[instance_of(int), ge(0)], metadata={"help": "width of the exponent field", "unit": "bits"}
+        validator=[instance_of(int), ge(0), le(MOST_BITS)],
+        metadata={"help": "width of the exponent field", "unit": "bits", "example": 4},
     )
     mantissa_bits: int = attrs.field(
-        validator=[instance_of(int), ge(0)], metadata={"help": "width of the mantissa field", "unit": "bits"}
+        validator=[instance_of(int), ge(0), le(MOST_BITS)],
+        metadata={"help": "width of the mantissa field", "unit": "bits", "example": 5},
     )
     bias: int | None = attrs.field(
         default=None,
@@ -47,6 +49,11 @@ class ExMyOptions:
 
     def __attrs_post_init__(self) -> None:
         self.layout()
+
+    @property
+    def bits(self) -> int:
+        """The width of a code; the core asks for it before the format itself is built."""
+        return self.layout().bits
 
     def layout(self) -> Layout:
         """Return the layout described. Raises ValueError where there is no such format."""

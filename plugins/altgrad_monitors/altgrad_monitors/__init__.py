@@ -15,7 +15,7 @@ from altgrad_core.options import at_least, option, regexes
 class MonitorOptions:
     """What every monitor can be told."""
 
-    every: int = option("observe each so many steps", unit="steps", default=1, validator=at_least(1))
+    every: int = option("interval between observations", unit="steps", default=1, validator=at_least(1))
     layers: str = option(
         "regex over full module paths: the layers to observe", default=".*", validator=regexes
     )

@@ -70,9 +70,7 @@ def plain_step(
     if not plain:
         return
     for parameter in plain:
-        moments(
-            optimizer.state[parameter], parameter, "exp_avg", "exp_avg_sq", step_device=parameter.device
-        )
+        moments(optimizer.state[parameter], parameter, "exp_avg", "exp_avg_sq", step_device=parameter.device)
     states = [optimizer.state[parameter] for parameter in plain]
     beta1, beta2 = group["betas"]
     adamw(

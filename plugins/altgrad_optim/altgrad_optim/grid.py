@@ -26,6 +26,8 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,14 +41,16 @@ from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat, kernel
 from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
-from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales
-from altgrad_core.surgery import quantizer_of
+from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales, bounded
+from altgrad_core.surgery import WeightQuantizer, quantizer_of
 from altgrad_optim import GridOptimOptions
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
+    not_negative,
     plain_lr,
+    positive,
     refuse_bad,
     refuse_betas,
     schedule_factor,
@@ -55,11 +59,15 @@ from altgrad_optim.base import (
 
 STORAGES = ("grid", "master")
 
+MOST_RUNGS = 2**16
+"""The largest rung_clip: no format of up to 16 bits has more rungs."""
+
 
 class GridOptim(GeometryOptimizer):
     """Whole-rung updates; see the module's text. Parameters without a grid: AdamW at `other_lr`.
 
     step_scale: rungs per unit of direction; stored as the groups' `lr`, which schedulers drive.
+    rung_clip: the largest move in one step, in rungs, 65536 at most.
     bound: limit on |w| as a multiple of the tensor's rms at construction; 0: none.
     storage_rounding: how weights are rounded again after a change of scale: "nearest_even", "stochastic".
     scale_mode: "adaptive" (follows the weights; under storage="grid" only) or "initial".
@@ -75,6 +83,22 @@ class GridOptim(GeometryOptimizer):
 
     stores_on_grid = True
     intended_in_rungs = True
+    _own = (
+        "storage",
+        "bound",
+        "storage_rounding",
+        "scale_mode",
+        "seed",
+        "counter",
+        "scales",
+        "watch",
+        "intended",
+        "counts",
+        "flips",
+        "updates",
+        "_members",
+        "_index",
+    )
 
     def __init__(
         self,
@@ -96,13 +120,14 @@ class GridOptim(GeometryOptimizer):
         storage_rounding: str = "nearest_even",
         scale_mode: str = "adaptive",
     ) -> None:
-        not_negative, positive = (lambda x: x >= 0), (lambda x: x > 0)
-        refuse_bad(
-            step_scale=(step_scale, not_negative), epsilon=(eps, not_negative), bound=(bound, not_negative)
-        )
+        refuse_bad(step_scale=(step_scale, not_negative), epsilon=(eps, not_negative))
         refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
-        refuse_bad(other_lr=(other_lr, not_negative), rung_clip=(rung_clip, positive))
-        refuse_bad(momentum=(momentum, lambda x: 0 <= x < 1))
+        refuse_bad(
+            other_lr=(other_lr, not_negative),
+            bound=(bound, lambda x: 0 <= x < math.inf),
+            rung_clip=(rung_clip, lambda x: positive(x) and x <= MOST_RUNGS),
+            momentum=(momentum, lambda x: 0 <= x < 1),
+        )
         refuse_betas(betas)
         for name, given, allowed in (
             ("normalize", normalize, ("none", "adam")),
@@ -123,7 +148,7 @@ class GridOptim(GeometryOptimizer):
         self.watch = False
         self.intended: dict[Tensor, Tensor] = {}
         self.counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self.flips = self.updates = torch.zeros((), dtype=torch.int64)
+        self.flips, self.updates = torch.zeros((2,), dtype=torch.int64).unbind()
         self._members: list[_Member] = []
         self._index: dict[Tensor, int] = {}
         super().__init__(
@@ -141,6 +166,9 @@ class GridOptim(GeometryOptimizer):
                 "rounding": rounding,
             },
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
         self._settle()
 
     @torch.no_grad()
@@ -152,13 +180,11 @@ class GridOptim(GeometryOptimizer):
         landings: dict[int, _Landing] = {}
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
-            moved = [weight for weight, *_ in gridded if weight in self._index]
-            for weight in moved:
+            for weight in (weight for weight, *_ in gridded if weight in self._index):
                 landings[self._index[weight]] = self._move(group, self._members[self._index[weight]])
             plain += [weight for weight, *_ in gridded if weight not in self._index]
-            plain_step(self, group, plain, plain_lr(group, mixed=bool(moved)))
-        if landings:
-            self._land(landings)
+            plain_step(self, group, plain, plain_lr(group))
+        self._land(landings)
         self.counter += 1
         return loss
 
@@ -171,21 +197,21 @@ class GridOptim(GeometryOptimizer):
         if member.master:
             return _Landing(self.state[member.weight]["rung_coordinate"].sub_(rungs), None)
         keys = stream_key_tensor((self.seed, self.counter, member.index), member.weight.device)
-        clip, by_value = int(group["rung_clip"]), group["rounding"] == "value"
+        clip, by_value = math.ceil(group["rung_clip"]), group["rounding"] == "value"
         return _Landing(*_moved(flat(member.weight), flat(rungs), scale, keys, member.format, clip, by_value))
 
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
-        state, decay = self.state[weight], group["weight_decay"]
+        state, decay, lr = self.state[weight], group["weight_decay"], self.grid_lr(group)
         if group["normalize"] == "none":
             moments(state, weight, "velocity")
             state["step"] += 1
             gradient = weight.grad.add(weight, alpha=decay) if decay else weight.grad
-            direction = state["velocity"].mul_(group["momentum"]).add_(gradient) * group["lr"]
+            direction = state["velocity"].mul_(group["momentum"]).add_(gradient) * lr
         else:
             moments(state, weight, "exp_avg", "exp_avg_sq")
             state["step"] += 1
-            direction = group["lr"] * adamw_direction(
+            direction = lr * adamw_direction(
                 weight.grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
@@ -201,9 +227,12 @@ class GridOptim(GeometryOptimizer):
 
     def _land(self, landings: dict[int, _Landing]) -> None:
         """Scale, round, bound, for the weights that move in this step."""
+        if not landings:
+            self.flips, self.updates = torch.zeros_like(self.flips), torch.zeros_like(self.updates)
+            return
         scales = self._scales_in_use()
         before = torch.stack(scales.scales)
-        if self.scale_mode == "adaptive":
+        if scales.may_move:
             scales.adapt(
                 torch.stack([self._amax(member, landings.get(member.index)) for member in self._members])
             )
@@ -213,7 +242,7 @@ class GridOptim(GeometryOptimizer):
             member = self._members[index]
             limit, scale = None if limits is None else limits[index], scales.scales[index]
             if member.master:
-                values = _master_values(landing.target, member.format, limit) / scale
+                values = _master_values(landing.target, member.format, limit, member.ends) / scale
             else:
                 keys = self._rerounding_keys(member)
                 values = _landed(landing.target, ratios[index], scale, limit, keys, member.format)
@@ -231,37 +260,42 @@ class GridOptim(GeometryOptimizer):
         return stream_key_tensor(stream, member.weight.device)
 
     def _amax(self, member: _Member, landing: _Landing | None) -> Tensor:
-        """Return the magnitude that the scale must serve; past the last rung it is twice the largest."""
+        """Return the magnitude that the scale must serve, 0-d float64; past the last rung, twice the largest.
+
+        0 for a weight that does not move: its scale must not either, since nothing rounds it again.
+        """
         if landing is None or landing.past_end is None:
-            return member.weight.abs().amax().float()
-        largest = member.format.largest
-        asked = torch.where(landing.past_end, 2 * largest, landing.target.abs().amax())
-        return (asked / self._scale(member)).float()
+            return torch.zeros((), dtype=torch.float64, device=member.weight.device)
+        largest = scaling.amax([landing.target])[0]
+        return torch.where(landing.past_end, 2 * member.format.largest, largest) / self._scale(member)
 
     # --- which weights move in rungs, and their first snap -------------------------------------------
 
     def _settle(self) -> None:
-        """Find the weights that move in rungs, and snap them, at construction and whenever they change."""
+        """Find the weights that move in rungs, whenever they change, and snap the new ones."""
         found = list(self._found_members())
-        if [(id(one.weight), one.format) for one in found] == [
-            (id(one.weight), one.format) for one in self._members
-        ]:
+        if [one.identity for one in found] == [one.identity for one in self._members]:
             return
+        before, scales_before = {one.identity: one.index for one in self._members}, self.scales
         self._members = found
         self._index = {member.weight: member.index for member in found}
-        self.scales = (
-            GridScales(
-                [member.weight.detach() for member in found],
-                [member.format for member in found],
-                [member.scale for member in found],
-                movable=[member.movable for member in found],
-                bound=self.bound,
-                shrink_early=self.storage_rounding == "stochastic",
-            )
-            if found
-            else None
+        self.scales = None
+        if not found:
+            return
+        self.scales = GridScales(
+            [member.weight.detach() for member in found],
+            [member.format for member in found],
+            [member.scale for member in found],
+            fitted=[member.fitted for member in found],
+            adaptive=[self.scale_mode == "adaptive" and not member.master for member in found],
+            margins=[member.quantizer.margin if member.quantizer else 1.0 for member in found],
+            bound=self.bound,
+            shrink_early=self.storage_rounding == "stochastic",
         )
-        self._snap()
+        places = {before[one.identity]: one.index for one in found if one.identity in before}
+        if scales_before is not None:
+            self.scales.take_over(scales_before, places)
+        self._snap([member for member in found if member.identity not in before])
 
     def _found_members(self) -> Iterable[_Member]:
         index = 0
@@ -272,31 +306,24 @@ class GridOptim(GeometryOptimizer):
                 storage = (quantizer.storage if quantizer else None) or self.storage
                 if grid is None or (storage == "master" and self.storage == "grid"):
                     continue
-                master = storage == "master"
-                movable = (
-                    quantizer is not None and not master and scaling.scaled(grid[0], quantizer.granularity)
-                )
-                yield _Member(weight, grid[0], grid[1], index, master, movable)
+                yield _Member(weight, *grid, quantizer, index, storage == "master")
                 index += 1
 
     @torch.no_grad()
-    def _snap(self) -> None:
-        if self.scales is None:
-            return
-        limits = self.scales.limits()
-        for member in self._members:
+    def _snap(self, members: Iterable[_Member]) -> None:
+        limits = self._scales_in_use().limits()
+        for member in members:
             limit = None if limits is None else limits[member.index]
             scale = self._scale(member)
             scaled = member.weight.detach() * scale
             if member.master:
                 u = self.state[member.weight]["rung_coordinate"] = rung_coordinate(scaled, member.format)
-                values = _master_values(u, member.format, limit)
+                values = _master_values(u, member.format, limit, member.ends)
             else:
-                values = _bounded(member.format.quantize(scaled), limit)
+                values = bounded(member.format.quantize(scaled), limit)
             member.weight.copy_(values / scale)
-            quantizer = quantizer_of(member.weight)
-            if quantizer is not None:
-                quantizer.on_grid = True
+            if member.quantizer is not None:
+                member.quantizer.on_grid = True
 
     def _scale(self, member: _Member) -> Tensor:
         return self._scales_in_use().scales[member.index]
@@ -309,7 +336,7 @@ class GridOptim(GeometryOptimizer):
     # --- state ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state, and under `grid` the seed, the counter and the scales."""
+        """Return torch's state, and under `grid` the seed, the counter and the scales' state."""
         scales = self.scales.state_dict() if self.scales is not None else None
         return {
             **super().state_dict(),
@@ -317,8 +344,19 @@ class GridOptim(GeometryOptimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict["grid"]
+        """Take up a saved state. Load the model's weights after making the optimizer, which snaps them."""
+        own = state_dict.get("grid")
+        if own is None or (own["scales"] is None) != (self.scales is None):
+            raise ValueError(
+                "loaded state dict is not that of a GridOptim over the same weights: quantize the model, "
+                "make the optimizer, then load what its state_dict() returned"
+            )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grid"})
+        parameters = [weight for group in self.param_groups for weight in group["params"]]
+        for index, saved in state_dict["state"].items():
+            if "rung_coordinate" in saved:  # torch has cast it to the weight's dtype
+                u = saved["rung_coordinate"].to(parameters[index].device)
+                self.state[parameters[index]]["rung_coordinate"] = u.clone()
         self.seed, self.counter = own["seed"], own["counter"]
         if self.scales is not None:
             self.scales.load_state_dict(own["scales"])
@@ -331,9 +369,24 @@ class _Member:
     weight: Tensor
     format: Format
     scale: Tensor  # 0-d float32, the quantiser's own where there is one
+    quantizer: WeightQuantizer | None
     index: int  # of its random stream and of its scale
     master: bool
-    movable: bool  # whether its scale may follow it
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from another weight, or from the same one under another surgery."""
+        return id(self.weight), id(self.quantizer), self.format, self.master
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the optimizer fits the scale to the weight; a group's own scale is static."""
+        return self.quantizer is not None and scaling.scaled(self.format, self.quantizer.granularity)
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """The format's lowest and largest value, (2,) on the weight's device."""
+        return self.format.values[[0, -1]].to(self.weight.device)
 
 
 @attrs.frozen(eq=False)
@@ -381,7 +434,7 @@ def value_step(
     `rung_clip` rungs of where it was.
     """
     target = scaled - rungs * format.spacing(scaled)
-    target = torch.where(target * scaled < 0, 0.0, target)
+    target = torch.where(target.sign() * scaled.sign() < 0, 0.0, target)
     start = format.rung(scaled)
     landed = format.rung(format.quantize(target, rounding="stochastic", uniform=uniform))
     values = format.from_rung(landed.clamp(start - rung_clip, start + rung_clip)).to(scaled.dtype)
@@ -409,7 +462,7 @@ def _landed(
     """
     draws = None if keys is None else uniform_like(target, keys)
     rounding = "nearest_even" if keys is None else "stochastic"
-    return _bounded(format.quantize(target * ratio, rounding=rounding, uniform=draws), limit) / scale
+    return bounded(format.quantize(target * ratio, rounding=rounding, uniform=draws), limit) / scale
 
 
 @kernel
@@ -419,7 +472,11 @@ def _counted(values: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, 
 
 
 def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
-    """Return the real rung coordinate u of any values, linear between neighbouring rungs."""
+    """Return the real rung coordinate u of any values, linear between neighbouring rungs.
+
+    float32, also where the values are of fewer bits, and float64 for float64.
+    """
+    scaled = scaled if scaled.dtype == torch.float64 else scaled.float()
     below = format.quantize(scaled, rounding="toward_zero")
     rung = format.rung(below)
     outward = torch.where(torch.signbit(scaled), -1, 1)
@@ -428,17 +485,10 @@ def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
     return rung + outward * fraction
 
 
-def _master_values(u: Tensor, format: Format, limit: Tensor | None) -> Tensor:
-    """Clamp the coordinate u in place to the format's end or the bound, and return from_rung(round(u))."""
-    end = torch.as_tensor(format.largest if limit is None else limit, dtype=torch.float32, device=u.device)
-    last = format.rung(end).to(u.dtype)
-    u.copy_(torch.minimum(torch.maximum(u, -last), last))
-    values = format.from_rung(torch.nan_to_num(u).round().to(torch.int32)).to(u.dtype)
-    return torch.where(torch.isnan(u), torch.nan, values)
-
-
-def _bounded(values: Tensor, limit: Tensor | None) -> Tensor:
-    return values if limit is None else torch.minimum(torch.maximum(values, -limit), limit)
+def _master_values(u: Tensor, format: Format, limit: Tensor | None, ends: Tensor) -> Tensor:
+    """Clamp the coordinate u in place to the bound, or the format's ends, and return from_rung(round(u))."""
+    u.copy_(bounded(u, format.rung(ends if limit is None else limit).to(u.dtype)))
+    return format.from_rung(u.round()).to(u.dtype)
 
 
 def build(options: GridOptimOptions, inputs: OptimizerInputs) -> GridOptim:

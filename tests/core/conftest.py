@@ -1,0 +1,165 @@
+"""Fake plugins: distributions written into a folder, and a registry of fake components."""
+
+import functools
+import importlib.metadata
+import itertools
+import sys
+import textwrap
+from typing import Literal
+
+import attrs
+import pytest
+
+from altgrad_core import registry as registry_module
+from altgrad_core.experiment_file import ExperimentError, load_experiment
+from altgrad_core.hookspecs import Component, NoOptions
+from altgrad_core.options import StiffnessChoice, above, at_least, option, within
+from altgrad_core.registry import Registered, Registry
+
+_numbers = itertools.count()
+
+HEADER = """
+import attrs
+from altgrad_core.hookspecs import Component, hookimpl
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a fake distribution; no other plugin is seen while it is in use."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = functools.partial(importlib.metadata.distributions, path=[str(tmp_path)])
+    monkeypatch.setattr(importlib.metadata, "distributions", seen)
+    monkeypatch.delenv("ALTGRAD_WITHOUT", raising=False)
+    registry_module._discover.cache_clear()
+
+    def add(distribution, source, *, version="1.0", entry_points=None, metadata=True):
+        """Install `source` as a module of a name of its own, and return that name."""
+        module = f"fake_plugin_{next(_numbers)}"
+        (tmp_path / f"{module}.py").write_text(HEADER + textwrap.dedent(source))
+        info = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        if metadata:
+            lines = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+            (info / "METADATA").write_text(lines)
+        written = entry_points or "[altgrad]\nplugin = {module}\n"
+        (info / "entry_points.txt").write_text(written.format(module=module))
+        registry_module._discover.cache_clear()
+        return module
+
+    yield add
+    registry_module._discover.cache_clear()
+    for module in [name for name in sys.modules if name.startswith("fake_plugin_")]:
+        del sys.modules[module]
+
+
+@attrs.frozen(kw_only=True)
+class AdamWOptions:
+    lr: float = option("learning rate", default=1e-3, validator=at_least(0))
+    betas: tuple[float, float] = option("averages", default=(0.9, 0.95), validator=within(0, 1))
+
+
+@attrs.frozen(kw_only=True)
+class GridOptimOptions:
+    step_scale: float = option("rungs per step", default=6.0, validator=above(0))
+    normalize: Literal["none", "adam"] = option("direction", default="none")
+    stiffness: StiffnessChoice = option("formula", default=StiffnessChoice("grid"))
+
+
+@attrs.frozen(kw_only=True)
+class ScaledOptions:
+    factor: float = option("multiplies the spacing", default=1.0)
+
+
+@attrs.frozen(kw_only=True)
+class MonitorOptions:
+    every: int = option("interval", default=1, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class MarkovOptions:
+    order: int = option("tokens back", default=2, validator=at_least(1))
+    vocab_size: int = option("different tokens", default=16, validator=at_least(2))
+
+
+@attrs.frozen(kw_only=True)
+class TextOptions:
+    path: str = option("a file", example="a.txt")
+
+
+@attrs.frozen(kw_only=True)
+class ExMyOptions:
+    exponent_bits: int = option("exponent field", validator=at_least(0), example=4)
+    mantissa_bits: int = option("mantissa field", validator=at_least(0), example=3)
+
+    @property
+    def bits(self):
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+
+def _registered(kind, name, options=NoOptions, distribution="fake-plugins", bits=None):
+    component = Component(name=name, summary="", options=options, target=f"nowhere:{name}", bits=bits)
+    return Registered(kind=kind, component=component, distribution=distribution, version="1.0")
+
+
+@pytest.fixture
+def registered():
+    """Return a function that makes an entry of a registry."""
+    return _registered
+
+
+@pytest.fixture(scope="session")
+def registry():
+    """A registry of fake components, under the names that experiment files take for granted."""
+    entries = (
+        _registered("format", "E5M2", bits=8),
+        _registered("format", "E3M4", bits=8),
+        _registered("format", "BF16", bits=16),
+        _registered("format", "ExMy", ExMyOptions),
+        _registered("stiffness", "grid"),
+        _registered("stiffness", "scaled", ScaledOptions),
+        _registered("optimizer", "AdamW", AdamWOptions),
+        _registered("optimizer", "GridOptim", GridOptimOptions),
+        _registered("monitor", "flip", MonitorOptions),
+        _registered("monitor", "stall", MonitorOptions),
+        _registered("fallback", "nan_guard"),
+        _registered("dataset", "licenses"),
+        _registered("dataset", "markov", MarkovOptions),
+        _registered("dataset", "text", TextOptions),
+    )
+    return Registry(registered=entries)
+
+
+@pytest.fixture
+def experiment_at(tmp_path, registry):
+    """Return a function that writes an experiment file and loads it with `--set` flags."""
+
+    def load(text, *flags):
+        path = tmp_path / "e.toml"
+        path.write_text(textwrap.dedent(text))
+        return load_experiment(path, flags, registry)
+
+    return load
+
+
+@pytest.fixture
+def experiment(experiment_at):
+    """Return a function that loads a file of one run and gives its options on the CPU."""
+
+    def load(text, *flags):
+        (cell,) = experiment_at(text, *flags).cells_on["cpu"]
+        return cell.experiment
+
+    return load
+
+
+@pytest.fixture
+def mistakes(experiment_at, tmp_path):
+    """Return a function that gives the errors of a file, without the folder in front of `e.toml`."""
+
+    def load(text, *flags):
+        with pytest.raises(ExperimentError) as caught:
+            experiment_at(text, *flags)
+        return [line.removeprefix(f"{tmp_path}/") for line in caught.value.lines]
+
+    return load
