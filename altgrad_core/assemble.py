@@ -20,7 +20,7 @@ from altgrad_core.model import GPT
 from altgrad_core.options import Choice
 from altgrad_core.record import RunFolder
 from altgrad_core.registry import Registry, UsageError
-from altgrad_core.run import Run, Watched
+from altgrad_core.run_state import Run, Watched
 from altgrad_core.storage import GridStorage, MasterBound, store_on_grid
 from altgrad_core.surgery import LayerFormat, quantize_layers, quantizer_of
 from altgrad_core.terminal import Terminal
@@ -45,7 +45,8 @@ def derived_seed(seed: int, purpose: str) -> int:
 def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Terminal, device: str) -> Run:
     """Build everything of one cell. Raises UsageError for what only shows now, PluginError for plugins."""
     experiment = cell.experiment
-    torch.use_deterministic_algorithms(experiment.train.deterministic)
+    if experiment.train.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(experiment.train.deterministic)  # imports the compiler: a second
     on = torch.device(device)
     tokens = _tokens(experiment, registry)
     model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)

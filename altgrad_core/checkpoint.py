@@ -90,7 +90,7 @@ def load(path: Path) -> Checkpoint:
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest whole checkpoint of a run (None: none), and why newer ones were passed over."""
-    reasons = []
+    reasons: list[str] = []
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             return load(path), reasons
@@ -167,9 +167,10 @@ def random_state() -> dict[str, Any]:
     import numpy
 
     kind, keys, *rest = numpy.random.get_state(legacy=True)
+    words = torch.from_numpy(numpy.asarray(keys, dtype="int64"))
     return {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "numpy": [kind, words, *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from altgrad_core.assemble import device_for
 from altgrad_core.cells import Request, RunResult, run_grid, run_one
-from altgrad_core.experiment_file import SINGLE, ExperimentFile
+from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core.hookspecs import CellResult
 from altgrad_core.record import RESOLVED, read_json
 from altgrad_core.registry import PluginError, UsageError
-from altgrad_core.run import EXIT_CODES, PluginFailure
+from altgrad_core.run_state import EXIT_CODES, PluginFailure
 from altgrad_core.terminal import Terminal
 
 
@@ -50,7 +51,7 @@ def run_file(
     return _closing(results, len(cells))
 
 
-def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Path, tuple]:
+def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Path, tuple[Cell, ...]]:
     """Return the out folder and the one cell that a run folder belongs to. Raises UsageError."""
     begun = read_json(folder / RESOLVED)
     if begun is None:
@@ -63,7 +64,7 @@ def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Path, tup
     return folder.resolve().parent.parent, found
 
 
-def _closing(results: Sequence, cells: int) -> int:
+def _closing(results: Sequence[CellResult], cells: int) -> int:
     """Print how the cells ended; 1 if any failed or stopped, 130 if interrupted."""
     print()
     for result in results:

@@ -244,11 +244,11 @@ class Format:
 
     # --- the table's cells: 0 below the lowest value, 1 to n the values, n + 1 above the highest -----
 
-    def _cell(self, x: Tensor, rounding: str, *, may_overflow: bool = False) -> Tensor:
+    def _cell(self, x: Tensor, rounding: str) -> Tensor:
         """Return the int32 cell that x rounds to."""
-        key = (rounding, may_overflow, x.dtype, x.device)
+        key = (rounding, x.dtype, x.device)
         if key not in self._cache:
-            exact = thresholds(self._cells(), self._zero, rounding, may_overflow)
+            exact = thresholds(self._cells(), self._zero, rounding)
             self._cache[key] = round_up_to(x.dtype, exact).to(x.device)
         return torch.bucketize(x.contiguous(), self._cache[key], out_int32=True, right=True)
 
@@ -257,7 +257,7 @@ class Format:
 
         In float64, where both sides are exact for gaps of up to 29 bits; an on-grid x never moves.
         """
-        cell = self._cell(x, "toward_zero", may_overflow=True)
+        cell = self._cell(x, "toward_zero")
         wide = x.double()
         above_lo = (wide - self._cells().to(x.device)[cell]).abs_()
         outward = uniform.double() * self._outward_gap(x, cell) < above_lo

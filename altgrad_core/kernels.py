@@ -21,7 +21,7 @@ VARIABLE = "ALTGRAD_KERNELS"
 """Environment variable: `eager` keeps every kernel eager."""
 
 WORTH_COMPILING = 3e8
-"""Elements over a whole run from which compiling (some 20 s cold) is repaid; eager costs about 0.1 us each."""
+"""Elements over a whole run from which compiling (some 20 s cold) is repaid; eager takes 0.1 us each."""
 
 _KERNELS_PER_FUNCTION = 64  # torch gives up silently at 8: one for each format, dtype and rounding in use
 
@@ -31,8 +31,8 @@ _enabled = False
 
 
 def enable(elements: float = float("inf")) -> bool:
-    """Compile kernels from here on, if so many elements are worth it; returns whether kernels are compiled."""
-    global _enabled  # noqa: PLW0603 - one process, one switch
+    """Compile kernels from here on, if so many elements are worth it; returns whether they are compiled."""
+    global _enabled
     if elements >= WORTH_COMPILING and os.environ.get(VARIABLE) != "eager":
         import torch._dynamo
 
@@ -45,7 +45,7 @@ def enable(elements: float = float("inf")) -> bool:
 
 def disable() -> None:
     """Run kernels eagerly from here on."""
-    global _enabled  # noqa: PLW0603 - one process, one switch
+    global _enabled
     _enabled = False
 
 

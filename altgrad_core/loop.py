@@ -19,7 +19,7 @@ from torch import Tensor
 from altgrad_core import checkpoint, data
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, SkipStep, Stop
 from altgrad_core.measuring import Interval, autocast, evaluate, log, moved
-from altgrad_core.run import Run
+from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights
 from altgrad_core.watching import call_each, decision, due_monitors, observe_after, watch
 
@@ -62,7 +62,7 @@ def _one_step(run: Run, interval: Interval) -> None:
     with held_weights(run.model):
         loss = _forward_backward(run)
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters)  # type: ignore[misc]
     _set_learning_rate(run)
     limit = options.grad_clip or math.inf
     action = decision(run, loss, norm)

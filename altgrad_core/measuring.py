@@ -14,7 +14,7 @@ from torch import Tensor
 
 from altgrad_core import checkpoint, data
 from altgrad_core.record import now
-from altgrad_core.run import Run
+from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights
 from altgrad_core.watching import drop, to_host
 

@@ -44,7 +44,7 @@ def checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.nd
     return table.float() + 0.0  # turns a -0.0 into 0.0
 
 
-def thresholds(cells: Tensor, zero: int, rounding: str, may_overflow: bool) -> Tensor:
+def thresholds(cells: Tensor, zero: int, rounding: str) -> Tensor:
     """Return the n + 1 float64 thresholds t between n + 2 cells: x goes to the upper one where x >= t."""
     lower, upper = cells[:-1], cells[1:]
     rungs = torch.arange(len(lower)) - 1 - zero  # the lower cell's
@@ -59,9 +59,9 @@ def thresholds(cells: Tensor, zero: int, rounding: str, may_overflow: bool) -> T
         found = upper.clone()
     else:
         found = torch.where(rungs >= 0, upper, just_above_lower)
-    if not may_overflow and rounding != "up":
-        found[-1] = torch.inf  # only inf itself is past the end it is rounded away from
-    if not may_overflow and rounding != "down":
+    if rounding != "up":
+        found[-1] = torch.inf  # only inf itself is past an end that x is rounded back to
+    if rounding != "down":
         found[0] = torch.finfo(torch.float64).min
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from altgrad_core import checkpoint
 from altgrad_core.hookspecs import Step
 from altgrad_core.record import now
-from altgrad_core.run import PluginFailure, Run, Watched
+from altgrad_core.run_state import PluginFailure, Run, Watched
 
 # --- policies ----------------------------------------------------------------------------------------
 

@@ -33,7 +33,9 @@ def test_tensors_that_share_memory_are_each_saved_whole(tmp_path):
 
 
 @pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.TENSORS, checkpoint.TREE])
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b[:9] + b"!" + b[10:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b[:9] + b"!" + b[10:]]
+)
 def test_a_damaged_file_is_refused_by_name(file, damage, tmp_path):
     path = save(tmp_path)
     (path / file).write_bytes(damage((path / file).read_bytes()))
@@ -95,7 +97,8 @@ def test_the_global_generators_come_back(tmp_path):
 
     import numpy
 
-    state = checkpoint.load(checkpoint.save(tmp_path, "step_1", {}, {"random": checkpoint.random_state()})).state
+    path = checkpoint.save(tmp_path, "step_1", {}, {"random": checkpoint.random_state()})
+    state = checkpoint.load(path).state
     drawn = random.random(), numpy.random.rand(), torch.rand(1)
     checkpoint.set_random_state(state["random"])
     assert drawn == (random.random(), numpy.random.rand(), torch.rand(1))

@@ -396,7 +396,7 @@ def test_a_users_mistake_passes_through_a_target(install):
     )
     helper = install("helper", source + monitors("other"))
     install("one", monitors("m", target=f"{helper}:build"))
-    with pytest.raises(UsageError, match="^no file x$"):
+    with pytest.raises(UsageError, match=r"^no file x$"):
         discover().find("monitor", "m").build(None)
 
 

@@ -40,7 +40,10 @@ def test_amax_is_the_largest_magnitude_of_each_tensor():
 
 def test_amax_of_float64_is_exact():
     above_one = 1 + 2.0**-52
-    assert scaling.amax([torch.tensor([above_one], dtype=torch.float64), floats(1.0)]).tolist() == [above_one, 1]
+    assert scaling.amax([torch.tensor([above_one], dtype=torch.float64), floats(1.0)]).tolist() == [
+        above_one,
+        1,
+    ]
 
 
 def test_amax_of_a_tensor_without_elements_is_zero():
@@ -148,7 +151,9 @@ def test_formats_as_wide_as_real_tensors_are_not_scaled(table):
 
 
 def next_k(format, k, amax, *, seen=True, margin=1.0, shrink_early=True):
-    return scaling.adapted(ints(k), torch.tensor([seen]), floats(amax), format, margin, shrink_early).tolist()[0]
+    return scaling.adapted(
+        ints(k), torch.tensor([seen]), floats(amax), format, margin, shrink_early
+    ).tolist()[0]
 
 
 @pytest.mark.parametrize(

@@ -240,3 +240,11 @@ def test_formats_at_the_limits_of_float32_are_exact_too(numbers):
         assert format.quantize(tiny, "up").item() == format.smallest
         assert format.quantize(-tiny, "down").item() == -format.smallest
         assert str(format.quantize(-tiny, "up").item()) == "-0.0"
+        assert str(format.quantize(-0.0 * tiny).item()) == "-0.0"
+
+
+def test_overflow_past_float32_is_seen():
+    format = ExMy(7, 8, 0)  # the value after the largest would be 2^128
+    largest = 2.0**128 - 2.0**119
+    seen = quantized(format, [largest, 3.4028234663852886e38, INF], overflow="ieee")
+    assert str(seen) == str([largest, NAN, NAN])

@@ -4,9 +4,9 @@ import types
 
 import pytest
 import torch
+
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
-
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.descent import Descent
 from altgrad_monitors.flip import Flip

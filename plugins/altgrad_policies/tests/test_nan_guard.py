@@ -1,8 +1,8 @@
 import math
 
 import pytest
-from altgrad_core.hookspecs import SkipStep, Stop
 
+from altgrad_core.hookspecs import SkipStep, Stop
 from altgrad_policies import NanGuardOptions
 from altgrad_policies.nan_guard import NanGuard
 

@@ -141,9 +141,8 @@ class Run:
             self.epoch_loss = (state["epoch_loss"][0].to(self.device), state["epoch_loss"][1])
         checkpoint.set_random_state(state["random"])
         if state["threads"] != torch.get_num_threads():
-            self.warn(
-                f"{torch.get_num_threads()} threads now, {state['threads']} before: results may differ in bits"
-            )
+            threads = f"{torch.get_num_threads()} threads now, {state['threads']} before"
+            self.warn(f"{threads}: results may differ in bits from a run without a pause")
 
     # --- what monitors see ---------------------------------------------------------------------------
 
