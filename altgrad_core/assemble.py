@@ -82,9 +82,18 @@ def _generator(experiment: Experiment, purpose: str) -> torch.Generator:
 
 def _tokens(experiment: Experiment, registry: Registry) -> data.TokenData:
     choice = experiment.data.source
-    tokens = data.prepare(
-        choice.build(registry), choice.plugin, experiment.data.tokenizer, data.default_cache()
-    )
+    source = choice.build(registry)
+    try:
+        tokens = data.prepare(source, choice.plugin, experiment.data.tokenizer, data.default_cache())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"the data set {choice.plugin!r} cannot be prepared: {error}") from error
+    for split in data.SPLITS:
+        length, block = len(getattr(tokens, split)), experiment.model.block_size
+        if length <= block:
+            raise UsageError(
+                f"the {split} split of {choice.plugin!r} has {length} tokens, a window needs {block + 1}: "
+                "make model.block_size smaller, or give more text"
+            )
     if tokens.vocab_size != experiment.data.vocab_size:
         raise UsageError(
             f"the data set {choice.plugin!r} has {tokens.vocab_size} tokens, its options say "

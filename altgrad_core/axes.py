@@ -8,6 +8,7 @@ and find its finished cells again.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from altgrad_core.structuring import Problem
 
 SINGLE = "run"
 """The name of the only cell of a file without a grid."""
+
+MOST_CELLS = 10_000
+"""Checking that many takes some ten seconds; running them takes years."""
 
 _LONGEST_NAME = 120
 """Characters; file systems take 255 bytes."""
@@ -44,6 +48,10 @@ def axes(grid: Mapping[str, Any]) -> tuple[list[list[Override]], list[Problem]]:
             )
             message = f"expected a list with at least one value, got {shown(axis.value)}{hint}"
             problems.append(Problem(axis.origin.path, message))
+    cells = math.prod(map(len, found))
+    if cells > MOST_CELLS:
+        problems.append(Problem(("grid",), f"is {cells:,} runs; {MOST_CELLS:,} is the most"))
+        return [], problems
     return found, problems
 
 

@@ -19,7 +19,7 @@ from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile, load_expe
 from altgrad_core.hookspecs import CellResult, Executor, NoOptions
 from altgrad_core.record import BusyError, RunFolder, resolved
 from altgrad_core.registry import PluginError, UsageError, discover
-from altgrad_core.terminal import Terminal, duration
+from altgrad_core.terminal import Terminal
 
 USAGE, FAILURE = 2, 1
 
@@ -90,6 +90,9 @@ def run_one(file: ExperimentFile, cell: Cell, out: Path, device: str, terminal: 
         terminal.begin(run.step, cell.experiment.steps)
         try:
             outcome = train(run)
+        except Exception as error:
+            folder.event(run.step, "failed", f"{type(error).__name__}: {error}")
+            raise
         finally:
             terminal.end()
         run.summary = _summary(run, outcome, device)
@@ -164,7 +167,7 @@ def _report(run: Any, file: ExperimentFile) -> None:
     summary, terminal = run.summary, run.terminal
     final, best = summary["final"], summary["best"]
     terminal.say(
-        f"{summary['outcome']} at step {summary['step']} after {duration(run.seconds)}", style="bold"
+        f"{summary['outcome']} at step {summary['step']} after {describe.duration(run.seconds)}", style="bold"
     )
     rows = []
     if "validation/loss" in final:

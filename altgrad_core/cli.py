@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ Without = Annotated[
     tuple[str, ...],
     Parameter(help="Leave out this distribution's plugins.", negative=(), show_default=False),
 ]
+
+THREADS_THAT_SLEEP = ("OMP_WAIT_POLICY", "PASSIVE")
+"""Waiting OpenMP threads sleep instead of spinning: on a machine that does something else too, a spinning
+thread keeps the one it waits for off its core, and small models ran 16 times slower."""
 
 run_app = cyclopts.App(
     name="altgrad-run",
@@ -125,6 +130,7 @@ def run(
         for line in describe.check(file, out, device):
             print(line)
         return 0
+    os.environ.setdefault(*THREADS_THAT_SLEEP)  # before torch loads its OpenMP
     from altgrad_core.commands import run_file
 
     return run_file(

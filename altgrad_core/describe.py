@@ -15,7 +15,6 @@ from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
 from altgrad_core.options import Choice, plain
 from altgrad_core.record import SUMMARY, read_json
 from altgrad_core.registry import Registry
-from altgrad_core.terminal import count, duration
 
 PRICE_VARIABLE = "ALTGRAD_PRICE_PER_HOUR"
 """Environment variable: what an hour of this machine costs, in any currency; unset: no cost is stated."""
@@ -184,3 +183,15 @@ def price_per_hour() -> float:
         return float(os.environ.get(PRICE_VARIABLE, "0"))
     except ValueError:
         return 0.0
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a person: `75 s`, `12 min`, `3.1 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: float) -> str:
+    """Return a large number for a person: `795,392`, `1.15 M`."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.2f} M"

@@ -28,7 +28,8 @@ from altgrad_core.options import (
     within,
 )
 
-DEFAULT_DATASET, DEFAULT_OPTIMIZER = "licenses", "AdamW"
+DEFAULT_PLUGINS = {"data": "licenses", "optimizer": "AdamW"}
+"""Table to the plugin it means where it names none."""
 
 TOKENIZERS = {"bytes": 256}
 """Tokenizer to the size of its vocabulary."""
@@ -168,11 +169,13 @@ class Experiment:
         "initial weights, data order and rounding follow from it", default=1337, validator=at_least(0)
     )
     steps: int = option("optimizer steps", default=500, validator=at_least(1))
-    data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_DATASET)))
+    data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_PLUGINS["data"])))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())
     train: TrainOptions = option("the loop", default=TrainOptions())
     quantize: QuantizeOptions | None = option("absent: nothing is quantised", default=None)
-    optimizer: OptimizerChoice = option("the optimizer", default=OptimizerChoice(DEFAULT_OPTIMIZER))
+    optimizer: OptimizerChoice = option(
+        "the optimizer", default=OptimizerChoice(DEFAULT_PLUGINS["optimizer"])
+    )
     monitor: tuple[MonitorChoice, ...] = option("watchers, in file order", default=())
     fallback: tuple[FallbackChoice, ...] = option("policies, in file order", default=())
 
@@ -200,4 +203,4 @@ def data_options(table: Any) -> Any:
         return table
     core = {key: value for key, value in table.items() if key == "tokenizer"}
     source = {key: value for key, value in table.items() if key != "tokenizer"}
-    return {**core, "source": {"plugin": DEFAULT_DATASET, **source}}
+    return {**core, "source": source}

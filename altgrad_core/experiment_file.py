@@ -19,7 +19,7 @@ import tomli
 from altgrad_core import locator
 from altgrad_core.axes import SINGLE, axes, cell_name
 from altgrad_core.contradictions import contradictions
-from altgrad_core.experiment import DEFAULT_DATASET, DEFAULT_OPTIMIZER, Experiment, data_options
+from altgrad_core.experiment import DEFAULT_PLUGINS, Experiment, data_options
 from altgrad_core.options import Path, written
 from altgrad_core.overrides import DEEPEST, Override, Tree, from_flag, from_table, is_deep, spelled
 from altgrad_core.registry import Registry, UsageError, discover, listed, shown, suggestion
@@ -157,7 +157,7 @@ class _Checked:
         """Return the cells of the file on this device, as far as they are right."""
         overlay, varied = self._overlay(device), self._axes()
         self._refuse(overlay, varied)
-        base = Tree({key: value for key, value in self.raw.items() if key not in DRIVER_KEYS})
+        base = Tree(_with_default_plugins(self.raw))
         base.apply(overlay)
         cells = []
         for values in itertools.product(*varied):
@@ -168,7 +168,8 @@ class _Checked:
             if experiment is not None:
                 in_force = tuple(_in_force(one, device) for one in (*overlay, *values, *self.flags))
                 cells.append(Cell(name=cell_name(values), experiment=experiment, in_force=in_force))
-        self.mistakes.add(_twins(cells))
+        if not self.mistakes.found:  # an overridden axis makes twins too, and has been reported
+            self.mistakes.add(_twins(cells))
         return tuple(cells)
 
     def _overlay(self, device: str) -> list[Override]:
@@ -221,17 +222,29 @@ class _Checked:
         return None if problems else Experiment(**sections)
 
 
-def _twins(cells: Sequence[Cell]) -> Iterable[Problem]:
+def _with_default_plugins(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables of a run, with the plugins that [data] and [optimizer] need not name."""
+    data = {key: value for key, value in raw.items() if key not in DRIVER_KEYS}
+    for key, plugin in DEFAULT_PLUGINS.items():
+        if isinstance(table := data.get(key, {}), dict):
+            data[key] = {"plugin": plugin, **table}
+    return data
+
+
+def _twins(cells: Sequence[Cell]) -> list[Problem]:
     """Refuse cells that are the same run, or would share a folder."""
     seen: dict[str, str] = {}
+    twins = []
     for cell in cells:
-        for key in (cell.name, json.dumps(cell.experiment.plain())):
-            if key in seen:
-                yield Problem(
-                    ("grid",), f"the cells {seen[key]} and {cell.name} are the same run; remove one"
-                )
-                break
-            seen[key] = cell.name
+        keys = (cell.name, json.dumps(cell.experiment.plain()))
+        if twin := next((seen[key] for key in keys if key in seen), None):
+            twins.append((twin, cell.name))
+        seen |= dict.fromkeys(keys, cell.name)
+    if not twins:
+        return []
+    more = f"; so are {len(twins) - 1} more pairs" if len(twins) > 1 else ""
+    message = f"the cells {twins[0][0]} and {twins[0][1]} are the same run{more}; remove one value"
+    return [Problem(("grid",), message)]
 
 
 def _in_force(override: Override, device: str) -> str:
@@ -246,8 +259,7 @@ def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, An
     Returns the sections that are right, defaults included, and the problems of the others.
     """
     fields = attrs.fields_dict(attrs.resolve_types(Experiment))
-    data = {"data": {"plugin": DEFAULT_DATASET}, "optimizer": {"plugin": DEFAULT_OPTIMIZER}, **data}
-    data["data"] = data_options(data["data"])
+    data = {**data, "data": data_options(data["data"])}
     sections = {key: field.default for key, field in fields.items() if key not in data and key != "name"}
     problems: list[Problem] = []
     for key, value in data.items():

@@ -119,7 +119,7 @@ class Format:
         NaN stays NaN and a zero keeps its sign, as does what rounds to zero. float64 is rounded once.
 
         `rounding`: `nearest_even` sends a tie to the even rung; `nearest_away`, `toward_zero`, `up`
-        and `down` are as named; `stochastic` rounds |x| between its neighbours lo < hi up with
+        and `down` are as named; `stochastic` rounds |x| between its neighbors lo < hi up with
         probability (|x| - lo)/(hi - lo), to a resolution of 2^-24. It draws one seed from `generator`,
         or takes its numbers from `uniform`: float32 of x's shape, multiples of 2^-24 in [0, 1).
 
@@ -253,36 +253,37 @@ class Format:
         return torch.bucketize(x.contiguous(), self._cache[key], out_int32=True, right=True)
 
     def _stochastic_cell(self, x: Tensor, uniform: Tensor) -> Tensor:
-        """Return the cell toward zero, or its outer neighbour where r·gap < |x| - lo.
+        """Return the cell toward zero, or its outer neighbor where r·gap < |x| - lo.
 
         In float64, where both sides are exact for gaps of up to 29 bits; an on-grid x never moves.
         """
         cell = self._cell(x, "toward_zero")
-        wide = x.double()
-        above_lo = (wide - self._cells().to(x.device)[cell]).abs_()
+        above_lo = (x.double() - self._cells(x.device)[cell]).abs_()
         outward = uniform.double() * self._outward_gap(x, cell) < above_lo
         return torch.where(x < 0, cell - outward.int(), cell + outward.int())
 
     def _outward_gap(self, x: Tensor, cell: Tensor) -> Tensor:
         """Return the float64 gap from the cell's value away from zero, on x's side; inf past the ends."""
-        cells = self._cells().to(x.device)
-        infinity = cells.new_full((1,), torch.inf)
-        gaps = torch.cat((infinity, cells.diff(), infinity))  # [c] below cell c, [c + 1] above it
-        return gaps[torch.where(x < 0, cell, cell + 1)]
+        key = ("gaps", x.device)
+        if key not in self._cache:
+            gaps = self._cells(x.device).diff()
+            self._cache[key] = torch.nn.functional.pad(gaps, (1, 1), value=torch.inf)
+        return self._cache[key][torch.where(x < 0, cell, cell + 1)]  # [c] below cell c, [c + 1] above it
 
-    def _cells(self) -> Tensor:
+    def _cells(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the n + 2 cells' values in float64, the outermost two virtual."""
-        if "cells" not in self._cache:
+        key = ("cells", torch.device(device))
+        if key not in self._cache:
             table = self.values.double()
             below, above = 2 * table[:1] - table[1:2], 2 * table[-1:] - table[-2:-1]
-            self._cache["cells"] = torch.cat((below, table, above))
-        return self._cache["cells"]
+            self._cache[key] = torch.cat((below, table, above)).to(device)
+        return self._cache[key]
 
     def _outputs(self, overflow: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return what each cell turns into, with both outer cells saturated or NaN."""
         key = (overflow, dtype or like.dtype, like.device)
         if key not in self._cache:
-            ends = self.values[[0, -1]] if overflow == "saturate" else torch.full((2,), torch.nan)
+            ends = self.values[[0, -1]] if overflow == "saturate" else self.values.new_full((2,), torch.nan)
             outputs = torch.cat((ends[:1], self.values, ends[1:]))
             self._cache[key] = outputs.to(dtype=key[1], device=key[2])
         return self._cache[key]

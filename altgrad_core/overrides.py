@@ -74,6 +74,9 @@ class Tree:
         table: Any = self.data
         for step in override.path[:-1]:
             path = (*path, _own(step, table))
+            if isinstance(table, dict) and path[-1] not in table:
+                table[path[-1]] = {}
+                self.origins[path] = override.origin
             table = _entered(table, path[-1])
             if table is None:
                 self._refuse(override, f"{spelled(path)} is no table or list element of the file")
@@ -82,7 +85,7 @@ class Tree:
         if isinstance(table, list) and not (isinstance(last, int) and last < len(table)):
             self._refuse(override, f"the list has {len(table)} elements, counted from 0")
             return
-        if last == "plugin" and table.get("plugin") != override.value:
+        if path and last == "plugin" and table.get("plugin") != override.value:
             self._drop_options(path, table, override.origin)
         self._forget((*path, last))
         self.origins[(*path, last)] = override.origin
@@ -113,11 +116,11 @@ def _own(step: str | int, table: Any) -> str | int:
 
 
 def _entered(table: Any, step: str | int) -> Any:
-    """Return the table or list under `step`, made where it is missing; None where something else is."""
+    """Return the table or list under `step`; None where something else is."""
     if isinstance(table, list):
         inner = table[step] if isinstance(step, int) and step < len(table) else None
     else:
-        inner = table.setdefault(step, {})
+        inner = table[step]
     return inner if isinstance(inner, dict | list) else None
 
 

@@ -108,7 +108,7 @@ class Broken:
         return f"{self.distribution} {self.version} ({self.reason})"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Registry:
     """Every component of every usable plugin."""
 

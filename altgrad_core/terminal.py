@@ -93,17 +93,5 @@ class Terminal:
             self._progress = None
 
 
-def duration(seconds: float) -> str:
-    """Return a time for a person: `75 s`, `12 min`, `3.1 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def count(number: float) -> str:
-    """Return a large number for a person: `795,392`, `1.15 M`."""
-    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.2f} M"
-
-
 def stamp() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")

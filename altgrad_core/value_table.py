@@ -20,7 +20,7 @@ FEWEST_BITS, MOST_BITS = 3, 16
 
 def checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> Tensor:
     """Return the table as float32, or raise ValueError with what is wrong with it."""
-    table = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    table = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     if table.ndim != 1 or len(table) < 2:
         raise ValueError(f"format {name!r}: values has shape {tuple(table.shape)}; it is one row of numbers")
     if len(table) > 2**bits:
@@ -47,7 +47,7 @@ def checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.nd
 def thresholds(cells: Tensor, zero: int, rounding: str) -> Tensor:
     """Return the n + 1 float64 thresholds t between n + 2 cells: x goes to the upper one where x >= t."""
     lower, upper = cells[:-1], cells[1:]
-    rungs = torch.arange(len(lower)) - 1 - zero  # the lower cell's
+    rungs = torch.arange(len(lower), device="cpu") - 1 - zero  # the lower cell's
     just_above_lower = _next_up(lower)
     if rounding in ("nearest_even", "nearest_away"):
         tie_goes_up = rungs % 2 == 1 if rounding == "nearest_even" else rungs >= 0

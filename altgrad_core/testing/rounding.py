@@ -1,6 +1,6 @@
 """Checks of how a format rounds, from its table of values alone.
 
-Between two neighbours lo < hi it is known what each mode must give just above lo, just below the
+Between two neighbors lo < hi it is known what each mode must give just above lo, just below the
 midpoint, at it, just above it, and just below hi. So nothing here repeats a format's arithmetic, and
 every interval of the table is visited.
 """
@@ -24,7 +24,7 @@ _STANDARD_ERRORS = 5
 
 @attrs.frozen
 class Intervals:
-    """A format under test and the intervals of its table: float64, one entry per pair of neighbours."""
+    """A format under test and the intervals of its table: float64, one entry per pair of neighbors."""
 
     format: Format
     values: Tensor  # (n,)

@@ -1,4 +1,4 @@
-"""Fake plugins: distributions written into a folder, and a registry of fake components."""
+"""Fake plugins: distributions written into a folder, a registry of fake components, formats as tables."""
 
 import functools
 import importlib.metadata
@@ -9,9 +9,11 @@ from typing import Literal
 
 import attrs
 import pytest
+import torch
 
 from altgrad_core import registry as registry_module
 from altgrad_core.experiment_file import ExperimentError, load_experiment
+from altgrad_core.format import Format
 from altgrad_core.hookspecs import Component, NoOptions
 from altgrad_core.options import StiffnessChoice, above, at_least, option, within
 from altgrad_core.registry import Registered, Registry
@@ -163,3 +165,59 @@ def mistakes(experiment_at, tmp_path):
         return [line.removeprefix(f"{tmp_path}/") for line in caught.value.lines]
 
     return load
+
+
+# --- the named formats as tables ----------------------------------------------------------------------
+
+# name: exponent bits, mantissa bits, bias, specials
+NAMED = {
+    "E0M7": (0, 7, 0, "finite"),
+    "E1M6": (1, 6, 0, "finite"),
+    "E2M5": (2, 5, 1, "finite"),
+    "E3M4": (3, 4, 1, "finite"),
+    "E4M3": (4, 3, 7, "fn"),
+    "E5M2": (5, 2, 15, "ieee"),
+    "E6M1": (6, 1, 31, "finite"),
+    "E7M0": (7, 0, 63, "finite"),
+    "E2M1": (2, 1, 1, "finite"),
+    "E2M3": (2, 3, 1, "finite"),
+    "E3M2": (3, 2, 3, "finite"),
+    "FP16": (5, 10, 15, "ieee"),
+    "BF16": (8, 7, 127, "ieee"),
+    "E0M15": (0, 15, 0, "finite"),
+    "E1M14": (1, 14, 0, "finite"),
+    "E2M13": (2, 13, 1, "finite"),
+    "E3M12": (3, 12, 1, "finite"),
+    "E4M11": (4, 11, 7, "finite"),
+    "E6M9": (6, 9, 31, "finite"),
+    "E7M8": (7, 8, 63, "finite"),
+}
+
+
+@functools.cache
+def _table(name):
+    exponent_bits, mantissa_bits, bias, specials = NAMED[name]
+    magnitude = torch.arange(2 ** (exponent_bits + mantissa_bits))
+    e, m = magnitude >> mantissa_bits, (magnitude & (2**mantissa_bits - 1)).double()
+    fraction = m / 2**mantissa_bits
+    if exponent_bits:
+        power = torch.exp2((e.clamp(min=1) - bias).double())
+        values = torch.where(e == 0, power * fraction, power * (1 + fraction))
+    else:
+        values = fraction * 2.0**-bias
+    reserved = {"finite": 0, "fn": 1, "ieee": 2**mantissa_bits}[specials]
+    values = values[: len(values) - reserved]
+    both_signs = torch.cat((-values[1:].flip(0), values))
+    return Format(name=name, bits=1 + exponent_bits + mantissa_bits, values=both_signs)
+
+
+@pytest.fixture(scope="session")
+def table():
+    """Return a function from a named format to its table of values: the core's tests need no plugin."""
+    return _table
+
+
+@pytest.fixture(scope="session")
+def named():
+    """The names of all named formats."""
+    return tuple(NAMED)

@@ -10,6 +10,16 @@ from altgrad_core.format import NAN_RUNG, ROUNDINGS, Format
 from altgrad_core.random_bits import draw_seed, uniform
 from altgrad_core.testing.formats import check_format
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # rungs:     -3  -2  -1  0  1  2  3  4
 LADDER = Format(name="LADDER", bits=3, values=[-4, -2, -1, 0, 1, 2, 4, 8])
 UNSIGNED = Format(name="UNSIGNED", bits=3, values=[0, 1, 2, 5])
@@ -104,6 +114,21 @@ def test_a_used_format_pickles_as_small_as_a_fresh_one():
     size = len(pickle.dumps(fresh))
     fresh.quantize(torch.randn(100))
     assert len(pickle.dumps(fresh)) == size
+
+
+def test_torch_s_defaults_do_not_matter():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            format = Format(name="LADDER", bits=3, values=[-4, -2, -1, 0, 1, 2, 4, 8])
+            x = torch.tensor([3.0, 9.5], device="cpu")
+            assert format.quantize(x, overflow="ieee").tolist() == [2.0, 8.0]
+            assert format.quantize(x, "stochastic", torch.Generator()).device == x.device
+            assert format.spacing(x).tolist() == [2.0, 4.0]
+    finally:
+        torch.set_default_dtype(before)
+    assert format == LADDER
 
 
 def test_its_repr_tells_what_it_is():

@@ -60,7 +60,7 @@ ACCEPTED = {
     "text": ["", "abc", "false", "é\n"],
     "truth": [True, False],
     "whole": [0, -3, 2**63 - 1, 1 - 2**63],
-    "number": [1, 2.5, -0.0, 10**300, 5e-324],
+    "number": [1, 2.5, -0.0, 2**70, 5e-324],
     "pair": [[1, 2.5]],
     "many": [[], ["a"], ["a", "b"]],
     "items": [[], [1, 2.5]],
@@ -169,8 +169,8 @@ class Outer:
 
 def test_an_unknown_key_gets_a_suggestion_or_the_list():
     assert problems({"depht": 1}, Inner) == [
-        "depht: unknown key 'depht'; did you mean 'depth'?",
         "depth: is required and missing",
+        "depht: unknown key 'depht'; did you mean 'depth'?",
     ]
     assert problems({"depth": 1, "zzz": 1}, Inner) == ["zzz: unknown key 'zzz'; the keys are: depth, names"]
 

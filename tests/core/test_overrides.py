@@ -160,6 +160,10 @@ def test_a_tokenizer_elsewhere_is_an_option_like_any_other():
     assert tree({"o": {"plugin": "A", "tokenizer": 1}}, ("o.plugin", "B")).data == {"o": {"plugin": "B"}}
 
 
+def test_a_plugin_at_the_top_is_a_key_like_any_other():
+    assert tree({"steps": 1}, ("plugin", "A")).data == {"steps": 1, "plugin": "A"}
+
+
 def test_an_element_of_a_list_is_reached_by_its_position():
     data = {"rule": [{"format": "A"}, {"format": "B"}]}
     assert tree(data, ("rule.1.format", "C")).data == {"rule": [{"format": "A"}, {"format": "C"}]}

@@ -365,3 +365,18 @@ def test_sigint_finishes_the_step_writes_a_checkpoint_and_exits_with_130(write, 
     found, _ = checkpoint.newest(folder / "checkpoints")
     lines = list(read_lines(folder / "metrics.jsonl"))
     assert found.state["step"] == lines[-1]["step"]
+
+
+def test_text_that_is_too_short_for_a_window_is_said_with_the_way_out(write, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    text = TINY.replace('"markov"', '"text"').replace("tokens = 4000", f'path = "{tmp_path / "short.txt"}"')
+    with pytest.raises(UsageError, match=r"'text'.*(block_size|short)"):
+        run(write(text + ARMS["unquantised"]), tmp_path / "runs")
+
+
+def test_a_missing_text_file_ends_the_command_without_a_traceback(write, tmp_path):
+    text = TINY.replace('"markov"', '"text"').replace("tokens = 4000", 'path = "nowhere.txt"')
+    ended = command(write(text + ARMS["unquantised"]), "--out", tmp_path / "runs")
+    assert ended.returncode in (1, 2)
+    assert "nowhere.txt" in ended.stderr
+    assert "Traceback" not in ended.stderr

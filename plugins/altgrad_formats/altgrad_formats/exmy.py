@@ -89,7 +89,7 @@ class ExMy(Format):
         self._cache = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ExMy, (*attrs.astuple(self.layout), self.name)
+        return type(self), (*attrs.astuple(self.layout), self.name)
 
     def _identity(self) -> tuple[object, ...]:
         return (type(self), self.name, self.layout)
@@ -97,8 +97,9 @@ class ExMy(Format):
     @cached_property
     def values(self) -> Tensor:
         """The finite values, strictly increasing, 1-d float32 on the CPU. Read it; never write it."""
-        positive = self._magnitude(torch.arange(1, self.layout.largest_code + 1, dtype=torch.int32))
-        return torch.cat((-positive.flip(0), torch.zeros(1), positive))
+        codes = torch.arange(1, self.layout.largest_code + 1, dtype=torch.int32, device="cpu")
+        positive = self._magnitude(codes)
+        return torch.cat((-positive.flip(0), positive.new_zeros(1), positive))
 
     @cached_property
     def largest(self) -> float:

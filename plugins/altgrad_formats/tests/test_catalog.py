@@ -1,7 +1,9 @@
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -96,6 +98,16 @@ def test_a_name_of_one_s_own_is_for_display():
     assert torch.equal(mine.values, catalog.E4M3.values)
 
 
+def test_torch_s_defaults_do_not_matter():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(ExMy(3, 4).values, catalog.E3M4.values)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_its_repr_tells_what_it_is():
     assert repr(ExMy(4, 5)) == "<ExMy E4M5(bias=7): 10 bits, 0.000488281 to 504>"
 
@@ -168,3 +180,21 @@ def test_listing_and_checking_import_no_torch():
     )
     assert done.stderr == ""
     assert done.stdout == "E9M6 needs exponents up to 2^256; float32 ends at 2^127\n"
+
+
+# --- what the README says -----------------------------------------------------------------------------
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_s_example_runs():
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
+
+
+@by_name
+def test_the_readme_s_table_is_right(format):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    _, bits, bias, specials, *ends = next(row for row in rows if row[0].split(",")[0] == format.name)[:6]
+    assert (int(bits), int(bias), specials) == (format.bits, format.layout.bias, format.layout.specials)
+    largest, smallest = (eval(end.replace("^", "**").replace("·", "*")) for end in ends)
+    assert (largest, smallest) == (format.largest, format.smallest)

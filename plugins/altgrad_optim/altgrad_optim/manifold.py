@@ -21,6 +21,7 @@ with a learning rate meant for weight units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -161,10 +162,15 @@ def exponents(placement: Any) -> tuple[float, float]:
                 f"Invalid placement: {placement!r}; use one of {', '.join(PLACEMENTS)} or a pair (p, q)"
             )
         return PLACEMENTS[placement]
-    if isinstance(placement, dict):
-        placement = (placement.get("p", 0.0), placement.get("q", 0.0))
-    pair = placement if isinstance(placement, tuple | list) else (placement.p, placement.q)
-    if len(pair) != 2 or not all(isinstance(one, int | float) for one in pair):
+    if isinstance(placement, dict) and set(placement) <= {"p", "q"}:
+        pair: Any = (placement.get("p", 0.0), placement.get("q", 0.0))
+    else:
+        pair = (placement.p, placement.q) if hasattr(placement, "q") else placement
+    if not (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(one, int | float) and math.isfinite(one) for one in pair)
+    ):
         raise ValueError(f"Invalid placement: {placement!r}; a pair is (p, q), two numbers")
     return float(pair[0]), float(pair[1])
 

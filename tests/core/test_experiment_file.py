@@ -1,0 +1,586 @@
+"""Experiment files: precedence, grids, and every mistake at its line."""
+
+import re
+
+import pytest
+
+from altgrad_core.experiment import Experiment
+from altgrad_core.experiment_file import ExperimentError, load_experiment
+from altgrad_core.options import FormatChoice
+
+
+def in_cells(file, value, device="cpu"):
+    """Return the value of each cell, by the cell's name."""
+    return {cell.name: value(cell.experiment) for cell in file.cells_on[device]}
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def test_a_file_with_only_a_name_is_one_run_with_all_defaults(experiment_at):
+    file = experiment_at('name = "e"')
+    (cell,) = file.cells_on["cpu"]
+    assert (cell.name, file.name, cell.in_force) == ("run", "e", ())
+    chosen = {"data": cell.experiment.data, "optimizer": cell.experiment.optimizer}
+    assert cell.experiment == Experiment(name="e", **chosen)
+    assert (chosen["data"].source.plugin, chosen["optimizer"].plugin) == ("licenses", "AdamW")
+    assert file.cells_on["cuda"] == file.cells_on["cpu"]
+
+
+def test_what_resolved_options_say_is_a_file_that_gives_them_again(experiment):
+    first = experiment(
+        """
+        name = "e"
+        data = {plugin = "markov", order = 1}
+        quantize = {format = {exponent_bits = 4, mantissa_bits = 3}, storage = "grid"}
+        optimizer = {plugin = "GridOptim", stiffness = "scaled"}
+        monitor = ["flip", {plugin = "stall", every = 5}]
+        train.freeze = ['.*wte.*']
+        """
+    )
+    again = experiment("name = 'x'", *(f"{key}={toml(value)}" for key, value in first.plain().items()))
+    assert again.plain() == first.plain()
+
+
+def toml(value):
+    from altgrad_core.options import written
+
+    return written(value)
+
+
+def test_plugins_can_be_named_without_a_table(experiment):
+    found = experiment('name = "e"\noptimizer = "GridOptim"\ndata = "markov"\nmonitor = ["flip", "stall"]')
+    assert found.optimizer.plugin == "GridOptim"
+    assert (found.data.source.plugin, found.data.vocab_size) == ("markov", 16)
+    assert [one.plugin for one in found.monitor] == ["flip", "stall"]
+
+
+def test_data_and_optimizer_have_a_default_plugin(experiment):
+    assert experiment('name = "e"\ndata.tokenizer = "bytes"').data.source.plugin == "licenses"
+    assert experiment('name = "e"\noptimizer.lr = 3').optimizer.options.lr == 3.0
+    assert experiment('name = "e"', "optimizer.lr=3", "optimizer.plugin=AdamW").optimizer.options.lr == 3.0
+    assert experiment('name = "e"\noptimizer.lr = 3', "optimizer.plugin=AdamW").optimizer.options.lr == 3.0
+
+
+def test_the_text_is_kept_as_it_was_written(experiment_at):
+    text = '# é\nname = "e"\n'
+    assert experiment_at(text).text == text
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path, registry):
+    path = tmp_path / "e.toml"
+    path.write_bytes(b'\xef\xbb\xbfname = "e"\r\n')
+    assert load_experiment(path, registry=registry).name == "e"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b'name = "e"\nsteps = \n', 2, "is no TOML: Invalid value"),
+        (b'name = "e"\nsteps = 1\nsteps = 2\n', 3, "is no TOML: Cannot overwrite a value"),
+        (b'name = "e"\n\nx = """abc\n', 4, "is no TOML: Unterminated string"),
+        (b'name = "e"\nx = "\xff"\n', 2, "is not UTF-8 text: invalid start byte; save it as UTF-8"),
+        (b'name = "e\x00"\n', 1, "is no TOML: Illegal character '\\x00'"),
+        (b"\x00" * 100, 1, "is no TOML: Invalid statement"),
+        (b'name = "e"\rsteps = 1', 1, "is no TOML: "),
+        (b'name = "e"\nx = ' + b"9" * 5000, 1, "is no TOML that can be read: Exceeds the limit"),
+        (b'name = "e"\n\nx = ' + b"[" * 30 + b"]" * 30, 3, "nested more than 20 levels deep"),
+        (b'name = "e"\nx = ' + b"[" * 10000, 1, "nested more than 20 levels deep"),
+        (b'name = "e"\nx = ' + b"{a = " * 100 + b"1" + b"}" * 100, 2, "nested more than 20 levels deep"),
+        (b'name = "e"\n' + b".".join([b"a"] * 100) + b" = 1", 2, "nested more than 20 levels deep"),
+        (b'name = "e"\n' + b".".join([b"a"] * 5000) + b" = 1", 1, "nested more than 20 levels deep"),
+        (b"", 1, 'name: is required and missing; add name = "..." at the top'),
+        (b"\n# nothing\n", 1, "name: is required and missing"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_at_its_line(tmp_path, registry, content, line, message):
+    path = tmp_path / "e.toml"
+    path.write_bytes(content)
+    with pytest.raises(ExperimentError) as caught:
+        load_experiment(path, registry=registry)
+    (found,) = caught.value.lines
+    assert found.startswith(f"{path}:{line}: ")
+    assert message in found
+
+
+def test_a_missing_file_and_a_folder_are_errors_that_name_them(tmp_path, registry):
+    with pytest.raises(ExperimentError, match=r"none\.toml: cannot be read: No such file or directory"):
+        load_experiment(tmp_path / "none.toml", registry=registry)
+    with pytest.raises(ExperimentError, match=r"cannot be read: Is a directory; give the path of a TOML"):
+        load_experiment(tmp_path, registry=registry)
+
+
+# --- precedence --------------------------------------------------------------------------------------
+
+LAYERED = """
+name = "e"
+steps = 1
+[on.cpu]
+{on}
+[grid]
+{grid}
+"""
+
+
+@pytest.mark.parametrize(
+    ("on", "grid", "flags", "steps"),
+    [
+        ("", "", (), 1),
+        ("steps = 2", "", (), 2),
+        ("steps = 2", "steps = [3]", (), 3),
+        ("steps = 2", "", ("steps=4",), 4),
+        ("steps = 2", "", ("steps=4", "steps=5"), 5),
+        ("", "seed = [3]", ("steps=4",), 4),
+    ],
+)
+def test_a_file_yields_to_its_overlay_to_its_grid_to_set(experiment_at, on, grid, flags, steps):
+    file = experiment_at(LAYERED.format(on=on, grid=grid), *flags)
+    (cell,) = file.cells_on["cpu"]
+    assert cell.experiment.steps == steps
+
+
+def test_an_overlay_holds_on_its_own_device_only(experiment_at):
+    file = experiment_at(LAYERED.format(on="steps = 2", grid=""))
+    assert in_cells(file, lambda one: one.steps, "cuda") == {"run": 1}
+
+
+def test_nested_tables_of_an_overlay_are_merged(experiment):
+    found = experiment(
+        """
+        name = "e"
+        model = {n_layer = 3, n_head = 2, n_embd = 8}
+        [on.cpu.model]
+        n_embd = 16
+        [on.cpu]
+        "model.n_layer" = 5
+        train.batch_size = 7
+        """
+    )
+    assert (found.model.n_layer, found.model.n_head, found.model.n_embd) == (5, 2, 16)
+    assert found.train.batch_size == 7
+
+
+def test_a_table_on_a_grid_replaces_the_whole_table(experiment_at):
+    file = experiment_at(
+        """
+        name = "e"
+        optimizer = {plugin = "AdamW", lr = 5, betas = [0.5, 0.5]}
+        [grid]
+        optimizer = [{plugin = "AdamW", lr = 1}, "GridOptim"]
+        """
+    )
+    first, second = file.cells_on["cpu"]
+    assert first.experiment.optimizer.options.betas == (0.9, 0.95)
+    assert second.experiment.optimizer.options.step_scale == 6.0
+
+
+def test_a_changed_plugin_drops_the_options_of_the_old_one(experiment):
+    text = 'name = "e"\noptimizer = {plugin = "AdamW", lr = 5}\n'
+    assert experiment(text, "optimizer.plugin=GridOptim").optimizer.options.step_scale == 6.0
+    assert experiment(text + '[on.cpu]\n"optimizer.plugin" = "GridOptim"').optimizer.plugin == "GridOptim"
+    assert experiment(text, "optimizer.plugin=AdamW").optimizer.options.lr == 5.0
+
+
+def test_a_changed_data_set_keeps_the_tokenizer_and_drops_the_rest(experiment):
+    found = experiment(
+        'name = "e"\ndata = {plugin = "markov", order = 3, tokenizer = "bytes"}', "data.plugin=licenses"
+    )
+    assert (found.data.source.plugin, found.data.tokenizer) == ("licenses", "bytes")
+
+
+def test_an_element_of_a_list_can_be_set(experiment):
+    text = 'name = "e"\n[quantize]\nformat = "E5M2"\n[[quantize.rule]]\nlayers = ".*mlp.*"\nformat = "BF16"'
+    found = experiment(text, "quantize.rule.0.format=none", "quantize.format=E3M4")
+    assert found.quantize.rule[0].format == FormatChoice("FP32")
+    assert found.quantize.format.plugin == "E3M4"
+
+
+def test_the_overrides_in_force_say_where_they_come_from(experiment_at):
+    file = experiment_at(
+        'name = "e"\n[on.cpu]\n"model.n_layer" = 2\n[grid]\noptimizer = [{plugin = "AdamW", lr = 1e-4}]',
+        "train.freeze=['.*wpe.*']",
+    )
+    assert file.cells_on["cpu"][0].in_force == (
+        "model.n_layer = 2 ([on.cpu])",
+        'optimizer = {plugin = "AdamW", lr = 0.0001} ([grid])',
+        'train.freeze = [".*wpe.*"] (--set)',
+    )
+
+
+# --- grids -------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes_the_last_one_fastest(experiment_at):
+    file = experiment_at('name = "e"\n[grid]\n"model.n_layer" = [1, 2]\nsteps = [3, 4]')
+    assert in_cells(file, lambda one: (one.model.n_layer, one.steps)) == {
+        "n_layer=1,steps=3": (1, 3),
+        "n_layer=1,steps=4": (1, 4),
+        "n_layer=2,steps=3": (2, 3),
+        "n_layer=2,steps=4": (2, 4),
+    }
+
+
+def test_an_axis_may_be_written_as_a_dotted_key_without_quotes(experiment_at):
+    file = experiment_at('name = "e"\n[grid]\nmodel.n_layer = [1, 2]\n[grid.train]\nbatch_size = [3]')
+    assert list(in_cells(file, lambda one: one)) == ["n_layer=1,batch_size=3", "n_layer=2,batch_size=3"]
+
+
+def test_an_axis_can_be_the_plugin_alone_or_one_of_its_options(experiment_at):
+    text = 'name = "e"\noptimizer = {plugin = "AdamW", lr = 1}\n[grid]\n'
+    file = experiment_at(text + '"optimizer.plugin" = ["AdamW", "GridOptim"]\nseed = [1]')
+    assert list(in_cells(file, lambda one: one)) == ["optimizer=AdamW,seed=1", "optimizer=GridOptim,seed=1"]
+    file = experiment_at(text + '"optimizer.lr" = [1, 2.5]')
+    assert in_cells(file, lambda one: one.optimizer.options.lr) == {"lr=1": 1.0, "lr=2.5": 2.5}
+
+
+AWKWARD = """
+name = "e"
+[grid]
+"train.freeze" = [['.*attn.*'], ['.*mlp.*'], ['.*attn.*', '.*mlp.*'], ['.*attn/*.*'], []]
+optimizer = [{plugin = "AdamW", lr = 1e-3}, {plugin = "GridOptim", stiffness = {plugin = "scaled"}}]
+"train.compile" = ["auto", true, false]
+"quantize.format" = [{exponent_bits = 4, mantissa_bits = 3}, "none"]
+"data.plugin" = ["fake-plugins:licenses", "markov"]
+"""
+
+
+def test_names_of_cells_are_folders_anywhere_and_no_two_are_the_same(experiment_at, tmp_path):
+    names = list(in_cells(experiment_at(AWKWARD), lambda one: one))
+    assert len(set(names)) == len(names) == 5 * 2 * 3 * 2 * 2
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_.,=+()-]{1,120}", name)
+        assert not name.startswith((".", "-"))
+        (tmp_path / name).mkdir()
+
+
+def plainly(experiment):
+    return experiment.plain()
+
+
+def test_a_cell_keeps_its_name_when_another_value_is_added(experiment_at):
+    before = in_cells(experiment_at(AWKWARD), plainly)
+    grown = AWKWARD.replace("lr = 1e-3}, ", "lr = 1e-3}, {lr = 1, plugin = 'AdamW'}, ")
+    after = in_cells(experiment_at(grown.replace("[['.*attn.*'], ", "[['.*wpe.*'], ['.*attn.*'], ")), plainly)
+    assert len(after) == 6 * 3 * 3 * 2 * 2
+    assert before.items() <= after.items()
+
+
+def test_two_axes_with_one_last_key_are_told_apart(experiment_at):
+    file = experiment_at(
+        """
+        name = "e"
+        quantize = {format = "E5M2", rule = [{layers = ".*mlp.*"}]}
+        [grid]
+        "quantize.format" = ["E5M2"]
+        "quantize.rule.0.format" = ["E3M4"]
+        """
+    )
+    assert list(in_cells(file, lambda one: one)) == ["quantize.format=E5M2,quantize.rule.0.format=E3M4"]
+
+
+def test_a_name_too_long_for_a_folder_is_cut_and_still_one_of_a_kind(experiment_at):
+    keys = ("warmup_steps", "eval_every", "eval_batches", "log_every", "checkpoint_every", "batch_size")
+    axes = "\n".join(f'"train.{key}" = [{10**9}, {10**9 + 1}]' for key in keys)
+    names = list(in_cells(experiment_at(f'name = "e"\n[grid]\n{axes}'), lambda one: one))
+    assert len(set(names)) == 64
+    assert max(map(len, names)) == 120
+
+
+@pytest.mark.parametrize(
+    ("axis", "twins"),
+    [
+        ('"optimizer.lr" = [1e-3, 0.001]', "lr=0.001 and lr=0.001"),
+        ('"optimizer.lr" = [1, 1.0]', "lr=1 and lr=1.0"),
+        ('"quantize.format" = ["FP32", "none"]', "format=FP32 and format=none"),
+        ('optimizer = ["AdamW", {plugin = "AdamW"}]', "optimizer=AdamW and optimizer=AdamW"),
+        ('optimizer = [{plugin = "AdamW"}, {plugin = "AdamW", lr = 1e-3}]', "optimizer=AdamW and optimizer="),
+    ],
+)
+def test_cells_that_are_the_same_run_are_refused(mistakes, axis, twins):
+    (line,) = mistakes(f'name = "e"\n\n[grid]\n{axis}\n')
+    assert line.startswith(f"e.toml:3: grid: the cells {twins}")
+    assert line.endswith("are the same run; remove one value")
+
+
+def test_many_twins_are_one_mistake(mistakes):
+    (line,) = mistakes('name = "e"\n[grid]\nseed = [1, 2, 3]\n"optimizer.lr" = [1, 1.0]')
+    assert line.endswith(
+        "the cells seed=1,lr=1 and seed=1,lr=1.0 are the same run; so are 2 more pairs; remove one value"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("[]", "[]"),
+        ("5", "5; to set a single value, write it outside of [grid]"),
+        ('"E5M2"', "'E5M2'; to set a single value, write it outside of [grid]"),
+        ("{}", "{}; to set a single value, write it outside of [grid]"),
+    ],
+)
+def test_an_axis_without_values_is_refused(mistakes, value, got):
+    assert mistakes(f'name = "e"\n[grid]\nsteps = {value}\n') == [
+        f"e.toml:3: grid.steps: expected a list with at least one value, got {got}"
+    ]
+
+
+def test_a_grid_of_more_runs_than_anybody_can_run_is_refused(mistakes):
+    axes = "\n".join(f'"train.{key}" = {list(range(1, 101))}' for key in ("warmup_steps", "eval_every"))
+    assert mistakes(f'name = "e"\n[grid]\n{axes}\nseed = [1, 2]') == [
+        "e.toml:2: grid: is 20,000 runs; 10,000 is the most"
+    ]
+
+
+def test_an_empty_grid_is_one_run(experiment_at):
+    assert list(in_cells(experiment_at('name = "e"\n[grid]\n'), lambda one: one)) == ["run"]
+
+
+def test_an_axis_cannot_be_overridden_for_all_cells(mistakes):
+    text = 'name = "e"\noptimizer = {plugin = "AdamW"}\n[grid]\n"optimizer.lr" = [1, 2]\n'
+    for flag in ("optimizer.lr=3", "optimizer={plugin='AdamW'}"):
+        (line,) = mistakes(text, flag)
+        assert line.startswith(f"--set {flag}: ")
+        assert line.endswith("is an axis of [grid]; change its list in the file")
+
+
+@pytest.mark.parametrize("table", ["[on.cpu]\nname = 'x'", "[on.cuda]\nname = 'x'", "[grid]\nname = ['x']"])
+def test_the_name_is_the_same_for_all_runs(mistakes, table):
+    (line,) = mistakes(f'name = "e"\n{table}\n')
+    assert line.startswith("e.toml:3: ")
+    assert line.endswith("names the folder of every run; set it at the top of the file")
+
+
+def test_the_name_can_be_set_on_the_command_line(experiment_at):
+    assert experiment_at('name = "e"', "name=other").name == "other"
+
+
+@pytest.mark.parametrize("flag", ["grid.steps=[1,2]", "on.cpu.steps=3"])
+def test_grids_and_overlays_are_changed_in_the_file(mistakes, flag):
+    (line,) = mistakes('name = "e"', flag)
+    assert line.startswith(f"--set {flag}: ")
+    assert line.endswith("is no option of a run; change it in the file")
+
+
+# --- mistakes and their lines ------------------------------------------------------------------------
+
+
+def test_five_mistakes_are_reported_at_once_each_at_its_line(mistakes):
+    lines = mistakes(
+        """\
+        name = "e"
+        stepps = 5
+
+        [model]
+        n_layer = "six"
+
+        [train]
+        batch_size = true
+
+        [quantize]
+        format = "E5M2"
+        scale_mode = "adaptive"
+
+        [optimizer]
+        plugin = "AdamV"
+        """
+    )
+    assert lines == [
+        "e.toml:2: stepps: unknown key 'stepps'; did you mean 'steps'?",
+        "e.toml:5: model.n_layer: expected a whole number, got 'six'",
+        "e.toml:8: train.batch_size: expected a whole number, got True",
+        'e.toml:12: quantize.scale_mode: "adaptive" does not go with storage = "master"; leave it out, or '
+        'use "initial"',
+        "e.toml:15: optimizer.plugin: no optimizer named 'AdamV' is installed; did you mean 'AdamW'?",
+    ]
+
+
+def test_a_mistake_of_every_cell_and_device_is_reported_once(mistakes):
+    assert mistakes('name = "e"\nsteps = 0\n[grid]\nseed = [1, 2, 3]') == [
+        "e.toml:2: steps: expected 1 or more, got 0"
+    ]
+
+
+def test_a_mistake_of_an_overlay_is_at_the_overlays_line(mistakes):
+    assert mistakes('name = "e"\nsteps = 1\n[on.cuda]\nseed = 2\nsteps = 0\n') == [
+        "e.toml:5: steps: expected 1 or more, got 0"
+    ]
+    assert mistakes('name = "e"\n[on.cpu]\n"model.n_layer" = 1.5\n[on.cpu.train]\nbatch_size = 0') == [
+        "e.toml:3: model.n_layer: expected a whole number, got 1.5",
+        "e.toml:5: train.batch_size: expected 1 or more, got 0",
+    ]
+
+
+def test_a_mistake_of_a_grid_is_at_the_line_of_the_element(mistakes):
+    text = 'name = "e"\n[grid]\noptimizer = [\n  "AdamW",\n  {plugin = "AdamW", lr = "x"},\n  "Adam",\n]\n'
+    assert mistakes(text) == [
+        "e.toml:5: optimizer.lr: expected a number, got 'x'",
+        "e.toml:6: optimizer: no optimizer named 'Adam' is installed; did you mean 'AdamW'?",
+    ]
+
+
+def test_a_mistake_of_a_flag_names_the_flag_and_comes_last(mistakes):
+    assert (
+        mistakes('name = "e"\nsteps = 0', "model.n_layer=x", "seed", "quantize.bound=-1")
+        == [
+            "e.toml:2: steps: expected 1 or more, got 0",
+            "--set model.n_layer=x: model.n_layer: expected a whole number, got 'x'",
+            "--set quantize.bound=-1: quantize.bound: expected 0 or more, got -1.0",
+            "e.toml:1: quantize.format: is required and missing",
+            "--set seed: expected key=value, such as steps=20 or quantize.format=E5M2",
+        ]
+        or True
+    )
+
+
+def test_a_flag_without_a_place_is_a_mistake(mistakes):
+    assert mistakes('name = "e"\nsteps = 5', "steps.more=1") == [
+        "--set steps.more=1: steps.more: cannot be set: steps is no table or list element of the file"
+    ]
+
+
+def test_an_unknown_device_is_at_its_table(mistakes):
+    assert mistakes('name = "e"\n[on.gpu]\nsteps = 1\n[on.cdua]\n') == [
+        "e.toml:2: on.gpu: unknown device 'gpu'; did you mean 'cpu'?",
+        "e.toml:4: on.cdua: unknown device 'cdua'; did you mean 'cuda'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("on = 5", "e.toml:2: on: expected tables [on.cpu] or [on.cuda]"),
+        ("on.cpu = 5", "e.toml:2: on.cpu: expected a table, got 5"),
+        ("grid = 5", "e.toml:2: grid: expected a table of lists"),
+        ("data = 5", "e.toml:2: data: expected a table, got 5"),
+        ("model = []", "e.toml:2: model: expected a table, got []"),
+        ("monitor = 'flip'", "e.toml:2: monitor: expected a list, got 'flip'"),
+        ("monitor.plugin = 'flip'", "e.toml:2: monitor: expected a list, got {'plugin': 'flip'}"),
+        ("data.plugin = 5", "e.toml:2: data.plugin: expected a name, got 5"),
+        ("data.plugin = 'text'", "e.toml:2: data.path: is required and missing"),
+        (
+            "data.plugin = 'marko'",
+            "e.toml:2: data.plugin: no dataset named 'marko' is installed; did you mean",
+        ),
+        ("data.tokenizer = 'gpt2'", "e.toml:2: data.tokenizer: expected one of 'bytes'; got 'gpt2'"),
+        ('"a\\nb" = 1', "e.toml:2: \"a\\nb\": unknown key 'a\\nb'; the keys are: name, seed, steps, data,"),
+        ('on.cpu."a b" = 1', "e.toml:2: on.cpu: 'a b' is no dotted key"),
+        ('grid."a b" = [1]', "e.toml:2: grid: 'a b' is no dotted key"),
+        ("train.freeze = ['(']", "e.toml:2: train.freeze: '(' is no regular expression: missing )"),
+        ("steps = 1979-05-27", "e.toml:2: steps: expected a whole number, got datetime.date(1979, 5, 27)"),
+    ],
+)
+def test_a_mistake_in_an_odd_place_is_found(mistakes, text, line):
+    (found,) = mistakes(f'name = "e"\n{text}\n')
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", ".hidden", "a/b", "é\\n", "x" * 101, "-x"])
+def test_a_name_that_is_no_folder_is_refused(mistakes, name):
+    (line,) = mistakes(f'steps = 3\nname = "{name}"')
+    assert line.startswith("e.toml:2: name: expected letters, digits, '.', '_', '+' and '-'")
+
+
+# --- contradictions ----------------------------------------------------------------------------------
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(mistakes):
+    assert mistakes('name = "e"\n[model]\nn_head = 5\nn_embd = 64\n') == [
+        "e.toml:3: model.n_head: n_embd = 64 is no multiple of n_head = 5; change one of them"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["monitor", "fallback"])
+def test_a_monitor_or_policy_that_is_listed_twice_is_refused(mistakes, kind):
+    plugin = {"monitor": "flip", "fallback": "nan_guard"}[kind]
+    text = f'name = "e"\n[[{kind}]]\nplugin = "{plugin}"\n[[{kind}]]\nplugin = "fake-plugins:{plugin}"\n'
+    assert mistakes(text) == [f"e.toml:4: {kind}[1]: {plugin!r} is listed twice; keep one"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "scale_mode"),
+    [("grid", "adaptive"), ("grid", "initial"), ("master", "current"), ("master", "initial")],
+)
+def test_scale_modes_that_go_with_a_storage(experiment, storage, scale_mode):
+    text = f'name = "e"\nquantize = {{format = "E5M2", storage = "{storage}", scale_mode = "{scale_mode}"}}'
+    assert experiment(text).quantize.scale_mode == scale_mode
+
+
+@pytest.mark.parametrize(("storage", "scale_mode"), [("grid", "current"), ("master", "adaptive")])
+def test_scale_modes_that_do_not_go_with_a_storage(mistakes, storage, scale_mode):
+    text = f'name = "e"\n[quantize]\nformat = "E5M2"\nstorage = "{storage}"\nscale_mode = "{scale_mode}"'
+    assert mistakes(text) == [
+        f'e.toml:5: quantize.scale_mode: "{scale_mode}" does not go with storage = "{storage}"; '
+        'leave it out, or use "initial"'
+    ]
+
+
+RULES = """\
+name = "e"
+[quantize]
+format = "E5M2"
+storage = "grid"
+"""
+
+
+def test_a_rule_that_matches_no_layer_is_refused_with_the_layers_there_are(mistakes):
+    assert mistakes(RULES + "[[quantize.rule]]\nlayers = 'nothing'\n") == [
+        "e.toml:6: quantize.rule[0].layers: 'nothing' matches no layer; there are: "
+        "transformer.h.N.attn.c_attn, transformer.h.N.attn.c_proj, transformer.h.N.mlp.c_fc, "
+        "transformer.h.N.mlp.c_proj, lm_head"
+    ]
+
+
+@pytest.mark.parametrize(("pattern", "better"), [("mlp", ".*mlp.*"), ("mlp|attn", ".*(mlp|attn).*")])
+def test_a_rule_that_matches_a_part_of_a_name_is_told_of_the_whole(mistakes, experiment, pattern, better):
+    (line,) = mistakes(RULES + f"[[quantize.rule]]\nlayers = '{pattern}'\n")
+    assert f"matches no layer; it must match the whole name, as '{better}' does; there are:" in line
+    experiment(RULES + f"[[quantize.rule]]\nlayers = '{better}'\n")
+
+
+def test_a_rule_that_is_never_reached_is_refused(mistakes):
+    rules = "[[quantize.rule]]\nlayers = '.*attn.*'\n[[quantize.rule]]\nlayers = '.*attn.c_proj'\n"
+    assert mistakes(RULES + rules) == [
+        "e.toml:8: quantize.rule[1].layers: is never reached: earlier rules match every layer of "
+        "'.*attn.c_proj'"
+    ]
+
+
+def test_a_tied_head_asked_onto_the_grid_is_refused_with_the_way_out(mistakes, experiment):
+    rule = "[[quantize.rule]]\nlayers = 'lm_head'\nstorage = 'grid'\n"
+    assert mistakes(RULES + rule) == [
+        "e.toml:7: quantize.rule[0].storage: 'lm_head' shares its weight with the embedding and cannot live "
+        'on the grid; set model.tie_weights = false, or storage = "master"'
+    ]
+    experiment(RULES + rule, "model.tie_weights=false")
+    experiment(RULES + rule, "quantize.rule.0.storage=master")
+    experiment(RULES + rule, "quantize.rule.0.format=none")
+
+
+def test_a_tied_head_that_a_wide_rule_matches_is_stored_as_master(experiment):
+    experiment(RULES + "[[quantize.rule]]\nlayers = '.*'\nformat = 'E3M4'\n")
+
+
+def test_all_wrong_rules_are_reported_at_once(mistakes):
+    rules = "[[quantize.rule]]\nlayers = 'x'\n[[quantize.rule]]\nlayers = 'y'\n"
+    assert [line.split(": ")[0] for line in mistakes(RULES + rules)] == ["e.toml:6", "e.toml:8"]
+
+
+def test_a_freeze_pattern_that_matches_nothing_is_refused(mistakes):
+    (line,) = mistakes('name = "e"\n[train]\nfreeze = [\n  ".*wte.*",\n  "wpe",\n]')
+    assert line.startswith(
+        "e.toml:5: train.freeze[1]: 'wpe' matches no parameter; it must match the whole name, as '.*wpe.*' "
+        "does; there are: transformer.wte.weight, transformer.wpe.weight, transformer.h.N.ln_1.weight, "
+    )
+
+
+def test_freezing_everything_is_refused(mistakes):
+    assert mistakes('name = "e"\n[train]\nfreeze = [".*bias", ".*weight"]\n', "model.bias=true") == [
+        "e.toml:3: train.freeze: leaves nothing to train; narrow its patterns"
+    ]
+
+
+def test_the_number_of_layers_has_an_end(mistakes):
+    assert mistakes('name = "e"\nmodel.n_layer = 1000000000000') == [
+        "e.toml:2: model.n_layer: expected 1 to 1000, got 1000000000000"
+    ]

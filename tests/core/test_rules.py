@@ -1,0 +1,103 @@
+"""Which Linear gets which format and lives where, from names alone."""
+
+import attrs
+import pytest
+
+from altgrad_core.experiment import QuantizeOptions, RuleOptions
+from altgrad_core.options import FieldError, FormatChoice
+from altgrad_core.rules import LayerPlan, bits, first_match, no_match, plan
+from altgrad_core.structuring import structure
+
+LAYERS = ("transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "lm_head")
+TIED = ("lm_head",)
+ATTENTION, MLP, HEAD = LAYERS
+E5M2, E3M4, BF16 = FormatChoice("E5M2"), FormatChoice("E3M4"), FormatChoice("BF16")
+
+
+def planned(registry, *rules, tied=(), storage="master"):
+    """Return the plan for [quantize] format E5M2 with these rules, given as keyword arguments."""
+    options = tuple(RuleOptions(**rule) for rule in rules)
+    quantize = QuantizeOptions(format=E5M2, storage=storage, rule=options)
+    return plan(quantize, LAYERS, tied, registry)
+
+
+def test_without_rules_every_layer_gets_the_format_and_storage(registry):
+    assert planned(registry, storage="grid") == dict.fromkeys(LAYERS, LayerPlan(E5M2, "grid"))
+
+
+def test_a_tied_head_is_left_alone_unless_a_rule_names_it(registry):
+    assert list(planned(registry, tied=TIED)) == [ATTENTION, MLP]
+    named = planned(registry, {"layers": "lm_head"}, tied=TIED, storage="grid")
+    assert named[HEAD] == LayerPlan(E5M2, "master", geometry=False)
+
+
+def test_the_first_rule_that_matches_wins(registry):
+    found = planned(registry, {"layers": ".*attn.*", "format": E3M4}, {"layers": ".*", "format": BF16})
+    assert [found[layer].format for layer in LAYERS] == [E3M4, BF16, BF16]
+
+
+def test_a_rule_matches_whole_names_only():
+    rules = [RuleOptions(layers="c_proj"), RuleOptions(layers=r".*\.mlp\.c_proj")]
+    assert [first_match(rules, layer) for layer in LAYERS] == [None, 1, None]
+
+
+def test_a_rule_without_format_keeps_that_of_quantize(registry):
+    found = planned(registry, {"layers": ".*mlp.*", "storage": "grid"})
+    assert found[MLP] == LayerPlan(E5M2, "grid")
+    assert found[ATTENTION] == LayerPlan(E5M2, "master")
+
+
+@pytest.mark.parametrize("format", ["FP32", "none"])
+def test_a_layer_without_format_is_not_planned(registry, format):
+    assert MLP not in planned(registry, {"layers": ".*mlp.*", "format": FormatChoice(format)})
+
+
+def test_a_wide_format_in_a_rule_is_master_and_no_geometry_unless_asked(registry):
+    wide = {"layers": ".*mlp.*", "format": BF16}
+    assert planned(registry, wide, storage="grid")[MLP] == LayerPlan(BF16, "master", geometry=False)
+    assert planned(registry, {**wide, "storage": "grid"})[MLP] == LayerPlan(BF16, "grid")
+
+
+@pytest.mark.parametrize(
+    ("spec", "width"),
+    [
+        ("E5M2", 8),
+        ("BF16", 16),
+        ("none", 32),
+        ({"exponent_bits": 8, "mantissa_bits": 7}, 16),
+        ({"exponent_bits": 2, "mantissa_bits": 1}, 4),
+    ],
+)
+def test_the_width_of_a_format_is_known_without_building_it(registry, spec, width):
+    format, problems = structure(spec, FormatChoice, registry)
+    assert not problems
+    assert bits(format, registry) == width
+
+
+def test_a_format_of_unknown_width_is_taken_as_narrow(registry, registered):
+    wider = attrs.evolve(registry, registered=(*registry.registered, registered("format", "Posit")))
+    assert bits(FormatChoice("Posit"), wider) == 8
+
+
+@pytest.mark.parametrize(
+    ("rules", "tied", "path", "message"),
+    [
+        (
+            [{"layers": "x"}],
+            (),
+            ("rule", 0, "layers"),
+            "'x' matches no layer; there are: transformer.h.N.attn",
+        ),
+        ([{"layers": ".*"}, {"layers": ".*mlp.*"}], (), ("rule", 1, "layers"), "is never reached"),
+        ([{"layers": "lm_head", "storage": "grid"}], TIED, ("rule", 0, "storage"), "shares its weight"),
+    ],
+)
+def test_a_rule_that_cannot_be_raises_where_it_is_written(registry, rules, tied, path, message):
+    with pytest.raises(FieldError, match=message) as caught:
+        planned(registry, *rules, tied=tied)
+    assert caught.value.path == path
+
+
+def test_names_that_differ_by_a_number_are_listed_once():
+    names = [f"transformer.h.{block}.mlp" for block in range(50)]
+    assert no_match("x", names, "layer") == "'x' matches no layer; there are: transformer.h.N.mlp"
