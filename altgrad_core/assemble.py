@@ -24,6 +24,7 @@ from altgrad_core.run_state import Run, Watched
 from altgrad_core.storage import GridStorage, MasterBound, store_on_grid
 from altgrad_core.surgery import LayerFormat, quantize_layers, quantizer_of
 from altgrad_core.terminal import Terminal
+from altgrad_core.watching import READ_IN_EVERY_STEP, STEP_EXTRAS
 
 
 def device_for(experiment: Experiment, asked: str = "auto") -> str:
@@ -55,6 +56,9 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
     optimizer = _optimizer(model, experiment, registry)
     storage = _storage(model, optimizer, experiment, layers)
+    monitors = _watched(experiment.monitor, registry)
+    policies = _watched(experiment.fallback, registry)
+    _check_needs(monitors, policies)
     return Run(
         experiment=experiment,
         cell=cell.name,
@@ -70,8 +74,8 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
         autocast=_autocast(experiment, device),
         layers=_layer_names(model),
         share_on_grid=share_on_grid(model, experiment),
-        monitors=_watched(experiment.monitor, registry),
-        policies=_watched(experiment.fallback, registry),
+        monitors=monitors,
+        policies=policies,
         frozen=frozen,
     )
 
@@ -242,7 +246,7 @@ def share_on_grid(model: nn.Module, experiment: Experiment) -> float:
     on_grid = [
         parameter
         for parameter in others
-        if (quantizer := quantizer_of(parameter)) is not None and quantizer.on_grid
+        if _wants_grid(parameter) and (quantizer := quantizer_of(parameter)) is not None and quantizer.on_grid
     ]
     return sum(parameter.numel() for parameter in on_grid) / sum(parameter.numel() for parameter in others)
 
@@ -256,3 +260,21 @@ def _watched(choices: tuple[Choice, ...], registry: Registry) -> list[Watched]:
         )
         for choice in choices
     ]
+
+
+def _check_needs(monitors: list[Watched], policies: list[Watched]) -> None:
+    """Refuse a monitor that asks for what a step does not have, and a policy that no monitor serves."""
+    for watched in monitors:
+        if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
+            raise UsageError(
+                f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
+                f"a step can carry: {', '.join(STEP_EXTRAS)}"
+            )
+    served = {watched.name for watched in monitors}
+    for watched in policies:
+        for need in watched.plugin.needs:
+            monitor = need.partition("/")[0]
+            if monitor not in served and need not in READ_IN_EVERY_STEP:
+                raise UsageError(
+                    f"the policy {watched.name!r} needs the metric {need!r}; add [[monitor]] plugin = {monitor!r}"
+                )

@@ -165,7 +165,7 @@ def _described(error: BaseException) -> str:
 def shown(value: Any) -> str:
     """Return a value for an error message, short and on one line whatever it is."""
     try:
-        text = repr(value)
+        text = repr(value).lower() if isinstance(value, bool) else repr(value)  # as TOML writes it
     except (ValueError, RecursionError):  # Python refuses to write out integers of thousands of digits
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

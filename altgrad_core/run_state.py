@@ -102,6 +102,7 @@ class Run:
             "seconds": self.seconds,
             "epoch_loss": self.epoch_loss,
             "was_finite": self.was_finite,
+            "observed": self.observed,
             "threads": torch.get_num_threads(),
         }
         checkpoint.save(
@@ -137,6 +138,10 @@ class Run:
                 load(state["plugins"][watched.name])
         self.step, self.lr_factor, self.seconds = state["step"], state["lr_factor"], state["seconds"]
         self.best, self.last, self.was_finite = state["best"], state["last"], state["was_finite"]
+        self.observed = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in state["observed"].items()
+        }
         if state["epoch_loss"] is not None:
             self.epoch_loss = (state["epoch_loss"][0].to(self.device), state["epoch_loss"][1])
         checkpoint.set_random_state(state["random"])

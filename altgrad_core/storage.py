@@ -127,8 +127,8 @@ class GridScales:
 
 @torch.no_grad()
 def _rms(weights: Sequence[Tensor]) -> Tensor:
-    """Return each tensor's root mean square, (n,) float32, accumulated in float32."""
-    return torch.stack([weight.float().square().mean().sqrt() for weight in weights])
+    """Return each tensor's root mean square, (n,) float32; by float64: no square overflows."""
+    return torch.stack([weight.double().square().mean().sqrt().float() for weight in weights])
 
 
 def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:

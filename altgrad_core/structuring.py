@@ -109,16 +109,12 @@ def _one_of(value: Any, cls: Any) -> Any:
     allowed = get_args(cls)
     if not any(value == one and type(value) is type(one) for one in allowed):
         close = suggestion(value, filter(_is_text, allowed)) if _is_text(value) else ""
-        raise ValueError(f"expected one of {listed(map(_toml, allowed))}; got {shown(value)}{close}")
+        raise ValueError(f"expected one of {listed(map(shown, allowed))}; got {shown(value)}{close}")
     return value
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _union_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]:

@@ -21,6 +21,12 @@ from altgrad_core.hookspecs import Step
 from altgrad_core.record import now
 from altgrad_core.run_state import PluginFailure, Run, Watched
 
+READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
+"""What policies are always given."""
+
+STEP_EXTRAS = ("before", "intended")
+"""What a monitor's `needs` may ask of a step."""
+
 # --- policies ----------------------------------------------------------------------------------------
 
 

@@ -236,7 +236,7 @@ def test_an_axis_can_be_the_plugin_alone_or_one_of_its_options(experiment_at):
 AWKWARD = """
 name = "e"
 [grid]
-"train.freeze" = [['.*attn.*'], ['.*mlp.*'], ['.*attn.*', '.*mlp.*'], ['.*attn/*.*'], []]
+"train.freeze" = [['.*attn.*'], ['.*mlp.*'], ['.*attn.*', '.*mlp.*'], ['.+attn.+'], []]
 optimizer = [{plugin = "AdamW", lr = 1e-3}, {plugin = "GridOptim", stiffness = {plugin = "scaled"}}]
 "train.compile" = ["auto", true, false]
 "quantize.format" = [{exponent_bits = 4, mantissa_bits = 3}, "none"]
@@ -264,6 +264,23 @@ def test_a_cell_keeps_its_name_when_another_value_is_added(experiment_at):
     after = in_cells(experiment_at(grown.replace("[['.*attn.*'], ", "[['.*wpe.*'], ['.*attn.*'], ")), plainly)
     assert len(after) == 6 * 3 * 3 * 2 * 2
     assert before.items() <= after.items()
+
+
+def test_a_cell_starts_from_the_file_and_not_from_the_cell_before(experiment_at):
+    file = experiment_at(
+        """
+        name = "e"
+        optimizer = {plugin = "AdamW", lr = 5}
+        [grid]
+        "optimizer.plugin" = ["GridOptim", "AdamW"]
+        """
+    )
+    assert file.cells_on["cpu"][1].experiment.optimizer.options.lr == 5.0
+
+
+def test_an_empty_list_has_a_name_too(experiment_at):
+    file = experiment_at('name = "e"\n[grid]\n"train.freeze" = [[]]')
+    assert list(in_cells(file, plainly)) == ["freeze=()"]
 
 
 def test_two_axes_with_one_last_key_are_told_apart(experiment_at):
@@ -388,7 +405,7 @@ def test_five_mistakes_are_reported_at_once_each_at_its_line(mistakes):
     assert lines == [
         "e.toml:2: stepps: unknown key 'stepps'; did you mean 'steps'?",
         "e.toml:5: model.n_layer: expected a whole number, got 'six'",
-        "e.toml:8: train.batch_size: expected a whole number, got True",
+        "e.toml:8: train.batch_size: expected a whole number, got true",
         'e.toml:12: quantize.scale_mode: "adaptive" does not go with storage = "master"; leave it out, or '
         'use "initial"',
         "e.toml:15: optimizer.plugin: no optimizer named 'AdamV' is installed; did you mean 'AdamW'?",

@@ -23,7 +23,7 @@ from altgrad_core.options import (
     within,
     written,
 )
-from altgrad_core.registry import Registry
+from altgrad_core.registry import Registry, shown
 from altgrad_core.structuring import structure
 
 
@@ -80,20 +80,20 @@ def test_a_value_of_the_right_type_is_taken_as_it_is(key, value):
 
 REFUSED = [
     ("text", 1, "expected text in quotes, got 1"),
-    ("text", True, "expected text in quotes, got True"),
+    ("text", True, "expected text in quotes, got true"),
     ("text", ["a"], "expected text in quotes, got ['a']"),
     ("truth", 0, "expected true or false, got 0"),
     ("truth", 1, "expected true or false, got 1"),
     ("truth", "false", "expected true or false, got 'false'"),
     ("truth", "", "expected true or false, got ''"),
-    ("whole", True, "expected a whole number, got True"),
+    ("whole", True, "expected a whole number, got true"),
     ("whole", 2.7, "expected a whole number, got 2.7"),
     ("whole", 2.0, "expected a whole number, got 2.0"),
     ("whole", "2", "expected a whole number, got '2'"),
     ("whole", [2], "expected a whole number, got [2]"),
     ("whole", {}, "expected a whole number, got {}"),
     ("whole", 2**63, "expected a whole number of 64 bits, got 9223372036854775808"),
-    ("number", False, "expected a number, got False"),
+    ("number", False, "expected a number, got false"),
     ("number", "1e-3", "expected a number, got '1e-3'"),
     ("number", math.nan, "expected a finite number, got nan"),
     ("number", math.inf, "expected a finite number, got inf"),
@@ -126,7 +126,7 @@ def test_a_value_of_another_type_is_refused(key, value, message):
 
 @pytest.mark.parametrize("value", ["abc", 1, [], [{}], None, True])
 def test_what_is_no_table_is_refused(value):
-    assert problems(value) == [f": expected a table, got {value!r}"]
+    assert problems(value) == [f": expected a table, got {shown(value)}"]
 
 
 @given(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(), st.lists(st.integers())))
@@ -189,7 +189,7 @@ def test_all_mistakes_of_all_tables_are_found_at_once():
     }
     assert sorted(problems(value, Outer)) == [
         "extra: unknown key 'extra'; the keys are: inner, rows, optional",
-        "inner.depth: expected a whole number, got True",
+        "inner.depth: expected a whole number, got true",
         "inner.names.1: expected text in quotes, got 1",
         "inner.names.2: expected text in quotes, got 2",
         "rows.1.depth: is required and missing",
@@ -254,7 +254,26 @@ def test_an_error_that_is_no_users_mistake_says_what_it_is():
         def __attrs_post_init__(self):
             {}["table"]
 
+    @attrs.frozen(kw_only=True)
+    class Outside:
+        inner: Failing = Failing
+
     assert problems({"table": 1}, Failing) == [": KeyError: 'table'"]
+    assert problems({"inner": {"table": 1}}, Outside) == ["inner: KeyError: 'table'"]
+
+
+def test_a_key_error_of_a_plugin_is_no_missing_key():
+    @attrs.frozen(kw_only=True)
+    class Named:
+        @classmethod
+        def from_plain(cls, value):
+            return {"known": cls()}[value]
+
+    @attrs.frozen(kw_only=True)
+    class Holding:
+        name: Named = option("by name")
+
+    assert problems({"name": "other"}, Holding) == ["name: KeyError: 'other'"]
 
 
 # --- validators --------------------------------------------------------------------------------------
@@ -353,10 +372,10 @@ def test_a_table_without_plugin_lists_the_choices(registry):
 
 @pytest.mark.parametrize("value", [5, [], True, ["AdamW"]])
 def test_a_choice_is_a_name_or_a_table(registry, value):
-    expected = f": expected a name, or a table with plugin = ..., got {value!r}"
+    expected = f": expected a name, or a table with plugin = ..., got {shown(value)}"
     assert problems(value, OptimizerChoice, registry) == [expected]
     assert problems({"plugin": value}, OptimizerChoice, registry) == [
-        f"plugin: expected a name, got {value!r}"
+        f"plugin: expected a name, got {shown(value)}"
     ]
 
 

@@ -280,6 +280,29 @@ def test_gradient_accumulation_sees_the_batches_and_averages_them(write, tmp_pat
     assert result.summary["tokens"] == 12 * 3 * 4 * 16
 
 
+def test_a_policy_whose_metric_nobody_provides_is_refused_with_the_way_out(write, tmp_path, monkeypatch):
+    from altgrad_policies.nan_guard import NanGuard
+
+    monkeypatch.setattr(NanGuard, "needs", ("stall/stall_ratio/total",))
+    with pytest.raises(UsageError, match=r"'nan_guard' needs .*\[\[monitor\]\] plugin = 'stall'"):
+        run(write(TINY + ARMS["grid"] + GUARDED), tmp_path / "runs")
+
+
+def test_a_policy_sees_its_metric_of_the_step_before_in_every_step(write, tmp_path, monkeypatch):
+    from altgrad_policies.nan_guard import NanGuard
+
+    seen = []
+
+    def decide(self, step, metrics):
+        seen.append((step, "stall/stall_ratio/total" in metrics))
+
+    monkeypatch.setattr(NanGuard, "needs", ("stall/stall_ratio/total",))
+    monkeypatch.setattr(NanGuard, "decide", decide)
+    text = TINY + ARMS["grid"] + "[[monitor]]\nplugin='stall'\nevery=5\n" + GUARDED
+    run(write(text), tmp_path / "runs")
+    assert seen == [(1, False)] + [(step, True) for step in range(2, 13)]
+
+
 def test_a_policy_that_raises_ends_the_run_and_is_named(write, tmp_path, monkeypatch):
     from altgrad_policies.nan_guard import NanGuard
 

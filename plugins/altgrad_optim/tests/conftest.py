@@ -16,6 +16,15 @@ FORMATS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """On tensors as small as these, threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def _table(name):
     exponent_bits, mantissa_bits, bias, reserved = FORMATS[name]
