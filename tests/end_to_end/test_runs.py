@@ -95,7 +95,7 @@ def metrics(result):
 
 def same_tree(one, other):
     if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
+        return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same_tree(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
