@@ -5,7 +5,7 @@ import pytest
 
 from altgrad_core.experiment import QuantizeOptions, RuleOptions
 from altgrad_core.options import FieldError, FormatChoice
-from altgrad_core.rules import LayerPlan, bits, first_match, no_match, plan
+from altgrad_core.rules import LayerPlan, Rule, bits, first_match, no_match, plan
 from altgrad_core.structuring import structure
 
 LAYERS = ("transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "lm_head")
@@ -39,6 +39,9 @@ def test_the_first_rule_that_matches_wins(registry):
 def test_a_rule_matches_whole_names_only():
     rules = [RuleOptions(layers="c_proj"), RuleOptions(layers=r".*\.mlp\.c_proj")]
     assert [first_match(rules, layer) for layer in LAYERS] == [None, 1, None]
+    for made in (RuleOptions, Rule):
+        assert made(layers="lm_.*").matches(HEAD)
+        assert not made(layers="lm_").matches(HEAD)
 
 
 def test_a_rule_without_format_keeps_that_of_quantize(registry):

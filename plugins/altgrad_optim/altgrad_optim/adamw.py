@@ -19,10 +19,10 @@ from altgrad_optim import AdamWOptions
 
 
 def build(options: AdamWOptions, inputs: OptimizerInputs) -> torch.optim.AdamW:
-    """Return torch.optim.AdamW; groups without a format train at `other_lr`."""
+    """Return torch.optim.AdamW; groups without a format, and without an lr, train at `other_lr`."""
     other = options.lr if options.other_lr is None else options.other_lr
     groups = [
-        {**group, "lr": options.lr if group["format"] is not None else other} for group in inputs.groups
+        {"lr": other if group.get("format") is None else options.lr, **group} for group in inputs.groups
     ]
     return torch.optim.AdamW(
         groups,
