@@ -22,11 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from altgrad_core.record import WriteError
 from altgrad_core.registry import UsageError
 
 MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 BEST, LAST_FINITE = "best", "last_finite"
 _UNFINISHED = ".unfinished-"
+_ASIDE = f"{_UNFINISHED}old-"
+_DAMAGED = "damaged_"
 
 
 class CheckpointError(UsageError):
@@ -46,30 +49,37 @@ def step_name(step: int) -> str:
 
 
 def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint as `folder/name`, replacing one of that name only once the new one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint as `folder/name`, replacing one of that name only once the new one is whole.
+
+    Raises WriteError where it cannot be written; what was there is whole then.
+    """
     scratch = folder / f"{_UNFINISHED}{name}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     try:
-        tensors: dict[str, Tensor] = {}
-        tree = _packed(state, "", tensors)
-        save_file({key: value.detach().contiguous().clone() for key, value in model.items()}, scratch / MODEL)
-        save_file(
-            {key: value.detach().contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS
-        )
-        (scratch / TREE).write_text(json.dumps(tree))
-        manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in (*manifest, MANIFEST):
-            _sync(scratch / file)
-        _sync(scratch)
-        _replace(scratch, folder / name)
-    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(scratch, model, state)
+        _replace(scratch, folder / name)
+        _sync(folder)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            reason = f"the checkpoint cannot be written: {error}; those written before are whole"
+            raise WriteError(f"{folder / name}: {reason}") from error
         raise
-    _sync(folder)
     return folder / name
+
+
+def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    tree = _packed(state, "", tensors)
+    for file, content in ((MODEL, model), (TENSORS, tensors)):
+        save_file({key: value.detach().contiguous().clone() for key, value in content.items()}, scratch / file)
+    (scratch / TREE).write_text(json.dumps(tree))
+    manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
+    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in (*manifest, MANIFEST):
+        _sync(scratch / file)
+    _sync(scratch)
 
 
 def load(path: Path) -> Checkpoint:
@@ -78,6 +88,8 @@ def load(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: its manifest cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path}: its manifest is not a table; the file is damaged")
     for file in (MODEL, TENSORS, TREE):
         if not (path / file).is_file() or _digest(path / file) != manifest.get(file):
             raise CheckpointError(f"{path}: {file} is not what its manifest says; the file is damaged")
@@ -99,15 +111,34 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, reasons
 
 
+def recover(folder: Path) -> None:
+    """Clear what a killed save left behind; one that died while replacing gives the older one back."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        final = folder / aside.name.removeprefix(_ASIDE)
+        if not final.exists():
+            aside.rename(final)
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, none of which is whole, so that none is kept in a whole one's place."""
+    for path in folder.glob("step_*"):
+        if path.name > step_name(step):
+            shutil.rmtree(folder / f"{_DAMAGED}{path.name}", ignore_errors=True)
+            path.rename(folder / f"{_DAMAGED}{path.name}")
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
-    for path in [*sorted(folder.glob("step_*"))[:-keep], *folder.glob(f"{_UNFINISHED}*")]:
+    recover(folder)
+    for path in sorted(folder.glob("step_*"))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace(scratch: Path, final: Path) -> None:
-    """Rename scratch to final; an older folder of that name steps aside first."""
-    aside = final.with_name(f"{_UNFINISHED}old-{final.name}")
+    """Rename scratch to final; an older folder of that name steps aside first, see `recover`."""
+    aside = final.with_name(f"{_ASIDE}{final.name}")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from altgrad_core import checkpoint, data
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, SkipStep, Stop
-from altgrad_core.measuring import Interval, autocast, evaluate, log, moved
+from altgrad_core.measuring import autocast, evaluate, log, moved
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights
 from altgrad_core.watching import call_each, decision, due_monitors, observe_after, watch
@@ -30,23 +30,21 @@ def train(run: Run) -> str:
     with _signals() as asked, _seeded(run):
         call_each(run, "start", run)
         if run.step == 0:
-            log(run, Interval.empty(), evaluate(run))
-        interval = Interval.empty()
+            log(run, evaluate(run))
+        run.interval.resume()
         while run.step < run.experiment.steps and run.outcome == "running":
-            _one_step(run, interval)
+            _one_step(run)
             run.terminal.advance(run.step)
-            last = run.step == run.experiment.steps or run.outcome != "running" or bool(asked)
+            last = run.step == run.experiment.steps or run.outcome != "running"
             evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
+            run.interval.pause()
             if evaluated or last or _due(options.log_every, run.step):
-                interval.pause()
-                log(run, interval, evaluate(run) if evaluated else {})
-                interval = Interval.empty()
-            if last or _due(options.checkpoint_every, run.step):
-                interval.pause()
-                _checkpoint(run)
-                interval.resume()
-            if asked:
+                log(run, evaluate(run) if evaluated else {})
+            if asked and not last:  # read here alone: a later signal waits for the next step
                 run.outcome = asked[0]
+            if last or run.outcome != "running" or _due(options.checkpoint_every, run.step):
+                _checkpoint(run)
+            run.interval.resume()
         if run.outcome == "running":
             run.outcome = "finished"
         call_each(run, "end", run, run.outcome)
@@ -57,11 +55,11 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _one_step(run: Run, interval: Interval) -> None:
+def _one_step(run: Run) -> None:
     options = run.experiment.train
     with held_weights(run.model):
         loss = _forward_backward(run)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    parameters = [parameter for parameter in run.trained.values() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters)  # type: ignore[misc]
     _set_learning_rate(run)
     limit = options.grad_clip or math.inf
@@ -80,9 +78,9 @@ def _one_step(run: Run, interval: Interval) -> None:
     else:
         run.step += 1
     run.optimizer.zero_grad(set_to_none=True)
-    interval.losses.append(loss)
-    interval.norms.append(norm)
-    interval.clipped.append(norm > limit)
+    run.interval.losses.append(loss)
+    run.interval.norms.append(norm)
+    run.interval.clipped.append(norm > limit)
 
 
 def _forward_backward(run: Run) -> Tensor:
@@ -130,8 +128,9 @@ def _set_learning_rate(run: Run) -> None:
 
 
 def _checkpoint(run: Run) -> None:
+    """Write a checkpoint; its event goes first, so that a kill in between leaves no checkpoint without one."""
+    run.folder.event(run.step, "checkpoint", "checkpoint", checkpoint=checkpoint.step_name(run.step))
     run.save()
-    run.folder.event(run.step, "checkpoint", "checkpoint written", checkpoint=checkpoint.step_name(run.step))
 
 
 # --- the process around the loop ---------------------------------------------------------------------

@@ -8,38 +8,13 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint, data
-from altgrad_core.record import now
-from altgrad_core.run_state import Run
+from altgrad_core.run_state import Interval, Run
 from altgrad_core.surgery import held_weights
-from altgrad_core.watching import drop, to_host
-
-
-@attrs.define(eq=False)
-class Interval:
-    """What adds up between two log lines; tensors stay on the device."""
-
-    losses: list[Tensor]
-    norms: list[Tensor]
-    clipped: list[Tensor]
-    seconds: float
-    since: float | None
-
-    @classmethod
-    def empty(cls) -> Interval:
-        return cls([], [], [], 0.0, now())
-
-    def pause(self) -> None:
-        if self.since is not None:
-            self.seconds += now() - self.since
-            self.since = None
-
-    def resume(self) -> None:
-        self.since = now()
+from altgrad_core.watching import call_each, to_host
 
 
 def moved(tokens: Tensor, device: torch.device) -> Tensor:
@@ -83,8 +58,9 @@ def validation_metrics(loss: float, bytes_per_token: float | None) -> dict[str, 
     return metrics
 
 
-def log(run: Run, interval: Interval, evaluated: Mapping[str, float]) -> None:
-    """Write one line of metrics; everything on the device comes over in one transfer."""
+def log(run: Run, evaluated: Mapping[str, float]) -> None:
+    """Write one line of metrics and begin a new interval; what a monitor reported is written once."""
+    interval, run.interval = run.interval, Interval()
     values: dict[str, Tensor | float] = {}
     if interval.losses:
         values["train/loss"] = torch.stack(interval.losses).mean()
@@ -93,7 +69,8 @@ def log(run: Run, interval: Interval, evaluated: Mapping[str, float]) -> None:
         values |= _epoch(run, interval)
     if run.storage is not None:
         values["range/rescale/total"] = run.storage.scales.rescales.sum()
-    values |= run.observed
+    values |= {name: value for name, value in run.observed.items() if name in run.unlogged}
+    run.unlogged.clear()
     read = dict(zip(values, to_host(list(values.values())), strict=True))
     line = {name: value for name, value in read.items() if not _undefined(run, name, value)} | dict(evaluated)
     line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
@@ -107,13 +84,8 @@ def log(run: Run, interval: Interval, evaluated: Mapping[str, float]) -> None:
     run.terminal.line(run.step, line)
     if improved and run.step:
         run.save(checkpoint.BEST)
-    for watched in list(run.monitors):
-        call = getattr(watched.plugin, "evaluated", None)
-        if evaluated and call is not None:
-            try:
-                call(run.step, line)
-            except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
-                drop(run, watched, "evaluated", error)
+    if evaluated:
+        call_each(run, "evaluated", run.step, line)
 
 
 def _undefined(run: Run, name: str, value: float) -> bool:

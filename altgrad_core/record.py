@@ -7,6 +7,7 @@ Two runs never share a folder: an advisory lock (`flock`) on `.lock` says who ho
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -34,6 +35,10 @@ CHECKPOINTS, LOG, LOCK = "checkpoints", "log.txt", ".lock"
 
 class BusyError(UsageError):
     """Another process is running this cell."""
+
+
+class WriteError(RuntimeError):
+    """The disk refuses: full, read-only or gone; the run ends."""
 
 
 class RunFolder:
@@ -73,21 +78,24 @@ class RunFolder:
         """Write what the run was asked to do; refuse a folder that another experiment began."""
         before = read_json(self.path / RESOLVED)
         if before is not None and (changed := differences(before["options"], resolved["options"])):
+            devices = before.get("device"), resolved["device"]
+            back = "put the options back"
+            if devices[0] != devices[1]:
+                back = f"it was begun on {devices[0]}, this is {devices[1]}: go on with --device {devices[0]}"
             raise UsageError(
                 f"{self.path}: was begun with other options: {'; '.join(changed)}; "
-                "use --out for another folder, or put the options back"
+                f"use --out for another folder, or {back}"
             )
-        (self.path / EXPERIMENT).write_text(file.text)
+        self._replace(EXPERIMENT, file.text)
         if before is None:
-            (self.path / RESOLVED).write_text(json.dumps(resolved, indent=1) + "\n")
+            self._replace(RESOLVED, json.dumps(resolved, indent=1) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics and events after `step`, and torn lines, before a resume writes them again."""
         for name in (METRICS, EVENTS):
             kept = [line for line in read_lines(self.path / name) if line["step"] <= step]
-            scratch = self.path / f".{name}"
-            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            scratch.replace(self.path / name)
+            self._replace(name, "".join(json.dumps(line) + "\n" for line in kept))
+        (self.path / SUMMARY).unlink(missing_ok=True)  # it told of an end that was none
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and flush it. NaN and inf are written as Python's json does."""
@@ -102,29 +110,44 @@ class RunFolder:
         self._append(LOG, line)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        scratch = self.path / f".{SUMMARY}"
-        scratch.write_text(json.dumps(summary, indent=1) + "\n")
-        scratch.replace(self.path / SUMMARY)
+        """Write summary.json; a run without one has not ended."""
+        self._replace(SUMMARY, json.dumps(summary, indent=1) + "\n")
 
     def close(self) -> None:
         """Close the files and let go of the lock."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take, and has been reported
+                file.close()
         self._files.clear()
         self._lock.close()
 
     def _append(self, name: str, line: str) -> None:
-        if name not in self._files:
-            self._files[name] = (self.path / name).open("a")
-        self._files[name].write(line + "\n")
-        self._files[name].flush()
+        with self._writing(name):
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("a")
+            self._files[name].write(line + "\n")
+            self._files[name].flush()
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a whole file: readers, and a crash, find the old one or the new one."""
+        scratch = self.path / f".{name}"
+        with self._writing(name):
+            scratch.write_text(text)
+            scratch.replace(self.path / name)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a .jsonl file; a torn line is skipped."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)

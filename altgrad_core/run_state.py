@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from altgrad_core import checkpoint, data
 from altgrad_core.experiment import Experiment
 from altgrad_core.groups import GEOMETRY_KEYS
 from altgrad_core.hookspecs import Weight
-from altgrad_core.record import RunFolder
+from altgrad_core.record import RunFolder, differences, now
 from altgrad_core.storage import GridStorage, MasterBound
 from altgrad_core.surgery import WeightQuantizer, quantizer_of
 from altgrad_core.terminal import Terminal
@@ -30,13 +31,46 @@ class Watched:
     owner: str
     plugin: Any
     seconds: float = 0.0
+    known: set[str] = attrs.field(factory=set)
+    """Metrics whose names were found right."""
 
     def error(self, method: str, error: BaseException) -> str:
         return f"{self.name} of {self.owner}: {method} raised {type(error).__name__}: {error}"
 
 
 class PluginFailure(RuntimeError):
-    """A policy raised: the run ends, and the message names the plugin."""
+    """A policy raised, or a monitor wrote: the run ends, and the message names the plugin."""
+
+
+@attrs.define(eq=False)
+class Interval:
+    """What adds up between two log lines; tensors stay on the device."""
+
+    losses: list[Tensor] = attrs.field(factory=list)
+    norms: list[Tensor] = attrs.field(factory=list)
+    clipped: list[Tensor] = attrs.field(factory=list)
+    seconds: float = 0.0
+    since: float | None = attrs.field(factory=now)
+
+    def pause(self) -> None:
+        if self.since is not None:
+            self.seconds += now() - self.since
+            self.since = None
+
+    def resume(self) -> None:
+        self.since = now()
+
+    def state_dict(self) -> dict[str, Any]:
+        lists = {"losses": self.losses, "norms": self.norms, "clipped": self.clipped}
+        return {"seconds": self.seconds, **{name: torch.stack(one) for name, one in lists.items() if one}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Interval:
+        """Return the interval that `state_dict` described."""
+        lists = {
+            name: list(one.to(device).unbind()) for name, one in state.items() if isinstance(one, Tensor)
+        }
+        return cls(**lists, seconds=state["seconds"])
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -68,6 +102,12 @@ class Run:
     best: dict[str, float] = attrs.field(factory=dict)
     last: dict[str, float] = attrs.field(factory=dict)
     observed: dict[str, Tensor | float] = attrs.field(factory=dict)
+    """The newest value of every metric of a monitor."""
+    unlogged: set[str] = attrs.field(factory=set)
+    """Those of `observed` that no line of metrics has shown."""
+    interval: Interval = attrs.field(factory=Interval)
+    message: str = ""
+    """Why a policy stopped the run; empty unless one did."""
     seconds: float = 0.0
     epoch_loss: tuple[Tensor, int] | None = None
     was_finite: bool = True
@@ -103,7 +143,10 @@ class Run:
             "epoch_loss": self.epoch_loss,
             "was_finite": self.was_finite,
             "observed": self.observed,
-            "threads": torch.get_num_threads(),
+            "unlogged": sorted(self.unlogged),
+            "interval": self.interval.state_dict(),
+            "message": self.message,
+            "machine": self._machine(),
         }
         checkpoint.save(
             self.folder.checkpoints, name or checkpoint.step_name(self.step), self.model.state_dict(), state
@@ -113,6 +156,11 @@ class Run:
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint of the same experiment. Raises CheckpointError where it is another's."""
         state = saved.state
+        if changed := differences(state["options"], self.experiment.plain()):
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: its checkpoint was written with other options: {'; '.join(changed)}; "
+                "put them back, or start anew with --out"
+            )
         if state["data"] != self.tokens.fingerprint:
             raise checkpoint.CheckpointError(
                 f"{self.folder.path}: the data have changed since the checkpoint was written; "
@@ -132,6 +180,7 @@ class Run:
             self.master_bound.load_state_dict(state["master_bound"])
         for name, quantizer in self._quantizers():
             quantizer.scale.copy_(state["scales"][name])
+        self.monitors = [one for one in self.monitors if one.name in state["plugins"]]  # one was dropped
         for watched in (*self.monitors, *self.policies):
             load = getattr(watched.plugin, "load_state_dict", None)
             if load is not None and state["plugins"].get(watched.name) is not None:
@@ -145,9 +194,20 @@ class Run:
         if state["epoch_loss"] is not None:
             self.epoch_loss = (state["epoch_loss"][0].to(self.device), state["epoch_loss"][1])
         checkpoint.set_random_state(state["random"])
-        if state["threads"] != torch.get_num_threads():
-            threads = f"{torch.get_num_threads()} threads now, {state['threads']} before"
-            self.warn(f"{threads}: results may differ in bits from a run without a pause")
+        self.unlogged, self.interval = set(state["unlogged"]), Interval.of(state["interval"], self.device)
+        self.message = state["message"]
+        if self.message:
+            self.outcome = "stopped"
+        if changed := differences(state["machine"], self._machine()):
+            self.warn(f"{'; '.join(changed)}: results may differ in bits from a run without a pause")
+
+    def _machine(self) -> dict[str, Any]:
+        """What the bits of a result hang on, beside the options."""
+        return {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": self.device.type,
+        }
 
     # --- what monitors see ---------------------------------------------------------------------------
 
@@ -161,18 +221,25 @@ class Run:
                 scale=quantizer.scale if quantizer else None,
                 storage="grid" if quantizer and quantizer.on_grid else "master",
             )
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in self.trained.items()
             for quantizer in [quantizer_of(parameter)]
         }
 
-    def quantized_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the quantised parameters that train, with their names."""
-        return [
-            (name, parameter)
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and quantizer_of(parameter) is not None
-        ]
+    @functools.cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name; looked up once, for a run never exchanges them."""
+        return {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
+
+    @functools.cached_property
+    def quantized(self) -> dict[str, nn.Parameter]:
+        """Those of them that are quantised."""
+        return {
+            name: parameter
+            for name, parameter in self.trained.items()
+            if quantizer_of(parameter) is not None
+        }
 
     def warn(self, message: str) -> None:
         self.folder.event(self.step, "warning", message)

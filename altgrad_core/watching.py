@@ -7,9 +7,10 @@ names the plugin.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint
-from altgrad_core.hookspecs import Step
+from altgrad_core.hookspecs import Step, Stop
 from altgrad_core.record import now
 from altgrad_core.run_state import PluginFailure, Run, Watched
 
@@ -46,10 +47,7 @@ def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
     finite = [math.isfinite(read["train/loss"]), math.isfinite(read["train/gradient_norm"])]
     read |= {"train/loss_finite": float(finite[0]), "train/gradient_finite": float(finite[1])}
     if not all(finite) and run.was_finite:
-        run.save(checkpoint.LAST_FINITE)
-        run.folder.event(
-            run.step, "checkpoint", "the last finite state is kept", checkpoint=checkpoint.LAST_FINITE
-        )
+        _keep_last_finite(run)
     run.was_finite = all(finite)
     for watched in run.policies:
         try:
@@ -60,6 +58,16 @@ def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
             _record_action(run, watched, action, read)
             return action
     return None
+
+
+def _keep_last_finite(run: Run) -> None:
+    """Keep the state before the first step that is not finite, unless its weights are not finite either."""
+    if all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
+        message, details = "the last finite state is kept", {"checkpoint": checkpoint.LAST_FINITE}
+        run.save(checkpoint.LAST_FINITE)
+    else:
+        message, details = "the weights are not finite any more; an earlier checkpoint may be", {}
+    run.folder.event(run.step + 1, "checkpoint", message, **details)
 
 
 def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, float]) -> None:
@@ -75,13 +83,16 @@ def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, f
         metrics=dict(read),
     )
     run.terminal.warning(f"step {run.step + 1}: {watched.name}: {kind}: {action.reason}")
+    if isinstance(action, Stop):
+        run.message = f"{watched.name}: {action.reason}"
 
 
 def to_host(values: list[Tensor | float]) -> list[float]:
-    """Return numbers from 0-d tensors and floats, by one transfer."""
-    tensors = [value.detach().double().reshape(()) for value in values if isinstance(value, Tensor)]
+    """Return numbers from tensors of one element and floats, by one transfer; some may be here already."""
+    away = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
+    tensors = [value.detach().double().reshape(()) for value, far in zip(values, away, strict=True) if far]  # type: ignore[union-attr]
     moved = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+    return [next(moved) if far else float(value) for value, far in zip(values, away, strict=True)]
 
 
 # --- monitors ----------------------------------------------------------------------------------------
@@ -101,16 +112,12 @@ def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     """Keep what the due monitors need of the moment before the step: the quantised weights, by name."""
     needs = _needs(due)
     before = (
-        {name: parameter.detach().clone() for name, parameter in run.quantized_parameters()} if needs else {}
+        {name: parameter.detach().clone() for name, parameter in run.quantized.items()} if needs else {}
     )
     if run.storage is not None:
         kept = before if "intended" in needs else {}
-        on_grid = set(map(id, run.storage.weights))
-        run.storage.watched = {
-            parameter: kept[name]
-            for name, parameter in run.quantized_parameters()
-            if name in kept and id(parameter) in on_grid
-        }
+        on_grid = set(run.storage.weights) if kept else ()
+        run.storage.watched = {run.quantized[name]: kept[name] for name in kept if run.quantized[name] in on_grid}
     if hasattr(run.optimizer, "watch"):
         run.optimizer.watch = "intended" in needs
     return before
@@ -128,11 +135,31 @@ def observe_after(run: Run, due: list[Watched], loss: Tensor, before: Mapping[st
     for watched in due:
         begun = now()
         try:
-            with torch.no_grad():
-                run.observed.update(_checked(watched, watched.plugin.observe(step)))
+            with _looking_only(run, watched):
+                metrics = _checked(watched, watched.plugin.observe(step))
+            run.observed.update(metrics)
+            run.unlogged.update(metrics)
+        except PluginFailure:
+            raise
         except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
             drop(run, watched, "observe", error)
         watched.seconds += now() - begun
+
+
+@contextlib.contextmanager
+def _looking_only(run: Run, watched: Watched) -> Iterator[None]:
+    """Give the global random streams back as they were; raise PluginFailure where a weight was written."""
+    before = [parameter._version for parameter in run.trained.values()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            yield
+    finally:
+        for version, (name, parameter) in zip(before, run.trained.items(), strict=True):
+            if parameter._version != version:
+                raise PluginFailure(
+                    f"{watched.name} of {watched.owner} wrote to {name} in place; a monitor may only read: "
+                    "clone first"
+                )
 
 
 def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) -> Step:
@@ -140,7 +167,7 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
     gradients, intended, counts = {}, {}, {}
     own_counts = getattr(run.optimizer, "counts", {})
     stored = {**getattr(run.optimizer, "intended", {}), **(run.storage.intended if run.storage else {})}
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in run.trained.items():
         if parameter.grad is not None:
             gradients[name] = parameter.grad
         if parameter in own_counts:
@@ -162,10 +189,13 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
 
 def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
     for name, value in metrics.items():
-        if not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
+        if name not in watched.known and not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
             raise ValueError(f"the metric {name!r} must be named '{watched.name}/<quantity>/<layer>'")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"the metric {name!r} must be one number, it has the shape {tuple(value.shape)}")
+        if not isinstance(value, Tensor | float | int):
+            raise TypeError(f"the metric {name!r} must be a number, it is {value!r}")
+    watched.known.update(metrics)
     return metrics
 
 
@@ -181,7 +211,10 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
         if call is None:
             continue
         try:
-            call(*arguments)
+            with _looking_only(run, watched):
+                call(*arguments)
+        except PluginFailure:
+            raise
         except Exception as error:
             if watched not in run.monitors:
                 raise PluginFailure(watched.error(method, error)) from error
