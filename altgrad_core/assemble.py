@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from typing import Any
 
@@ -49,6 +50,8 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     if experiment.train.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(experiment.train.deterministic)  # imports the compiler: a second
     on = torch.device(device)
+    if experiment.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be exact without
     tokens = _tokens(experiment, registry)
     model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
     frozen = _freeze(model, experiment)
@@ -276,5 +279,6 @@ def _check_needs(monitors: list[Watched], policies: list[Watched]) -> None:
             monitor = need.partition("/")[0]
             if monitor not in served and need not in READ_IN_EVERY_STEP:
                 raise UsageError(
-                    f"the policy {watched.name!r} needs the metric {need!r}; add [[monitor]] plugin = {monitor!r}"
+                    f"the policy {watched.name!r} needs the metric {need!r}; "
+                    f"add [[monitor]] plugin = {monitor!r}"
                 )

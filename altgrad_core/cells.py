@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import multiprocessing
+import itertools
 import os
 import platform
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from altgrad_core import checkpoint, describe
+from altgrad_core import checkpoint, describe, workers
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile, load_experiment
 from altgrad_core.hookspecs import CellResult, Executor, NoOptions
-from altgrad_core.record import BusyError, RunFolder, resolved
+from altgrad_core.record import EVENTS, BusyError, RunFolder, WriteError, resolved
 from altgrad_core.registry import PluginError, UsageError, discover
+from altgrad_core.run_state import PluginFailure
 from altgrad_core.terminal import Terminal
 
-USAGE, FAILURE = 2, 1
+EXPECTED = (UsageError, PluginError, PluginFailure, WriteError)
+"""Errors that say all there is to say; others are bugs, and print with a traceback."""
 
 
 @attrs.frozen(kw_only=True)
@@ -55,34 +57,42 @@ def run_cell(request: Request, name: str) -> CellResult:
 
     if request.threads:
         torch.set_num_threads(request.threads)
-    file = request.file()
-    from altgrad_core.assemble import device_for
-
-    device = device_for(file.cells_on["cpu"][0].experiment, request.device)
-    cell = next(one for one in file.cells_on[device] if one.name == name)
     try:
-        result = run_one(file, cell, request.out, device, Terminal(quiet=request.quiet))
+        file = request.file()
+        (cell, device), *_ = (pair for pair in placed(file, request.device) if pair[0].name == name)
+        path = folder_of(file, cell, request.out)
+        result = run_one(file, cell, path, device, Terminal(quiet=request.quiet))
     except BusyError as error:
         return CellResult(cell=name, outcome="busy", message=str(error))
-    except (UsageError, PluginError) as error:
+    except EXPECTED as error:
         return CellResult(cell=name, outcome="failed", message=str(error))
     except Exception:  # noqa: BLE001 - a bug prints with its traceback; the other cells go on
         return CellResult(cell=name, outcome="failed", message=traceback.format_exc())
     return CellResult(cell=name, outcome=result.outcome, message=result.summary.get("message", ""))
 
 
-def run_one(file: ExperimentFile, cell: Cell, out: Path, device: str, terminal: Terminal) -> RunResult:
-    """Run one cell in its folder: from the start, from its newest checkpoint, or not at all if finished."""
+def placed(file: ExperimentFile, asked: str = "auto") -> list[tuple[Cell, str]]:
+    """Return the file's cells with the device each of them runs on; the cells of a grid may differ."""
+    from altgrad_core.assemble import device_for
+
+    devices = [device_for(cell.experiment, asked) for cell in file.cells_on["cpu"]]
+    return [(file.cells_on[device][index], device) for index, device in enumerate(devices)]
+
+
+def folder_of(file: ExperimentFile, cell: Cell, out: Path) -> Path:
+    return out / file.name / cell.name
+
+
+def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal: Terminal) -> RunResult:
+    """Run one cell in its folder: from the start, from its newest checkpoint, or not at all if over."""
     from altgrad_core.assemble import assemble
     from altgrad_core.loop import train
 
-    path = out / file.name / cell.name
     folder = RunFolder(path)
     try:
         folder.begin(file, cell, resolved(file, cell, device))
-        if folder.summary is not None and folder.summary.get("outcome") == "finished":
-            terminal.say(f"{path}: finished already, nothing to do")
-            return RunResult(folder=path, outcome="skipped", summary=folder.summary)
+        if (ended := _ended(folder, terminal)) is not None:
+            return ended
         terminal.log = folder.log
         run = assemble(cell, file.registry, folder, terminal, device)
         _resume(run)
@@ -91,7 +101,7 @@ def run_one(file: ExperimentFile, cell: Cell, out: Path, device: str, terminal: 
         try:
             outcome = train(run)
         except Exception as error:
-            folder.event(run.step, "failed", f"{type(error).__name__}: {error}")
+            _record_failure(run, error, device)
             raise
         finally:
             terminal.end()
@@ -104,7 +114,29 @@ def run_one(file: ExperimentFile, cell: Cell, out: Path, device: str, terminal: 
         folder.close()
 
 
+def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
+    """Return the result of a run that has ended for good, None for one that is to run."""
+    summary = folder.summary or {}
+    if summary.get("outcome") == "finished":
+        terminal.say(f"{folder.path}: finished already, nothing to do")
+        return RunResult(folder=folder.path, outcome="skipped", summary=summary)
+    if summary.get("outcome") == "stopped":
+        reason = f"was stopped at step {summary.get('step')} by {summary.get('message')}"
+        terminal.warning(f"{folder.path}: {reason}; nothing to do, start anew with --out")
+        return RunResult(folder=folder.path, outcome="stopped", summary=summary)
+    return None
+
+
+def _record_failure(run: Any, error: Exception, device: str) -> None:
+    """Leave an event and a summary, as far as the disk takes them; the error itself goes on its way."""
+    run.message = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(WriteError):
+        run.folder.event(run.step, "failed", run.message)
+        run.folder.finish(_summary(run, "failed", device))
+
+
 def _resume(run: Any) -> None:
+    checkpoint.recover(run.folder.checkpoints)
     saved, passed_over = checkpoint.newest(run.folder.checkpoints)
     for reason in passed_over:
         run.warn(reason)
@@ -114,6 +146,7 @@ def _resume(run: Any) -> None:
         run.folder.rewind(-1)
         return
     run.load(saved)
+    checkpoint.set_aside(run.folder.checkpoints, run.step)
     run.folder.rewind(run.step)
     run.terminal.say(f"resuming {run.folder.path} at step {run.step}")
 
@@ -122,10 +155,10 @@ def _header(run: Any, file: ExperimentFile, cell: Cell, device: str) -> None:
     terminal = run.terminal
     title = file.name if cell.name == SINGLE else f"{file.name} / {cell.name}"
     terminal.say(f"{title} on {device}", style="bold")
-    terminal.table(describe.rows(cell.experiment, file.registry))
     passes = cell.experiment.tokens / len(run.tokens.train)
     terminal.table(
         [
+            *describe.rows(cell.experiment, file.registry),
             ("text", f"{len(run.tokens.train):,} training tokens, {passes:.2f} passes over them"),
             ("folder", str(run.folder.path)),
             *([("frozen", f"{run.frozen:,} numbers do not train")] if run.frozen else []),
@@ -142,6 +175,7 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
         "name": experiment.name,
         "cell": run.cell,
         "outcome": outcome,
+        "message": run.message,
         "step": run.step,
         "steps": experiment.steps,
         "tokens": tokens,
@@ -169,7 +203,7 @@ def _report(run: Any, file: ExperimentFile) -> None:
     terminal.say(
         f"{summary['outcome']} at step {summary['step']} after {describe.duration(run.seconds)}", style="bold"
     )
-    rows = []
+    rows = [("reason", summary["message"])] if summary["message"] else []
     if "validation/loss" in final:
         per_byte = final.get("validation/bits_per_byte")
         text = (
@@ -187,12 +221,19 @@ def _report(run: Any, file: ExperimentFile) -> None:
     if summary["tokens_per_second"]:
         rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{describe.cost(run.seconds)}"))
     rows.append(("folder", str(run.folder.path)))
-    seed = run.experiment.seed + 1
-    again = f"altgrad-run {file.path} --set seed={seed} --out {run.folder.path.parent.parent}-seed{seed}"
-    rows.append(
-        ("next", f"altgrad-run {file.path}" if summary["outcome"] != "finished" else f"another seed: {again}")
-    )
+    rows.append(("next", _next(run, file)))
     terminal.table(rows)
+
+
+def _next(run: Any, file: ExperimentFile) -> str:
+    """Return what to type next."""
+    folder, seed = run.folder.path, run.experiment.seed + 1
+    if run.summary["outcome"] == "finished":
+        command = f"altgrad-run {file.path} --set seed={seed} --out {folder.parent.parent}-seed{seed}"
+        return f"another seed: {command}"
+    if run.summary["outcome"] == "stopped":
+        return f"{folder / EVENTS} tells how it came to this; the file's next try needs another --out"
+    return f"to go on: altgrad-run {file.path} --resume {folder}, with the same --set if there was any"
 
 
 # --- many cells --------------------------------------------------------------------------------------
@@ -210,16 +251,12 @@ class LocalExecutor:
                 if results[-1].outcome in ("interrupted", "terminated"):
                     break
             return results
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(run_cell, cell): cell for cell in cells}
-            results = []
-            for future in as_completed(futures):
-                error = future.exception()
-                cell = futures[future]
-                failed = CellResult(cell=cell, outcome="failed", message=f"its process died: {error}")
-                results.append(future.result() if error is None else failed)
-                print(f"{cell}: {results[-1].outcome}  ({len(results)} of {len(cells)})", flush=True)
-        return sorted(results, key=lambda result: list(cells).index(result.cell))
+        count = itertools.count(1)
+
+        def ended(result: CellResult) -> None:
+            print(f"{result.cell}: {result.outcome}  ({next(count)} of {len(cells)})", flush=True)
+
+        return workers.run_in_processes(cells, run_cell, jobs, ended)
 
 
 def local_executor(options: NoOptions) -> Executor:

@@ -73,7 +73,9 @@ def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any])
     tensors: dict[str, Tensor] = {}
     tree = _packed(state, "", tensors)
     for file, content in ((MODEL, model), (TENSORS, tensors)):
-        save_file({key: value.detach().contiguous().clone() for key, value in content.items()}, scratch / file)
+        save_file(
+            {key: value.detach().contiguous().clone() for key, value in content.items()}, scratch / file
+        )
     (scratch / TREE).write_text(json.dumps(tree))
     manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -122,7 +124,7 @@ def recover(folder: Path) -> None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, none of which is whole, so that none is kept in a whole one's place."""
+    """Rename the checkpoints after `step`, which are damaged: none is kept in a whole one's place."""
     for path in folder.glob("step_*"):
         if path.name > step_name(step):
             shutil.rmtree(folder / f"{_DAMAGED}{path.name}", ignore_errors=True)

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from altgrad_core.assemble import device_for
-from altgrad_core.cells import Request, RunResult, run_grid, run_one
+from altgrad_core.cells import Request, RunResult, folder_of, placed, run_grid, run_one
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
 from altgrad_core.hookspecs import CellResult
-from altgrad_core.record import RESOLVED, read_json
+from altgrad_core.record import RESOLVED, WriteError, read_json
 from altgrad_core.registry import PluginError, UsageError
 from altgrad_core.run_state import EXIT_CODES, PluginFailure
 from altgrad_core.terminal import Terminal
@@ -28,14 +27,15 @@ def run_file(
     quiet: bool,
 ) -> int:
     """Run the file's cells and return the command's exit code."""
-    device = device_for(file.cells_on["cpu"][0].experiment, device)
-    cells = file.cells_on[device]
+    cells = placed(file, device)
+    folders = [folder_of(file, cell, out) for cell, _ in cells]
     if resume is not None:
-        out, cells = _resumed(file, resume, device)
+        cells, folders = [_resumed(file, resume, cells)], [resume]
     if len(cells) == 1:
+        ((cell, on),) = cells
         try:
-            result = run_one(file, cells[0], out, device, Terminal(quiet=quiet))
-        except (PluginError, PluginFailure) as error:
+            result = run_one(file, cell, folders[0], on, Terminal(quiet=quiet))
+        except (PluginError, PluginFailure, WriteError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return EXIT_CODES["failed"]
         return EXIT_CODES.get(result.outcome, 0)
@@ -47,21 +47,21 @@ def run_file(
         device=device,
         quiet=quiet,
     )
-    results = run_grid(request, file, [cell.name for cell in cells], jobs)
+    results = run_grid(request, file, [cell.name for cell, _ in cells], jobs)
     return _closing(results, len(cells))
 
 
-def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Path, tuple[Cell, ...]]:
-    """Return the out folder and the one cell that a run folder belongs to. Raises UsageError."""
+def _resumed(file: ExperimentFile, folder: Path, cells: Sequence[tuple[Cell, str]]) -> tuple[Cell, str]:
+    """Return the one cell that a run folder holds, and its device. Raises UsageError."""
     begun = read_json(folder / RESOLVED)
     if begun is None:
         raise UsageError(f"--resume {folder}: is no run folder, it has no {RESOLVED}")
-    found = tuple(cell for cell in file.cells_on[device] if cell.name == begun["cell"])
+    found = [pair for pair in cells if pair[0].name == begun["cell"]]
     if not found or begun["options"]["name"] != file.name:
         raise UsageError(
             f"--resume {folder}: holds {begun['options']['name']}/{begun['cell']}, not a cell of {file.path}"
         )
-    return folder.resolve().parent.parent, found
+    return found[0]
 
 
 def _closing(results: Sequence[CellResult], cells: int) -> int:
@@ -75,6 +75,7 @@ def _closing(results: Sequence[CellResult], cells: int) -> int:
     codes = [EXIT_CODES.get(result.outcome, 0) for result in results]
     if len(results) < cells:
         print(f"{cells - len(results)} cells were not begun; run the same command to go on")
+        codes = [EXIT_CODES["interrupted"], *codes]
     return max(codes, default=0)
 
 
@@ -85,21 +86,23 @@ def run(
 
     A finished run is not run again; an unfinished one is resumed. Raises UsageError for a file with a grid.
     """
-    device = device_for(file.cells_on["cpu"][0].experiment, device)
-    cells = file.cells_on[device]
+    cells = placed(file, device)
     if len(cells) != 1:
         raise UsageError(
             f"{file.path} is a grid of {len(cells)} runs; use run_all, or the command altgrad-run"
         )
-    return run_one(file, cells[0], Path(out), device, Terminal(quiet=quiet))
+    ((cell, on),) = cells
+    return run_one(file, cell, folder_of(file, cell, Path(out)), on, Terminal(quiet=quiet))
 
 
 def run_all(
     file: ExperimentFile, out: str | Path = "runs", *, device: str = "auto", quiet: bool = False
 ) -> list[RunResult]:
     """Run every cell of an experiment, one after another, and return their results."""
-    device = device_for(file.cells_on["cpu"][0].experiment, device)
-    return [run_one(file, cell, Path(out), device, Terminal(quiet=quiet)) for cell in file.cells_on[device]]
+    return [
+        run_one(file, cell, folder_of(file, cell, Path(out)), on, Terminal(quiet=quiet))
+        for cell, on in placed(file, device)
+    ]
 
 
 __all__ = ["SINGLE", "run", "run_all", "run_file"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from altgrad_core.format import Format
 from altgrad_core.lookup import format_or_none
-from altgrad_core.surgery import WeightQuantizer, quantizer_of
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 
 GEOMETRY_KEYS = ("format", "scale")
 """Keys of a group that describe its grid; they are no part of an optimizer's saved state."""

@@ -63,7 +63,10 @@ def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
         if not _enabled:
             return function(*arguments, **keywords)
         if not compiled:
-            compiled.append(torch.compile(function, dynamic=True))
+            compiled.append(torch.compile(function))
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.dim():
+                torch._dynamo.maybe_mark_dynamic(argument, 0)  # not dynamic=True: that spoils constants too
         try:
             with torch.no_grad():
                 return compiled[0](*arguments, **keywords)  # type: ignore[no-any-return]

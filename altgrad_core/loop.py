@@ -37,8 +37,9 @@ def train(run: Run) -> str:
             run.terminal.advance(run.step)
             last = run.step == run.experiment.steps or run.outcome != "running"
             evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
-            run.interval.pause()
-            if evaluated or last or _due(options.log_every, run.step):
+            logged = evaluated or last or _due(options.log_every, run.step)
+            _pause(run, settled=logged)
+            if logged:
                 log(run, evaluate(run) if evaluated else {})
             if asked and not last:  # read here alone: a later signal waits for the next step
                 run.outcome = asked[0]
@@ -49,6 +50,13 @@ def train(run: Run) -> str:
             run.outcome = "finished"
         call_each(run, "end", run, run.outcome)
     return run.outcome
+
+
+def _pause(run: Run, *, settled: bool) -> None:
+    """Stop the interval's clock; settled: only once the device has done what it was asked."""
+    if settled and run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    run.interval.pause()
 
 
 def _due(every: int, step: int) -> bool:
@@ -128,8 +136,10 @@ def _set_learning_rate(run: Run) -> None:
 
 
 def _checkpoint(run: Run) -> None:
-    """Write a checkpoint; its event goes first, so that a kill in between leaves no checkpoint without one."""
-    run.folder.event(run.step, "checkpoint", "checkpoint", checkpoint=checkpoint.step_name(run.step))
+    """Write a checkpoint; its event goes first, so that no kill leaves a checkpoint without one."""
+    run.folder.event(
+        run.step, "checkpoint", "a checkpoint of this step", checkpoint=checkpoint.step_name(run.step)
+    )
     run.save()
 
 

@@ -73,7 +73,8 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
     run.unlogged.clear()
     read = dict(zip(values, to_host(list(values.values())), strict=True))
     line = {name: value for name, value in read.items() if not _undefined(run, name, value)} | dict(evaluated)
-    line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
+    if interval.losses:
+        line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
     line |= _timings(run, interval)
     run.last |= line
     loss = evaluated.get("validation/loss", math.inf)

@@ -67,10 +67,11 @@ class Interval:
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Interval:
         """Return the interval that `state_dict` described."""
-        lists = {
-            name: list(one.to(device).unbind()) for name, one in state.items() if isinstance(one, Tensor)
-        }
-        return cls(**lists, seconds=state["seconds"])
+        losses, norms, clipped = (
+            list(state[name].to(device).unbind()) if name in state else []
+            for name in ("losses", "norms", "clipped")
+        )
+        return cls(losses=losses, norms=norms, clipped=clipped, seconds=state["seconds"])
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -167,13 +168,7 @@ class Run:
                 "put them back, or start anew with --out"
             )
         self.model.load_state_dict(saved.model)
-        kept = [
-            {key: group[key] for key in GEOMETRY_KEYS if key in group}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, kept, strict=True):
-            group.update(own)
+        self._load_optimizer(state["optimizer"])
         if self.storage:
             self.storage.load_state_dict(state["storage"])
         if self.master_bound:
@@ -200,6 +195,16 @@ class Run:
             self.outcome = "stopped"
         if changed := differences(state["machine"], self._machine()):
             self.warn(f"{'; '.join(changed)}: results may differ in bits from a run without a pause")
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take up an optimizer's state; formats and scales stay the run's own."""
+        kept = [
+            {key: group[key] for key in GEOMETRY_KEYS if key in group}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(own)
 
     def _machine(self) -> dict[str, Any]:
         """What the bits of a result hang on, beside the options."""
@@ -236,9 +241,7 @@ class Run:
     def quantized(self) -> dict[str, nn.Parameter]:
         """Those of them that are quantised."""
         return {
-            name: parameter
-            for name, parameter in self.trained.items()
-            if quantizer_of(parameter) is not None
+            name: parameter for name, parameter in self.trained.items() if quantizer_of(parameter) is not None
         }
 
     def warn(self, message: str) -> None:

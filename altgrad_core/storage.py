@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from altgrad_core import scaling
 from altgrad_core.format import Format
 from altgrad_core.kernels import flat, kernel
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
-from altgrad_core.surgery import quantizer_of
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
 SCALE_MODES = ("adaptive", "initial")

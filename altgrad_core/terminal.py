@@ -7,7 +7,8 @@ to the run's log.txt too.
 from __future__ import annotations
 
 import math
-import time
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,10 +39,13 @@ class Terminal:
         self.console.print(rich.markup.escape(f"warning: {line}"), style="yellow")
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Print aligned pairs of name and text."""
+        """Print aligned pairs of name and text; on a terminal, long texts are folded under themselves."""
         width = max(len(name) for name, _ in rows)
+        room = max(30, self.console.width - width - 4) if self.console.is_terminal else sys.maxsize
         for name, text in rows:
-            self.say(f"  {name:<{width}}  {text}")
+            lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+            for label, line in zip([name, *[""] * len(lines)], lines or [""], strict=False):
+                self.say(f"  {label:<{width}}  {line}")
 
     def begin(self, step: int, steps: int) -> None:
         """Start the live progress line, where the output is a terminal."""
@@ -66,19 +70,18 @@ class Terminal:
             f"{label} {metrics[name]:{form}}"
             for name, label, form in (
                 ("train/loss", "loss", ".4f"),
-                ("validation/loss", "validation", ".4f"),
-                ("validation/bits_per_byte", "bits/byte", ".4f"),
                 ("train/gradient_norm", "norm", ".2f"),
                 ("train/learning_rate", "lr", ".2e"),
+                ("time/tokens_per_second", "tokens/s", ",.0f"),
+                ("validation/loss", "validation", ".4f"),
+                ("validation/bits_per_byte", "bits/byte", ".4f"),
             )
             if name in metrics
         ]
-        if "time/tokens_per_second" in metrics:
-            parts.append(f"{metrics['time/tokens_per_second']:,.0f} tokens/s")
         self.say("  ".join(parts))
-        if self._progress is not None:
+        if self._progress is not None and "train/loss" in metrics:
             speed = metrics.get("time/tokens_per_second", math.nan)
-            numbers = f"loss {metrics.get('train/loss', math.nan):.3f}, {speed:,.0f} tokens/s"
+            numbers = f"loss {metrics['train/loss']:.3f}, {speed:,.0f} tokens/s"
             self._progress.update(self._task, completed=step, numbers=numbers)
 
     def advance(self, step: int) -> None:
@@ -91,7 +94,3 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def stamp() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")

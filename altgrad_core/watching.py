@@ -111,13 +111,13 @@ def due_monitors(run: Run, index: int) -> list[Watched]:
 def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     """Keep what the due monitors need of the moment before the step: the quantised weights, by name."""
     needs = _needs(due)
-    before = (
-        {name: parameter.detach().clone() for name, parameter in run.quantized.items()} if needs else {}
-    )
+    before = {name: parameter.detach().clone() for name, parameter in run.quantized.items()} if needs else {}
     if run.storage is not None:
         kept = before if "intended" in needs else {}
         on_grid = set(run.storage.weights) if kept else ()
-        run.storage.watched = {run.quantized[name]: kept[name] for name in kept if run.quantized[name] in on_grid}
+        run.storage.watched = {
+            run.quantized[name]: kept[name] for name in kept if run.quantized[name] in on_grid
+        }
     if hasattr(run.optimizer, "watch"):
         run.optimizer.watch = "intended" in needs
     return before

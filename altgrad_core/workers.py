@@ -64,7 +64,7 @@ def _work(run_cell: Callable[[str], CellResult], cell: str, writing: Connection)
 
 def _result(connection: Connection, cell: str, process: Any, asked: Sequence[str]) -> CellResult:
     try:
-        result = connection.recv()
+        result: CellResult = connection.recv()
     except (EOFError, OSError):
         process.join()
         message = f"its process died with exit code {process.exitcode}; run the same command to go on"

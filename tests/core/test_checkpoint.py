@@ -6,6 +6,7 @@ import torch
 
 from altgrad_core import checkpoint
 from altgrad_core.checkpoint import CheckpointError
+from altgrad_core.record import WriteError
 
 STATE = {
     "step": 3,
@@ -102,3 +103,28 @@ def test_the_global_generators_come_back(tmp_path):
     drawn = random.random(), numpy.random.rand(), torch.rand(1)
     checkpoint.set_random_state(state["random"])
     assert drawn == (random.random(), numpy.random.rand(), torch.rand(1))
+
+
+def test_a_save_killed_while_replacing_gives_the_older_one_back(tmp_path):
+    checkpoint.save(tmp_path, checkpoint.BEST, {"w": torch.eye(2)}, STATE)
+    (tmp_path / checkpoint.BEST).rename(tmp_path / f".unfinished-old-{checkpoint.BEST}")
+    checkpoint.recover(tmp_path)
+    assert torch.equal(checkpoint.load(tmp_path / checkpoint.BEST).model["w"], torch.eye(2))
+
+
+def test_a_damaged_newer_checkpoint_is_not_kept_in_a_whole_ones_place(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 9) / checkpoint.MODEL).write_bytes(b"")
+    checkpoint.set_aside(tmp_path, 1)
+    save(tmp_path, 2)
+    checkpoint.prune(tmp_path, keep=1)
+    found, reasons = checkpoint.newest(tmp_path)
+    assert (found.state["step"], reasons) == (2, [])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_whole(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="cannot be written"):
+        save(tmp_path / "file", 2)
+    assert checkpoint.newest(tmp_path)[0].state["step"] == 1

@@ -122,10 +122,10 @@ def test_the_forward_pass_uses_grid_weights_as_they_are(uniform):
 
 
 def test_the_first_snap_is_to_nearest_even_also_under_stochastic_rounding(uniform):
-    values = [0.5, 0.25 + 0.4 / 128, 0.25 + 0.6 / 128, 0.5 / 128, 1.5 / 128]
+    values = 8 * [0.5, 0.25 + 0.4 / 128, 0.25 + 0.6 / 128, 0.5 / 128, 1.5 / 128]
     for rounding in ("nearest_even", "stochastic"):
         weight, _, _ = single(values, uniform, rounding=rounding, generator=generator())
-        assert (weight * 128).tolist() == [[64, 32, 33, 0, 2]]
+        assert (weight * 128).tolist() == [8 * [64, 32, 33, 0, 2]]
 
 
 def test_an_update_below_half_a_spacing_is_lost_under_nearest_even(uniform):
@@ -223,6 +223,8 @@ def test_a_weight_of_zeros_takes_the_scale_of_its_first_values(uniform):
     push(weight, optimizer, 2.0**-20, 0.0)
     assert quantizer_of(weight).scale.item() == 2.0**19
     assert weight.tolist() == [[2.0**-20, 0]]
+    push(weight, optimizer, -(2.0**-20), 2.0**-25)
+    assert quantizer_of(weight).scale.item() == 2.0**20, "one binade a step from then on"
 
 
 def test_formats_that_need_no_scale_keep_one(table):
@@ -426,6 +428,7 @@ def saved(*states):
 def test_a_fresh_run_resumes_to_the_bit(uniform, rounding):
     def fresh(seed):
         model = perceptron(uniform)
+        model[0].weight.data.mul_(seed)
         optimizer = torch.optim.AdamW([{"params": group["params"]} for group in param_groups(model)], lr=0.03)
         return model, optimizer, store_on_grid(optimizer, rounding, generator(seed), bound=4.0)
 
@@ -433,9 +436,10 @@ def test_a_fresh_run_resumes_to_the_bit(uniform, rounding):
     train(model, optimizer, 10)
     states = saved(*(one.state_dict() for one in (model, optimizer, storage)))
     losses = train(model, optimizer, 10, start=10)
-    other = fresh(seed=6)
+    other = fresh(seed=1)
     for part, state in zip(other, states, strict=True):
         part.load_state_dict(state)
+    assert all(map(is_on_grid, other[2].weights)), "by the loaded scales, at once"
     assert train(*other[:2], 10, start=10) == losses
     assert same(weights_of(model), weights_of(other[0]))
     for layer in (0, 3):

@@ -18,7 +18,6 @@ no quotient underflows and no product is subnormal. Any other format, and float6
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -50,14 +49,6 @@ class _Word:
 _FLOAT32 = _Word(torch.float32, torch.int32, 23, 127)
 _FLOAT64 = _Word(torch.float64, torch.int64, 52, 1023)
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "nearest_even": Tensor.round_,
-    "toward_zero": Tensor.trunc_,
-    "up": Tensor.ceil_,
-    "down": Tensor.floor_,
-}
-
-
 class ExMy(Format):
     """A signed format of E exponent and M mantissa bits; `altgrad_formats.layout` has the formula.
 
@@ -87,6 +78,7 @@ class ExMy(Format):
         self.has_inf = self.layout.inf_code is not None
         self.has_nan = self.layout.nan_code is not None
         self._cache = {}
+        vars(self).update(largest=self.largest, smallest=self.smallest)  # no compiled kernel can enter a lock
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (*attrs.astuple(self.layout), self.name)
@@ -196,7 +188,7 @@ class ExMy(Format):
             even_field = self._codes_below_binade(ulp).bitwise_and_(1).to(y.dtype)  # counts from field 1
             tie_goes_in = (y.abs() == 1.5).to(y.dtype).mul_(even_field)
             return y.mul_(tie_goes_in.mul_(-0.25).add_(1.0)).round_()
-        return _IN_PLACE[rounding](y)
+        return _whole_in_place(y, rounding)
 
     def _codes_below_binade(self, ulp: Tensor) -> Tensor:
         """Return (e - lowest exponent) · 2^M, from the exponent bits of ulp = 2^(e - M)."""
@@ -228,6 +220,14 @@ class ExMy(Format):
 def from_options(options: ExMyOptions) -> ExMy:
     """Build the format that an experiment file describes."""
     return ExMy(options.exponent_bits, options.mantissa_bits, options.bias, options.specials)
+
+
+def _whole_in_place(y: Tensor, rounding: str) -> Tensor:
+    if rounding == "nearest_even":
+        return y.round_()
+    if rounding == "toward_zero":
+        return y.trunc_()
+    return y.ceil_() if rounding == "up" else y.floor_()
 
 
 def _word(x: Tensor) -> _Word:

@@ -26,7 +26,6 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -37,12 +36,10 @@ from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
-from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.kernels import flat, kernel
-from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
+from altgrad_core.kernels import flat
+from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales, bounded
-from altgrad_core.surgery import WeightQuantizer, quantizer_of
 from altgrad_optim import GridOptimOptions
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
@@ -56,6 +53,8 @@ from altgrad_optim.base import (
     schedule_factor,
     split_by_grid,
 )
+from altgrad_optim.members import Member, members
+from altgrad_optim.rungs import counted, landed, master_values, rung_coordinate, taken_step
 
 STORAGES = ("grid", "master")
 
@@ -149,7 +148,7 @@ class GridOptim(GeometryOptimizer):
         self.intended: dict[Tensor, Tensor] = {}
         self.counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.flips, self.updates = torch.zeros((2,), dtype=torch.int64).unbind()
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._index: dict[Tensor, int] = {}
         super().__init__(
             groups,
@@ -188,7 +187,7 @@ class GridOptim(GeometryOptimizer):
         self.counter += 1
         return loss
 
-    def _move(self, group: dict[str, Any], member: _Member) -> _Landing:
+    def _move(self, group: dict[str, Any], member: Member) -> _Landing:
         """Compute where one weight goes, before scale and bound."""
         scale = self._scale(member)
         rungs = self._rungs(group, member.weight, member.format, scale)
@@ -197,8 +196,8 @@ class GridOptim(GeometryOptimizer):
         if member.master:
             return _Landing(self.state[member.weight]["rung_coordinate"].sub_(rungs), None)
         keys = stream_key_tensor((self.seed, self.counter, member.index), member.weight.device)
-        clip, by_value = math.ceil(group["rung_clip"]), group["rounding"] == "value"
-        return _Landing(*_moved(flat(member.weight), flat(rungs), scale, keys, member.format, clip, by_value))
+        how = math.ceil(group["rung_clip"]), group["rounding"] == "value"
+        return _Landing(*taken_step(flat(member.weight), flat(rungs), scale, keys, member.format, *how))
 
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
@@ -242,24 +241,24 @@ class GridOptim(GeometryOptimizer):
             member = self._members[index]
             limit, scale = None if limits is None else limits[index], scales.scales[index]
             if member.master:
-                values = _master_values(landing.target, member.format, limit, member.ends) / scale
+                values = master_values(landing.target, member.format, limit, member.ends) / scale
             else:
                 keys = self._rerounding_keys(member)
-                values = _landed(landing.target, ratios[index], scale, limit, keys, member.format)
+                values = landed(landing.target, ratios[index], scale, limit, keys, member.format)
             values = values.view_as(member.weight)
-            self.counts[member.weight] = _counted(*map(flat, (values, member.weight, member.weight.grad)))
+            self.counts[member.weight] = counted(*map(flat, (values, member.weight, member.weight.grad)))
             member.weight.copy_(values)
         self.flips = torch.stack([flips for flips, _ in self.counts.values()]).sum()
         self.updates = torch.stack([updates for _, updates in self.counts.values()]).sum()
 
-    def _rerounding_keys(self, member: _Member) -> Tensor | None:
+    def _rerounding_keys(self, member: Member) -> Tensor | None:
         """Return the random stream of the rounding after a change of scale; None: nearest even."""
         if self.storage_rounding == "nearest_even":
             return None
         stream = (self.seed, self.counter, len(self._members) + member.index)
         return stream_key_tensor(stream, member.weight.device)
 
-    def _amax(self, member: _Member, landing: _Landing | None) -> Tensor:
+    def _amax(self, member: Member, landing: _Landing | None) -> Tensor:
         """Return the magnitude that the scale must serve, 0-d float64; past the last rung, twice the largest.
 
         0 for a weight that does not move: its scale must not either, since nothing rounds it again.
@@ -273,7 +272,7 @@ class GridOptim(GeometryOptimizer):
 
     def _settle(self) -> None:
         """Find the weights that move in rungs, whenever they change, and snap the new ones."""
-        found = list(self._found_members())
+        found = members(self.param_groups, self.storage)
         if [one.identity for one in found] == [one.identity for one in self._members]:
             return
         before, scales_before = {one.identity: one.index for one in self._members}, self.scales
@@ -297,20 +296,8 @@ class GridOptim(GeometryOptimizer):
             self.scales.take_over(scales_before, places)
         self._snap([member for member in found if member.identity not in before])
 
-    def _found_members(self) -> Iterable[_Member]:
-        index = 0
-        for group in self.param_groups:
-            for place, weight in enumerate(group["params"]):
-                grid = grid_of(group, place)
-                quantizer = quantizer_of(weight)
-                storage = (quantizer.storage if quantizer else None) or self.storage
-                if grid is None or (storage == "master" and self.storage == "grid"):
-                    continue
-                yield _Member(weight, *grid, quantizer, index, storage == "master")
-                index += 1
-
     @torch.no_grad()
-    def _snap(self, members: Iterable[_Member]) -> None:
+    def _snap(self, members: Iterable[Member]) -> None:
         limits = self._scales_in_use().limits()
         for member in members:
             limit = None if limits is None else limits[member.index]
@@ -318,14 +305,14 @@ class GridOptim(GeometryOptimizer):
             scaled = member.weight.detach() * scale
             if member.master:
                 u = self.state[member.weight]["rung_coordinate"] = rung_coordinate(scaled, member.format)
-                values = _master_values(u, member.format, limit, member.ends)
+                values = master_values(u, member.format, limit, member.ends)
             else:
                 values = bounded(member.format.quantize(scaled), limit)
             member.weight.copy_(values / scale)
             if member.quantizer is not None:
                 member.quantizer.on_grid = True
 
-    def _scale(self, member: _Member) -> Tensor:
+    def _scale(self, member: Member) -> Tensor:
         return self._scales_in_use().scales[member.index]
 
     def _scales_in_use(self) -> GridScales:
@@ -363,132 +350,11 @@ class GridOptim(GeometryOptimizer):
 
 
 @attrs.frozen(eq=False)
-class _Member:
-    """A weight that moves in rungs."""
-
-    weight: Tensor
-    format: Format
-    scale: Tensor  # 0-d float32, the quantiser's own where there is one
-    quantizer: WeightQuantizer | None
-    index: int  # of its random stream and of its scale
-    master: bool
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What tells it from another weight, or from the same one under another surgery."""
-        return id(self.weight), id(self.quantizer), self.format, self.master
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the optimizer fits the scale to the weight; a group's own scale is static."""
-        return self.quantizer is not None and scaling.scaled(self.format, self.quantizer.granularity)
-
-    @functools.cached_property
-    def ends(self) -> Tensor:
-        """The format's lowest and largest value, (2,) on the weight's device."""
-        return self.format.values[[0, -1]].to(self.weight.device)
-
-
-@attrs.frozen(eq=False)
 class _Landing:
     """Where a weight goes: grid values in scaled units, or under master the rung coordinate."""
 
     target: Tensor
     past_end: Tensor | None  # 0-d bool: some element was pushed past the last rung
-
-
-# --- the pure functions ----------------------------------------------------------------------------
-
-
-def stochastic_round(x: Tensor, uniform: Tensor) -> Tensor:
-    """Round to an integer, up in magnitude with probability frac|x|; integers never move. Floating result.
-
-    uniform: float32 in [0, 1), of x's shape. Unbiased to the resolution of `uniform`; NaN stays NaN.
-    """
-    magnitude = x.abs()
-    whole = magnitude.floor()
-    return (whole + (uniform < magnitude - whole)).copysign(x)
-
-
-def grid_step(
-    scaled: Tensor, rungs: Tensor, format: Format, uniform: Tensor, rung_clip: int = 10
-) -> tuple[Tensor, Tensor]:
-    """Move on-grid values down by `rungs`, rounded stochastically to whole rungs.
-
-    scaled: w*s, on the format's grid. rungs: r, float, already clipped. uniform: float32 in [0, 1).
-    Returns the new grid values (NaN where w or r is NaN), and 0-d bool: whether one was pushed past the end.
-    """
-    moved = format.rung(scaled) - stochastic_round(rungs, uniform).to(torch.int32)
-    lost = torch.isnan(rungs) | torch.isnan(scaled)
-    values = format.from_rung(moved).to(scaled.dtype)
-    past = (moved.abs() > format.rung(values).abs()) & ~lost
-    return torch.where(lost, torch.nan, values), past.any()
-
-
-def value_step(
-    scaled: Tensor, rungs: Tensor, format: Format, uniform: Tensor, rung_clip: int = 10
-) -> tuple[Tensor, Tensor]:
-    """Move on-grid values by `rungs` of their spacing, rounded stochastically between grid values.
-
-    As `grid_step`; the target w - r*ulp(w) becomes 0 where it lies beyond 0, and the result stays within
-    `rung_clip` rungs of where it was.
-    """
-    target = scaled - rungs * format.spacing(scaled)
-    target = torch.where(target.sign() * scaled.sign() < 0, 0.0, target)
-    start = format.rung(scaled)
-    landed = format.rung(format.quantize(target, rounding="stochastic", uniform=uniform))
-    values = format.from_rung(landed.clamp(start - rung_clip, start + rung_clip)).to(scaled.dtype)
-    lost = torch.isnan(rungs) | torch.isnan(scaled)
-    past = (target.abs() > format.largest) & ~lost
-    return torch.where(lost, torch.nan, values), past.any()
-
-
-@kernel
-def _moved(
-    weight: Tensor, rungs: Tensor, scale: Tensor, keys: Tensor, format: Format, rung_clip: int, by_value: bool
-) -> tuple[Tensor, Tensor]:
-    """Draw and take the step of on-grid weights; see `grid_step` and `value_step`."""
-    step = value_step if by_value else grid_step
-    return step(weight * scale, rungs, format, uniform_like(weight, keys), rung_clip)
-
-
-@kernel
-def _landed(
-    target: Tensor, ratio: Tensor, scale: Tensor, limit: Tensor | None, keys: Tensor | None, format: Format
-) -> Tensor:
-    """Return weights on the grid of the new `scale`, which is `ratio` times the old one, within the limit.
-
-    Rounding again, by the stream `keys` or to nearest even, changes something only where the scale moved.
-    """
-    draws = None if keys is None else uniform_like(target, keys)
-    rounding = "nearest_even" if keys is None else "stochastic"
-    return bounded(format.quantize(target * ratio, rounding=rounding, uniform=draws), limit) / scale
-
-
-@kernel
-def _counted(values: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many weights change, and how many have a non-zero gradient: 0-d int64."""
-    return (values != weight).sum(), (gradient != 0).sum()
-
-
-def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
-    """Return the real rung coordinate u of any values, linear between neighbouring rungs.
-
-    float32, also where the values are of fewer bits, and float64 for float64.
-    """
-    scaled = scaled if scaled.dtype == torch.float64 else scaled.float()
-    below = format.quantize(scaled, rounding="toward_zero")
-    rung = format.rung(below)
-    outward = torch.where(torch.signbit(scaled), -1, 1)
-    gap = format.from_rung(rung + outward).to(scaled.dtype) - below
-    fraction = torch.where(gap == 0, 0.0, (scaled - below) / torch.where(gap == 0, 1.0, gap)).clamp_(0, 1)
-    return rung + outward * fraction
-
-
-def _master_values(u: Tensor, format: Format, limit: Tensor | None, ends: Tensor) -> Tensor:
-    """Clamp the coordinate u in place to the bound, or the format's ends, and return from_rung(round(u))."""
-    u.copy_(bounded(u, format.rung(ends if limit is None else limit).to(u.dtype)))
-    return format.from_rung(u.round()).to(u.dtype)
 
 
 def build(options: GridOptimOptions, inputs: OptimizerInputs) -> GridOptim:

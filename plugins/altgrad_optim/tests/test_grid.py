@@ -11,7 +11,7 @@ from altgrad_core.rules import Rule
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model, quantizer_of
 from altgrad_optim import GridOptim
-from altgrad_optim.grid import grid_step, rung_coordinate, stochastic_round, value_step
+from altgrad_optim.rungs import grid_step, rung_coordinate, stochastic_round, value_step
 
 HIGHEST = 1 - 2.0**-24  # the largest random number that there is
 
@@ -536,6 +536,18 @@ def test_a_margin_leaves_room(table):
     quantize_model(model, table("E0M7"), margin=4.0)
     GridOptim(model.parameters())
     assert quantizer_of(model[0].weight).scale.item() == 0.25
+
+
+@pytest.mark.parametrize(("storage_rounding", "scale"), [("nearest_even", 1.0), ("stochastic", 0.5)])
+def test_the_margin_is_kept_as_storage_behind_other_optimizers_keeps_it(table, storage_rounding, scale):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    model[0].weight.data = torch.tensor([[0.2421875]])
+    quantize_model(model, table("E0M7"), margin=4.0)
+    optimizer = GridOptim(
+        model.parameters(), step_scale=1.0, generator=generator(), storage_rounding=storage_rounding
+    )
+    push(optimizer, -10.0)
+    assert quantizer_of(model[0].weight).scale.item() == scale
 
 
 def test_a_static_scale_of_a_group_stays(table):

@@ -1,0 +1,54 @@
+"""Which weights move in rungs, and what is known of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from altgrad_core import scaling
+from altgrad_core.format import Format
+from altgrad_core.groups import grid_of
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of
+
+
+@attrs.frozen(eq=False)
+class Member:
+    """A weight that moves in rungs."""
+
+    weight: Tensor
+    format: Format
+    scale: Tensor  # 0-d float32, the quantiser's own where there is one
+    quantizer: WeightQuantizer | None
+    index: int  # of its random stream and of its scale
+    master: bool
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from another weight, or from the same one under another surgery."""
+        return id(self.weight), id(self.quantizer), self.format, self.master
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the optimizer fits the scale to the weight; a group's own scale is static."""
+        return self.quantizer is not None and scaling.scaled(self.format, self.quantizer.granularity)
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """The format's lowest and largest value, (2,) on the weight's device."""
+        return self.format.values[[0, -1]].to(self.weight.device)
+
+
+def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
+    """Return the weights that have a grid; under "grid" storage those whose rule says "master" do not move."""
+    found: list[Member] = []
+    for group in groups:
+        for place, weight in enumerate(group["params"]):
+            grid, quantizer = grid_of(group, place), quantizer_of(weight)
+            own = (quantizer.storage if quantizer else None) or storage
+            if grid is not None and not (own == "master" and storage == "grid"):
+                found.append(Member(weight, *grid, quantizer, len(found), own == "master"))
+    return found
