@@ -43,7 +43,7 @@ class Member:
 
 
 def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
-    """Return the weights that have a grid; under "grid" storage those whose rule says "master" do not move."""
+    """Return the weights that have a grid; under "grid" storage not those whose rule says "master"."""
     found: list[Member] = []
     for group in groups:
         for place, weight in enumerate(group["params"]):
