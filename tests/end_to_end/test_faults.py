@@ -105,7 +105,9 @@ def state_bytes(folder):
     return (last / checkpoint.MODEL).read_bytes(), {key: one.tolist() for key, one in tensors.items()}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [arm if arm == "GridOptim" else pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS]
+)
 def test_a_run_that_is_killed_at_random_ends_as_one_that_was_not(arm, write, tmp_path):
     path = write(TINY + ARMS[arm] + WATCHED)
     whole, parts = tmp_path / "whole" / "tiny" / "run", tmp_path / "parts" / "tiny" / "run"
@@ -121,6 +123,7 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_was_not(arm, write, tmp
     assert lines(whole, "events.jsonl") == lines(parts, "events.jsonl")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path):
     path = write(PLAIN + "[grid]\nseed = [1, 2, 3]\n")
     command = start(path, "--out", tmp_path, "--jobs", "2", "--set", "steps=300")
@@ -137,7 +140,7 @@ def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("to_the_group", [True, False])
+@pytest.mark.parametrize("to_the_group", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(to_the_group, write, tmp_path):
     path = write(PLAIN + "[grid]\nseed = [1, 2, 3]\n")
     options = ["--out", tmp_path, "--jobs", "2", "--set", "steps=100000"]

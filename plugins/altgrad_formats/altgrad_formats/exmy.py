@@ -49,6 +49,7 @@ class _Word:
 _FLOAT32 = _Word(torch.float32, torch.int32, 23, 127)
 _FLOAT64 = _Word(torch.float64, torch.int64, 52, 1023)
 
+
 class ExMy(Format):
     """A signed format of E exponent and M mantissa bits; `altgrad_formats.layout` has the formula.
 
