@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from altgrad_core.cells import Request, RunResult, folder_of, placed, run_grid, run_one
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
 from altgrad_core.hookspecs import CellResult
-from altgrad_core.record import RESOLVED, WriteError, read_json
+from altgrad_core.record import RESOLVED, SUMMARY, WriteError, read_json
 from altgrad_core.registry import PluginError, UsageError
 from altgrad_core.run_state import EXIT_CODES, PluginFailure
 from altgrad_core.terminal import Terminal
@@ -48,7 +48,7 @@ def run_file(
         quiet=quiet,
     )
     results = run_grid(request, file, [cell.name for cell, _ in cells], jobs)
-    return _closing(results, len(cells))
+    return _closing(results, dict(zip((cell.name for cell, _ in cells), folders, strict=True)))
 
 
 def _resumed(file: ExperimentFile, folder: Path, cells: Sequence[tuple[Cell, str]]) -> tuple[Cell, str]:
@@ -64,18 +64,23 @@ def _resumed(file: ExperimentFile, folder: Path, cells: Sequence[tuple[Cell, str
     return found[0]
 
 
-def _closing(results: Sequence[CellResult], cells: int) -> int:
-    """Print how the cells ended; 1 if any failed or stopped, 130 if interrupted."""
-    print()
+def _closing(results: Sequence[CellResult], folders: Mapping[str, Path]) -> int:
+    """Print how the cells ended, with what and where; 1 if any failed or stopped, 130 if interrupted."""
+    print(f"\n{'outcome':>12}  {'validation':>10}  {'bits/byte':>9}  folder")
     for result in results:
-        print(f"{result.outcome:>12}  {result.cell}")
+        final = (read_json(folders[result.cell] / SUMMARY) or {}).get("final") or {}
+        numbers = (final.get("validation/loss"), final.get("validation/bits_per_byte"))
+        loss, per_byte = ("" if number is None else f"{number:.4f}" for number in numbers)
+        print(f"{result.outcome:>12}  {loss:>10}  {per_byte:>9}  {folders[result.cell]}")
     for result in results:
         if result.outcome in ("failed", "stopped") and result.message:
             print(f"\n{result.cell}: {result.message}", file=sys.stderr)
     codes = [EXIT_CODES.get(result.outcome, 0) for result in results]
-    if len(results) < cells:
-        print(f"{cells - len(results)} cells were not begun; run the same command to go on")
+    if unbegun := len(folders) - len(results):
+        print(f"not begun: {unbegun}")
         codes = [EXIT_CODES["interrupted"], *codes]
+    if unbegun or any(result.outcome in ("interrupted", "terminated", "busy") for result in results):
+        print("run the same command to go on")
     return max(codes, default=0)
 
 

@@ -16,6 +16,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if "model" in sections and "data" in sections:
         yield from _rules(sections)
         yield from _freeze(sections)
+        yield from _monitored(sections)
 
 
 def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -48,3 +49,13 @@ def _freeze(sections: Mapping[str, Any]) -> Iterator[Problem]:
         frozen |= matched
     if frozen == set(names):
         yield Problem(("train", "freeze"), "leaves nothing to train; narrow its patterns")
+
+
+def _monitored(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """A monitor's `layers` must match a module path, as a rule's must."""
+    names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
+    layers = [name.rpartition(".")[0] for name in names] + [shapes.HEAD]
+    for index, choice in enumerate(sections.get("monitor", ())):
+        pattern = getattr(choice.options, "layers", None)
+        if isinstance(pattern, str) and not any(re.fullmatch(pattern, layer) for layer in layers):
+            yield Problem(("monitor", index, "layers"), rules.no_match(pattern, layers, "layer"))

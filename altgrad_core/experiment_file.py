@@ -104,6 +104,7 @@ def _read(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
         place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         reason = str(error)[: place.start()] if place else str(error)
+        reason += " (text needs quotes)" if reason == "Invalid value" else ""
         raise ExperimentError([f"{path}:{line}: is no TOML: {_one_line(reason)}"]) from error
     except ValueError as error:  # what Python says to an integer of thousands of digits
         raise ExperimentError([f"{path}:1: is no TOML that can be read: {error}"]) from error
@@ -155,7 +156,8 @@ class _Checked:
 
     def cells(self, device: str) -> tuple[Cell, ...]:
         """Return the cells of the file on this device, as far as they are right."""
-        overlay, varied = self._overlay(device), self._axes()
+        overlay = self._overlay(device)
+        varied = [axis for axis in self._axes() if not self._flagged(axis[0].path)]
         self._refuse(overlay, varied)
         base = Tree(_with_default_plugins(self.raw))
         base.apply(overlay)
@@ -168,7 +170,7 @@ class _Checked:
             if experiment is not None:
                 in_force = tuple(_in_force(one, device) for one in (*overlay, *values, *self.flags))
                 cells.append(Cell(name=cell_name(values), experiment=experiment, in_force=in_force))
-        if not self.mistakes.found:  # an overridden axis makes twins too, and has been reported
+        if not self.mistakes.found:
             self.mistakes.add(_twins(cells))
         return tuple(cells)
 
@@ -210,10 +212,10 @@ class _Checked:
             if override.path[0] == "name":
                 message = "names the folder of every run; set it at the top of the file"
                 self.mistakes.add([Problem(override.origin.path, message)])
-        for flag in self.flags:
-            if any(axis[0].path[: len(flag.path)] == flag.path for axis in varied):
-                message = "is an axis of [grid]; change its list in the file"
-                self.mistakes.add([Problem(flag.path, message)], Tree({}, {flag.path: flag.origin}))
+
+    def _flagged(self, axis: Path) -> bool:
+        """Whether a `--set` gives every cell one value along the axis, which is then no axis."""
+        return any(axis[: len(flag.path)] == flag.path for flag in self.flags)
 
     def _experiment(self, tree: Tree) -> Experiment | None:
         sections, problems = _sections(tree.data, self.registry)

@@ -50,6 +50,10 @@ class Format:
     has_nan: bool = False
     """Whether NaN has a code. A table never has one."""
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        torch.serialization.add_safe_globals([cls])  # optimizers' groups name formats, and are saved
+
     def __init__(self, *, name: str, bits: int, values: Sequence[float] | Tensor | np.ndarray) -> None:
         if not name:
             raise ValueError("a format needs a name")
@@ -346,3 +350,6 @@ def _check_floating(x: Tensor) -> None:
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{option}={given!r} is not one of {', '.join(map(repr, choices))}")
+
+
+torch.serialization.add_safe_globals([Format])

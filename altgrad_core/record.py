@@ -77,6 +77,8 @@ class RunFolder:
     def begin(self, file: ExperimentFile, cell: Cell, resolved: Mapping[str, Any]) -> None:
         """Write what the run was asked to do; refuse a folder that another experiment began."""
         before = read_json(self.path / RESOLVED)
+        if not self.checkpoints.exists() and not (self.path / METRICS).exists():
+            before = None  # nothing was trained here yet
         if before is not None and (changed := differences(before["options"], resolved["options"])):
             devices = before.get("device"), resolved["device"]
             back = "put the options back"

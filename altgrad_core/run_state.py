@@ -224,7 +224,9 @@ class Run:
                 layer=self.layers[name],
                 format=quantizer.format if quantizer else None,
                 scale=quantizer.scale if quantizer else None,
-                storage="grid" if quantizer and quantizer.on_grid else "master",
+                storage="grid"
+                if quantizer and quantizer.on_grid and quantizer.storage != "master"
+                else "master",
             )
             for name, parameter in self.trained.items()
             for quantizer in [quantizer_of(parameter)]

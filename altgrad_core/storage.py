@@ -180,8 +180,10 @@ class GridStorage:
         self._hook()
 
     def _hook(self) -> None:
-        self.optimizer.register_step_pre_hook(_refuse_closure)
-        self.optimizer.register_step_post_hook(self._after_step)
+        self._hooks = (
+            self.optimizer.register_step_pre_hook(_refuse_closure),
+            self.optimizer.register_step_post_hook(self._after_step),
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,7 +191,11 @@ class GridStorage:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        """Scale, round, bound."""
+        """Scale, round, bound; nothing more once the model has been dequantised."""
+        if any(quantizer_of(weight) is None for weight in self.weights):
+            for hook in self._hooks:
+                hook.remove()
+            return
         self.intended = {weight: weight - before for weight, before in self.watched.items()}
         if self.scales.may_move:
             self.scales.adapt(scaling.amax([weight.detach() for weight in self.weights]))

@@ -142,7 +142,12 @@ def _list_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]:
 
     def hook(value: Any, _: Any) -> Sequence[Any]:
         if not isinstance(value, list):
-            raise TypeError(f"expected a list, got {shown(value)}")
+            hint = (
+                "a table; write [[...]] for one element of a list"
+                if isinstance(value, dict)
+                else shown(value)
+            )
+            raise TypeError(f"expected a list, got {hint}")
         if not any_length and len(value) != len(items):
             raise ValueError(f"expected {len(items)} values, got {len(value)}")
         structured, found = [], []

@@ -53,6 +53,9 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized, nn.Linear):
     """An `nn.Linear` whose forward pass uses the quantised weight."""
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.quantizer.format.name}"
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.quantizer.quantized(self.weight), self.bias)
 

@@ -104,7 +104,7 @@ REFUSED = [
     ("pair", "ab", "expected a list, got 'ab'"),
     ("pair", 1.0, "expected a list, got 1.0"),
     ("many", "a", "expected a list, got 'a'"),
-    ("many", {"a": 1}, "expected a list, got {'a': 1}"),
+    ("many", {"a": 1}, "expected a list, got a table; write [[...]] for one element of a list"),
     ("items", "12", "expected a list, got '12'"),
     ("word", "three", "expected one of 'one', 'two'; got 'three'"),
     ("word", "ONE", "expected one of 'one', 'two'; got 'ONE'; did you mean 'one'?"),

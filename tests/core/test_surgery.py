@@ -801,3 +801,14 @@ def test_a_model_of_conv1d_is_copied_pickled_and_dequantized(hugging_face, x):
     dequantize_model(hugging_face)
     assert type(hugging_face[0]) is Conv1D
     assert not isinstance(hugging_face[0], QuantizedLinear)
+
+
+def test_the_state_of_any_optimizer_over_the_groups_loads_without_pickles_of_code(mlp, tmp_path):
+    quantize_model(mlp, COARSE)
+    optimizer = torch.optim.AdamW(param_groups(mlp))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_quantised_layer_prints_its_format(mlp):
+    assert f"format={COARSE.name}" in repr(quantize_model(mlp, COARSE))
