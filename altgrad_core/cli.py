@@ -31,9 +31,8 @@ Without = Annotated[
     Parameter(help="Leave out this distribution's plugins.", negative=(), show_default=False),
 ]
 
-THREADS_THAT_SLEEP = ("OMP_WAIT_POLICY", "PASSIVE")
-"""Waiting OpenMP threads sleep instead of spinning: on a machine that does something else too, a spinning
-thread keeps the one it waits for off its core, and small models ran 16 times slower."""
+SPINS = ("GOMP_SPINCOUNT", "2000")
+"""How long a waiting OpenMP thread spins before it sleeps: docs/decisions/005-threads-that-sleep.md."""
 
 run_app = cyclopts.App(
     name="altgrad-run",
@@ -129,7 +128,8 @@ def run(
         for line in describe.check(file, out, device):
             print(line)
         return 0
-    os.environ.setdefault(*THREADS_THAT_SLEEP)  # before torch loads its OpenMP
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(*SPINS)  # before torch loads its OpenMP
     from altgrad_core.commands import run_file
 
     return run_file(
