@@ -67,8 +67,9 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
         values["train/gradient_norm"] = interval.norms[-1]
         values["train/clipped_steps"] = torch.stack(interval.clipped).sum()
         values |= _epoch(run, interval)
-    if run.storage is not None:
-        values["range/rescale/total"] = run.storage.scales.rescales.sum()
+    scales = run.storage.scales if run.storage is not None else getattr(run.optimizer, "scales", None)
+    if scales is not None:
+        values["range/rescale/total"] = scales.rescales.sum()
     values |= {name: value for name, value in run.observed.items() if name in run.unlogged}
     run.unlogged.clear()
     read = dict(zip(values, to_host(list(values.values())), strict=True))
