@@ -79,7 +79,7 @@ def test_a_mistake_inside_of_a_kernel_is_not_taken_for_a_compiler_error(monkeypa
 def test_compiled_and_eager_storage_rounding_give_the_same_bits(stochastic, compiled):
     weight = torch.randn(1001, generator=torch.Generator().manual_seed(1))
     keys = stream_key_tensor((1, 2, 3)) if stochastic else None
-    arguments = (weight, torch.tensor(0.25), torch.tensor(0.5), keys, EIGHTHS)
+    arguments = (weight, torch.tensor(0.25), torch.tensor([-0.5, 0.5]), keys, EIGHTHS)
     fused = _rounded(*arguments)
     kernels.disable()
     assert torch.equal(fused, _rounded(*arguments))
