@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from altgrad_core.cache_folder import default_cache as default_cache
 from altgrad_core.hookspecs import TextSource, TokenSource
 
 BYTE_VOCABULARY = 256
@@ -69,15 +70,6 @@ class TokenData:
     """The exact entropy of the source, nats per token, where it is known."""
     fingerprint: str
     """Hash of the content of both splits."""
-
-
-def default_cache() -> Path:
-    """Return the folder of prepared tokens: $ALTGRAD_CACHE, $XDG_CACHE_HOME/altgrad or ~/.cache/altgrad."""
-    if chosen := os.environ.get("ALTGRAD_CACHE"):
-        return Path(chosen).expanduser()
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "altgrad"
-    return Path.home() / ".cache" / "altgrad"
 
 
 # --- preparing and caching -----------------------------------------------------------------------------

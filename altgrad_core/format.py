@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from altgrad_core.random_bits import draw_seed
+from altgrad_core.random_bits import Key, draw_seed
 from altgrad_core.random_bits import uniform as uniform_stream
 from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table, round_up_to, thresholds
 
@@ -139,11 +139,43 @@ class Format:
         self._check_holds(x)
         _check_choice("rounding", rounding, ROUNDINGS)
         _check_choice("overflow", overflow, OVERFLOWS)
-        if rounding == "stochastic":
-            uniform = _random_numbers(x, generator, uniform)
-        elif uniform is not None:
+        if rounding != "stochastic" and uniform is not None:
             raise ValueError(f"`uniform` is for rounding='stochastic', not {rounding!r}")
+        if rounding == "stochastic" and uniform is None:
+            stream = (draw_seed(_given(generator)), 0, 0)
+            return self._fake_quantize(_working(x), None, rounding, overflow, stream, None).to(x.dtype)
+        if uniform is not None:
+            _check_uniform(x, uniform, generator)
         return self._quantize(_working(x), rounding, overflow, uniform).to(x.dtype)
+
+    @torch.no_grad()
+    def fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        rounding: str = "nearest_even",
+        overflow: str = "saturate",
+        *,
+        stream: Key | None = None,
+        limit: Tensor | None = None,
+    ) -> Tensor:
+        """Return quantize(x·scale)/scale in one pass over memory, in x's shape, dtype and device.
+
+        `scale` broadcasts against x; None is 1. `stream` is the (seed, step, tensor) of the random numbers
+        of stochastic rounding (`random_bits`): element i of x, in row-major order, takes the stream's i-th.
+        `limit`, (lowest, highest) in the format's own units, clamps what is rounded, before the division.
+        float16 and bfloat16 are scaled in float32.
+
+        Raises as `quantize` does.
+        """
+        self._check_holds(x)
+        _check_choice("rounding", rounding, ROUNDINGS)
+        _check_choice("overflow", overflow, OVERFLOWS)
+        if (stream is None) == (rounding == "stochastic"):
+            raise ValueError(
+                f"rounding={rounding!r} and stream={stream!r}: stochastic rounding takes a stream"
+            )
+        return self._fake_quantize(_working(x), scale, rounding, overflow, stream, limit).to(x.dtype)
 
     @torch.no_grad()
     def spacing(self, x: Tensor) -> Tensor:
@@ -195,9 +227,9 @@ class Format:
         Raises TypeError as `quantize` does; ValueError for a NaN where the format has no code for it.
         """
         _check_floating(x)
-        if not self.has_nan and bool(x.isnan().any()):
+        if not self.has_nan and _holds_nan(x):
             raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
-        return self._encode(_working(x)).to(torch.uint8 if self.bits <= 8 else torch.int16)
+        return self._encode(_working(x)).to(self._code_dtype)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -208,8 +240,7 @@ class Format:
         """
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"decode needs integer codes, not {codes.dtype}")
-        wide = codes if codes.dtype == torch.int64 else codes.to(torch.int32)
-        return self._decode(wide & 0xFFFF if codes.dtype == torch.int16 else wide)
+        return self._decode(codes)
 
     # --- the arithmetic, here by table: what a format with structure overrides -----------------------
     # x is float32 or float64; every method returns a new tensor.
@@ -219,6 +250,21 @@ class Format:
         cell = self._cell(x, rounding) if uniform is None else self._stochastic_cell(x, uniform)
         rounded = self._outputs(overflow, x)[cell].copysign_(x)
         return torch.where(x.isnan(), x, rounded)
+
+    def _fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        rounding: str,
+        overflow: str,
+        stream: Key | None,
+        limit: Tensor | None,
+    ) -> Tensor:
+        """Round x·scale, limit it, and divide by the scale; `stream` is given exactly under stochastic."""
+        uniform = None if stream is None else uniform_stream(stream, x.shape, x.device)
+        scaled = x if scale is None else x * scale
+        rounded = bounded(self._quantize(scaled, rounding, overflow, uniform), limit)
+        return rounded if scale is None else rounded / scale
 
     def _spacing(self, x: Tensor) -> Tensor:
         cell = self._cell(x, "toward_zero").clamp_(1, len(self.values))
@@ -236,12 +282,17 @@ class Format:
         """Return float32 values of int32 rungs within `_rung_range`."""
         return self._outputs("saturate", rungs, torch.float32)[rungs + (1 + self._zero)]
 
+    @property
+    def _code_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int16
+
     def _encode(self, x: Tensor) -> Tensor:
-        """Return int32 codes in [0, 2^bits)."""
+        """Return codes in [0, 2^bits), of any integer type that holds them."""
         return self._rung(x).add_(self._zero)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        """Return float32 values of any int32 or int64 codes, NaN for those without a value."""
+        """Return float32 values of codes of any integer type, NaN for those without a value."""
+        codes = wide(codes)
         valid = (codes >= 0) & (codes < len(self.values))
         table = self._outputs("saturate", codes, torch.float32)
         return torch.where(valid, table[codes.clamp(0, len(self.values) - 1) + 1], torch.nan)
@@ -310,6 +361,23 @@ class Format:
         return bool(self._cache[key])
 
 
+def bounded(values: Tensor, limit: Tensor | None) -> Tensor:
+    """Return the values limited to [limit[0], limit[1]]; NaN stays NaN. None: as they are."""
+    return values if limit is None else torch.minimum(torch.maximum(values, limit[0]), limit[1])
+
+
+def wide(codes: Tensor) -> Tensor:
+    """Return codes as int32 or int64; int16 ones are bit patterns, without a sign."""
+    if codes.dtype == torch.int64:
+        return codes
+    return codes.to(torch.int32) & 0xFFFF if codes.dtype == torch.int16 else codes.to(torch.int32)
+
+
+def _holds_nan(x: Tensor) -> bool:
+    """Whether an element is NaN, in one pass and without a mask of x's size."""
+    return x.numel() > 0 and bool(x.detach().amin().isnan())
+
+
 def nan_where_(values: Tensor, mask: Tensor) -> Tensor:
     """Turn float32 values to NaN, in place, where the mask is True, and return them.
 
@@ -324,22 +392,22 @@ def _working(x: Tensor) -> Tensor:
     return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
 
 
-def _random_numbers(x: Tensor, generator: torch.Generator | None, uniform: Tensor | None) -> Tensor:
-    """Return the uniform numbers of a stochastic rounding of x: as given, or from a fresh seed."""
-    if (generator is None) == (uniform is None):
+def _given(generator: torch.Generator | None) -> torch.Generator:
+    if generator is None:
         raise ValueError(
             "stochastic rounding needs a torch.Generator: quantize(x, 'stochastic', generator=...)"
-            if generator is None
-            else "stochastic rounding takes `generator` or `uniform`, not both"
         )
-    if uniform is None:
-        return uniform_stream((draw_seed(generator), 0, 0), x.shape, x.device)
+    return generator
+
+
+def _check_uniform(x: Tensor, uniform: Tensor, generator: torch.Generator | None) -> None:
+    if generator is not None:
+        raise ValueError("stochastic rounding takes `generator` or `uniform`, not both")
     if uniform.shape != x.shape or uniform.dtype != torch.float32:
         raise ValueError(
             f"uniform is {uniform.dtype} of shape {tuple(uniform.shape)};"
             f" expected torch.float32 of x's shape {tuple(x.shape)}"
         )
-    return uniform
 
 
 def _check_floating(x: Tensor) -> None:

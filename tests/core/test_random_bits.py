@@ -27,16 +27,11 @@ def centered(key):
 
 
 def reference_word(index, key):
-    """triple32 with the keys added, in Python integers."""
+    """The definition in Python integers."""
     first, second = (k % 2**32 for k in stream_keys(key))
-    x = (index + first) % 2**32
-    x ^= x >> 17
-    x = x * 0xED5AD4BB % 2**32
-    x ^= x >> 11
-    x = (x * 0xAC4C1B51 + second) % 2**32
-    x ^= x >> 15
-    x = x * 0x31848BAB % 2**32
-    return x ^ (x >> 14)
+    x = (index + first) * 0xED5AD4BB % 2**32
+    x = ((x ^ (x >> 15)) * 0xAC4C1B51 + second) % 2**32
+    return (x ^ (x >> 15)) * 0x31848BAB % 2**32
 
 
 def chi_square_score(cells, bins):
@@ -52,9 +47,9 @@ def chi_square_score(cells, bins):
 @pytest.mark.parametrize(
     ("key", "first_words"),
     [
-        ((0, 0, 0), ["0x90634878", "0xfc8a2446", "0xaa9396a3", "0x1faadc0c"]),
-        ((1, 2, 3), ["0x9b2922ae", "0xba879beb", "0xf8615d57", "0x8aac890a"]),
-        ((2**63 - 1, 10**6, 50), ["0x4df9152a", "0x3fd8426a", "0x1958dcb4", "0xb70681ac"]),
+        ((0, 0, 0), ["0xbe3c2e4", "0xaebfc501", "0xe3bcc6df", "0x995c38ae"]),
+        ((1, 2, 3), ["0x4cd054da", "0x9d233d90", "0xf9a0f6a", "0x605dd7f3"]),
+        ((2**63 - 1, 10**6, 50), ["0x8f7a8f0c", "0x77d596f1", "0x5c2ea90c", "0xc9a0d40a"]),
     ],
 )
 def test_the_stream_never_changes(key, first_words):
@@ -178,8 +173,8 @@ def test_each_input_bit_changes_half_of_the_output_bits():
     for bit in range(31):
         changed = (mix_(index ^ (1 << bit), first, second) ^ plain).numpy().view(np.uint32)
         shares = [((changed >> out) & 1).mean() for out in range(8, 32)]
-        assert min(shares) > 0.4
-        assert max(shares) < 0.6
+        assert min(shares) > 0.46
+        assert max(shares) < 0.54
 
 
 # --- seeds --------------------------------------------------------------------------------------------

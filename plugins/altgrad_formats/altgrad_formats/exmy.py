@@ -25,8 +25,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from altgrad_core.format import Format, nan_where_
+from altgrad_core.format import Format, nan_where_, wide
+from altgrad_core.random_bits import Key
 from altgrad_formats.layout import Layout, default_bias
+from altgrad_formats.native_exmy import NativeExMy
 
 if TYPE_CHECKING:
     from altgrad_formats import ExMyOptions
@@ -79,7 +81,8 @@ class ExMy(Format):
         self.has_inf = self.layout.inf_code is not None
         self.has_nan = self.layout.nan_code is not None
         self._cache = {}
-        vars(self).update(largest=self.largest, smallest=self.smallest)  # no compiled kernel can enter a lock
+        made = {"largest": self.largest, "smallest": self.smallest, "_native": self._native}
+        vars(self).update(made)  # now, for no compiled kernel can enter a lock
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (*attrs.astuple(self.layout), self.name)
@@ -107,7 +110,22 @@ class ExMy(Format):
 
     # --- the arithmetic of `Format`, overridden ------------------------------------------------------
 
+    def _fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        rounding: str,
+        overflow: str,
+        stream: Key | None,
+        limit: Tensor | None,
+    ) -> Tensor:
+        if self._native.serves(x, rounding) and (scale is None or _by_rows(scale, x)):
+            return self._native.quantize(x, scale, stream, limit, self._beyond(overflow))
+        return super()._fake_quantize(x, scale, rounding, overflow, stream, limit)
+
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
+        if uniform is None and self._native.serves(x, rounding):
+            return self._native.quantize(x, None, None, None, self._beyond(overflow))
         bound = self.largest if overflow == "saturate" else self._after_largest
         y = self._exact(x, bound).clamp(-bound, bound)
         ulp = self._ulp(y)
@@ -135,6 +153,8 @@ class ExMy(Format):
         return self._magnitude(rungs.abs()).mul_(rungs.sign())
 
     def _encode(self, x: Tensor) -> Tensor:
+        if self._native.serves(x):
+            return self._native.encode(x)
         layout, codes = self.layout, self._rung(x).abs_()
         if layout.inf_code is not None:
             codes.masked_fill_(x.isinf(), layout.inf_code)
@@ -142,7 +162,9 @@ class ExMy(Format):
         return codes if layout.nan_code is None else codes.masked_fill_(x.isnan(), layout.nan_code)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        layout = self.layout
+        if self._native.decodes(codes):
+            return self._native.decode(codes)
+        layout, codes = self.layout, wide(codes)
         codes = codes.clamp(-1, 2**self.bits).to(torch.int32)
         magnitude = codes & (layout.magnitudes - 1)
         value = self._magnitude(magnitude)
@@ -151,6 +173,16 @@ class ExMy(Format):
         value.view(torch.int32).bitwise_or_((codes & layout.magnitudes) << (32 - self.bits))
         none = (codes < 0) | (codes == 2**self.bits) | (magnitude > layout.largest_code)
         return nan_where_(value, none if layout.inf_code is None else none & (magnitude != layout.inf_code))
+
+    @cached_property
+    def _native(self) -> NativeExMy:
+        return NativeExMy(self.layout)
+
+    def _beyond(self, overflow: str) -> float:
+        """Return what the magnitudes past the largest become."""
+        if overflow == "saturate":
+            return self.largest
+        return torch.inf if self.has_inf else torch.nan
 
     # --- its pieces ----------------------------------------------------------------------------------
 
@@ -221,6 +253,12 @@ class ExMy(Format):
 def from_options(options: ExMyOptions) -> ExMy:
     """Build the format that an experiment file describes."""
     return ExMy(options.exponent_bits, options.mantissa_bits, options.bias, options.specials)
+
+
+def _by_rows(scale: Tensor, x: Tensor) -> bool:
+    """Whether a float32 scale is one number, or one for each row of x along its last dimension."""
+    one_each = scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1)
+    return scale.dtype == torch.float32 and scale.device == x.device and (scale.dim() == 0 or one_each)
 
 
 def _whole_in_place(y: Tensor, rounding: str) -> Tensor:

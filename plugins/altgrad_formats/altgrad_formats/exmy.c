@@ -1,0 +1,177 @@
+/* ExMy formats on a CPU: one pass over memory for rounding, encoding and decoding.
+
+   The same arithmetic as altgrad_formats.exmy, on the bits of float32, bit for bit (tests hold the two equal).
+   A magnitude code counts the values from zero. In the normal range it is the float32 pattern shifted right by
+   23 - M, less an offset; rounding is the addition of something below the cut, which carries by itself. Below
+   the smallest normal it is a multiple of one spacing, which an addition of 2^23 spacings rounds to.
+
+   Nothing here may be contracted or reassociated: compile with -ffp-contract=off and without -ffast-math. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PIECE 16384 /* elements a thread takes at a time */
+
+typedef struct {
+    int32_t shift;      /* 23 - M */
+    int32_t half;       /* 2^(shift - 1) - 1: half a spacing, less the tie */
+    int32_t offset;     /* of the codes against the shifted pattern */
+    int32_t magic;      /* bits of 2^23 smallest spacings */
+    int32_t normal;     /* bits of the smallest normal value */
+    int32_t subtrahend; /* bits of the smallest normal value, or of -inf where patterns are codes already */
+    int32_t largest;    /* magnitude code of the largest finite value */
+    int32_t infinity;   /* magnitude code that inf is encoded as: its own, or the largest value's */
+    int32_t nan;        /* code of NaN, or -1 */
+    int32_t sign;       /* the code's sign bit: 2^(bits - 1) */
+} Layout;
+
+typedef struct {
+    uint32_t first, second;
+} Keys;
+
+static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
+static inline float float_of(int32_t i) { float x; memcpy(&x, &i, 4); return x; }
+
+static inline float value_of(int32_t code, Layout k) {
+    float normal = float_of((int32_t)((uint32_t)(code + k.offset) << k.shift));
+    float subnormal = (normal + normal) - float_of(k.subtrahend);
+    return subnormal < normal ? subnormal : normal;
+}
+
+static inline int32_t nearest_even(int32_t magnitude, Layout k) {
+    int32_t odd = ((magnitude >> k.shift) - k.offset) & 1;
+    int32_t normal = (int32_t)(((uint32_t)magnitude + (uint32_t)(k.half + odd)) >> k.shift) - k.offset;
+    int32_t subnormal = bits_of(float_of(magnitude) + float_of(k.magic)) - k.magic;
+    return magnitude < k.normal ? subnormal : normal;
+}
+
+/* Element i's number in [0, 1), of altgrad_core.random_bits. */
+static inline float uniform(uint32_t i, Keys keys) {
+    i = (i + keys.first) * 0xED5AD4BBu;
+    i = (i ^ i >> 15) * 0xAC4C1B51u + keys.second;
+    i = (i ^ i >> 15) * 0x31848BABu;
+    return (float)(int32_t)(i >> 8) * 0x1p-24f;
+}
+
+static inline float limited(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+static inline int is_power_of_two(float s) {
+    int32_t b = bits_of(s);
+    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
+}
+
+/* What one rounding needs. */
+typedef struct {
+    Layout layout;
+    Keys keys;
+    float low, high; /* limits of the rounded value */
+    float beyond;    /* what rounds past the largest value becomes */
+    float largest;   /* the largest finite value, and where stochastic rounding cuts its input */
+    float cut;
+    int plain;       /* beyond is the largest value, and there are no limits */
+    int stochastic;
+} Rounding;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float rounded_nearest(float v, const Rounding *r, const int plain) {
+    int32_t b = bits_of(v), code = nearest_even(b & 0x7FFFFFFF, r->layout), end = r->layout.largest;
+    float q = value_of(code > end ? end : code, r->layout);
+    if (!plain) q = code > end ? r->beyond : q;
+    return float_of(bits_of(q) | (b & INT32_MIN));
+}
+
+INLINE float rounded_stochastic(float v, uint32_t i, const Rounding *r, const int plain) {
+    const int32_t to_ulp = (23 - r->layout.shift) << 23;
+    int32_t b = bits_of(v);
+    float a = float_of(b & 0x7FFFFFFF);
+    a = a > r->cut ? r->cut : a;
+    int32_t binade = bits_of(a) & 0x7F800000;
+    int32_t ulp = (binade > r->layout.normal ? binade : r->layout.normal) - to_ulp;
+    float y = a * float_of(0x7F000000 - ulp); /* a / ulp, exactly: a power of two */
+    float whole = floorf(y);
+    whole += uniform(i, r->keys) < y - whole ? 1.0f : 0.0f;
+    float q = whole * float_of(ulp);
+    if (!plain) q = q > r->largest ? r->beyond : q;
+    return float_of(bits_of(q) | (b & INT32_MIN));
+}
+
+/* rounded(x * s) / s, whose division by a power of two is a multiplication: the same bits, sooner. */
+INLINE void piece(const float *x, float *out, int64_t begin, int64_t end, float s, const Rounding *rounding,
+                  const int stochastic, const int plain, const int power_of_two) {
+    const Rounding r = *rounding;
+    const float inverse = 1.0f / s;
+    _Pragma("omp simd")
+    for (int64_t i = begin; i < end; i++) {
+        float v = x[i] * s;
+        float q = stochastic ? rounded_stochastic(v, (uint32_t)i, &r, plain) : rounded_nearest(v, &r, plain);
+        if (!plain) q = limited(q, r.low, r.high);
+        q = power_of_two ? q * inverse : q / s;
+        out[i] = v != v ? v : q;
+    }
+}
+
+static void any_piece(const float *x, float *out, int64_t begin, int64_t end, float s, const Rounding *r) {
+#define IN_CASE(stochastic_, plain_, power_)                                                            \
+    if (r->stochastic == stochastic_ && r->plain == plain_ && is_power_of_two(s) == power_)             \
+        piece(x, out, begin, end, s, r, stochastic_, plain_, power_);
+    IN_CASE(0, 0, 0) IN_CASE(0, 0, 1) IN_CASE(0, 1, 0) IN_CASE(0, 1, 1)
+    IN_CASE(1, 0, 0) IN_CASE(1, 0, 1) IN_CASE(1, 1, 0) IN_CASE(1, 1, 1)
+}
+
+/* rows x columns values, one scale a row: limited(rounded(x * scale)) / scale.
+   keys: NULL for rounding to nearest even, else those of the random numbers. */
+void quantize(const float *x, float *out, int64_t rows, int64_t columns, const float *scale, float low,
+              float high, float beyond, const uint32_t *keys, const Layout *layout) {
+    const int64_t across = (columns + PIECE - 1) / PIECE, pieces = rows * across;
+    Rounding r = {.layout = *layout, .low = low, .high = high, .beyond = beyond, .stochastic = keys != 0};
+    r.largest = value_of(layout->largest, *layout);
+    r.cut = beyond == r.largest ? r.largest : value_of(layout->largest + 1, *layout);
+    r.plain = beyond == r.largest && low == -INFINITY && high == INFINITY;
+    if (keys) r.keys = (Keys){keys[0], keys[1]};
+    _Pragma("omp parallel for schedule(static) if (rows * columns > PIECE)")
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t row = piece / across, at = row * columns, begin = at + (piece % across) * PIECE;
+        const int64_t end = begin + PIECE < at + columns ? begin + PIECE : at + columns;
+        any_piece(x, out, begin, end, scale[row], &r);
+    }
+}
+
+#define CODE_OF(type, element)                                                                          \
+    int32_t b = bits_of(x[element]), magnitude = b & 0x7FFFFFFF, code = nearest_even(magnitude, k);     \
+    code = code > k.largest ? k.largest : code;                                                         \
+    code = magnitude == 0x7F800000 ? k.infinity : code;                                                 \
+    code = magnitude > 0x7F800000 ? k.nan : code;                                                       \
+    out[element] = (type)(code | (b < 0 && magnitude <= 0x7F800000 ? k.sign : 0));
+
+#define VALUE_OF(element)                                                                               \
+    int32_t c = codes[element], magnitude = c & (k.sign - 1);                                           \
+    float q = value_of(magnitude, k);                                                                   \
+    q = magnitude > k.largest ? (magnitude == k.infinity ? INFINITY : NAN) : q;                         \
+    q = float_of(bits_of(q) | (c & k.sign ? INT32_MIN : 0));                                            \
+    out[element] = c >= 2 * k.sign ? NAN : q;
+
+void encode_bytes(const float *x, uint8_t *out, int64_t n, const Layout *layout) {
+    const Layout k = *layout;
+    _Pragma("omp parallel for simd schedule(static) if (parallel : n > PIECE)")
+    for (int64_t i = 0; i < n; i++) { CODE_OF(uint8_t, i) }
+}
+
+void encode_words(const float *x, int16_t *out, int64_t n, const Layout *layout) {
+    const Layout k = *layout;
+    _Pragma("omp parallel for simd schedule(static) if (parallel : n > PIECE)")
+    for (int64_t i = 0; i < n; i++) { CODE_OF(int16_t, i) }
+}
+
+void decode_bytes(const uint8_t *codes, float *out, int64_t n, const Layout *layout) {
+    const Layout k = *layout;
+    _Pragma("omp parallel for simd schedule(static) if (parallel : n > PIECE)")
+    for (int64_t i = 0; i < n; i++) { VALUE_OF(i) }
+}
+
+void decode_words(const uint16_t *codes, float *out, int64_t n, const Layout *layout) {
+    const Layout k = *layout;
+    _Pragma("omp parallel for simd schedule(static) if (parallel : n > PIECE)")
+    for (int64_t i = 0; i < n; i++) { VALUE_OF(i) }
+}

@@ -1,0 +1,134 @@
+"""The loops of exmy.c for one layout, called on tensors: what `ExMy` does on a CPU, in one pass."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from altgrad_core import native
+from altgrad_core.random_bits import stream_key_tensor
+from altgrad_formats.layout import Layout
+
+_SOURCE = Path(__file__).with_name("exmy.c")
+_MANTISSA, _BIAS = 23, 127  # float32's
+_MINUS_INF = -(2**23)  # its bits as an int32
+
+
+@functools.cache
+def _loops() -> ctypes.CDLL | None:
+    """Return the compiled file with the types of its arguments declared; None where there is none."""
+    loops = native.library(_SOURCE)
+    if loops is not None:
+        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        limits = [number, number, number]
+        loops.quantize.argtypes = [pointer, pointer, count, count, pointer, *limits, pointer, pointer]
+        for name in ("encode_bytes", "encode_words", "decode_bytes", "decode_words"):
+            getattr(loops, name).argtypes = [pointer, pointer, count, pointer]
+    return loops
+
+
+class NativeExMy:
+    """The loops for one layout; `serves` says for which tensors there is one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._unit = layout.lowest_exponent - layout.mantissa_bits  # exponent of the smallest spacing
+        self._constants = (
+            torch.tensor(_constants(layout), dtype=torch.int32) if self._exact else torch.empty(0)
+        )
+
+    def serves(self, x: Tensor, rounding: str = "nearest_even") -> bool:
+        """Whether there is a loop for this tensor and rounding, and a compiler to make it."""
+        in_reach = rounding == "nearest_even" or (rounding == "stochastic" and self._unit >= -126)
+        return in_reach and self._exact and native.serves(x) and _loops() is not None
+
+    @property
+    def _exact(self) -> bool:
+        """Whether float32 arithmetic is exact: codes are float32 patterns, and no spacing exceeds 1."""
+        return self._layout.lowest_exponent >= -126 and self._unit <= 0
+
+    def quantize(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        stream: tuple[int, int, int] | None,
+        limit: Tensor | None,
+        beyond: float,
+    ) -> Tensor:
+        """Return x rounded as `Format.fake_quantize` says; scale: None, 0-d, or (..., 1) for rows of x."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        scales = torch.ones(1) if scale is None else scale.contiguous()
+        low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
+        rows = scales.numel()
+        keys = None if stream is None else stream_key_tensor(stream)
+        _loops_in_use().quantize(
+            native.address(x),
+            native.address(out),
+            rows,
+            x.numel() // rows,
+            native.address(scales),
+            low,
+            high,
+            beyond,
+            native.address(keys),
+            native.address(self._constants),
+        )
+        return out
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the codes of x: uint8 up to 8 bits, else int16."""
+        x = x.contiguous()
+        byte = self._layout.bits <= 8
+        out = torch.empty(x.shape, dtype=torch.uint8 if byte else torch.int16)
+        loop = _loops_in_use().encode_bytes if byte else _loops_in_use().encode_words
+        loop(*map(native.address, (x, out)), x.numel(), native.address(self._constants))
+        return out
+
+    def decodes(self, codes: Tensor) -> bool:
+        """Whether there is a loop for codes of this type and size."""
+        expected = torch.uint8 if self._layout.bits <= 8 else torch.int16
+        large = codes.numel() >= native.FEWEST_ELEMENTS and codes.device.type == "cpu"
+        plain = type(codes) is Tensor and not torch.compiler.is_compiling()
+        return self._exact and large and plain and codes.dtype == expected and _loops() is not None
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of codes that `decodes`."""
+        codes = codes.contiguous()
+        out = torch.empty(codes.shape, dtype=torch.float32)
+        byte = codes.dtype == torch.uint8
+        loop = _loops_in_use().decode_bytes if byte else _loops_in_use().decode_words
+        loop(*map(native.address, (codes, out)), codes.numel(), native.address(self._constants))
+        return out
+
+
+def _loops_in_use() -> ctypes.CDLL:
+    loops = _loops()
+    if loops is None:
+        raise RuntimeError("there is no compiled loop; ask `serves` first")
+    return loops
+
+
+def _constants(layout: Layout) -> list[int]:
+    """Return the struct Layout of exmy.c."""
+    shift, lowest = _MANTISSA - layout.mantissa_bits, layout.lowest_exponent
+    unit = lowest - layout.mantissa_bits
+    normal = (lowest + _BIAS) << _MANTISSA
+    infinity = layout.largest_code if layout.inf_code is None else layout.inf_code
+    return [
+        shift,
+        (1 << (shift - 1)) - 1,
+        (lowest + _BIAS - 1) << layout.mantissa_bits,
+        (_MANTISSA + unit + _BIAS) << _MANTISSA,
+        normal,
+        _MINUS_INF if lowest == 1 - _BIAS else normal,
+        layout.largest_code,
+        infinity,
+        -1 if layout.nan_code is None else layout.nan_code,
+        layout.magnitudes,
+    ]
