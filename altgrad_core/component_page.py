@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import attrs
 
-from altgrad_core.options import Choice, StiffnessChoice, written
+from altgrad_core.options import Choice, GeometryOptions, StiffnessChoice, written
 from altgrad_core.registry import ConflictError, Registered, Registry
 
 _HEADINGS = {
@@ -36,9 +36,10 @@ def lines(entry: Registered, registry: Registry) -> Iterator[str]:
     if component.source:
         yield f"  source  {component.source}"
     fields = attrs.fields(attrs.resolve_types(component.options))
-    if fields:
+    beside = attrs.fields(attrs.resolve_types(GeometryOptions)) if entry.kind == "stiffness" else ()
+    if options := [_option(field) for field in (*fields, *beside)]:
         yield from ("", "options")
-        yield from _table([_option(field) for field in fields])
+        yield from _table(options)
     if snippet := list(_snippet(entry, registry, fields)):
         yield from ("", "in an experiment file", "", *snippet)
 

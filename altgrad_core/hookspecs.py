@@ -211,10 +211,17 @@ class OptimizerInputs:
 
 
 class Stiffness(Protocol):
-    """The local spacing of a format seen as a geometry, dw/du, in weight units, strictly positive."""
+    """The local spacing of a format seen as a geometry, dw/du, in weight units, strictly positive.
+
+    A formula is stateless. Its options class has no `of_format` and no `refresh`: in a file these two stand
+    beside every formula's options and are the core's (`options.GeometryOptions`). Where they are used, an
+    optimizer is handed an `altgrad_core.stiffness.Geometry` around the formula. That sees to `of_format`;
+    its attribute `refresh` is the optimizer's to honor: `never` means to call it once per weight, before the
+    first update, and to keep the result in the state that is saved.
+    """
 
     def __call__(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
-        """Return the stiffness at `weight`, of its shape and dtype."""
+        """Return the stiffness at `weight`, of its shape and dtype; the grid there is values/scale."""
         ...
 
 

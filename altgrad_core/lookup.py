@@ -6,10 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
+import attrs
+
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Stiffness
-from altgrad_core.options import Choice, FormatChoice, StiffnessChoice
+from altgrad_core.options import Choice, FormatChoice, GeometryOptions, StiffnessChoice
 from altgrad_core.registry import Registry, UsageError, discover
+from altgrad_core.stiffness import Geometry
 from altgrad_core.structuring import structure
 
 
@@ -39,10 +42,19 @@ def format_or_none(
 
 
 def get_stiffness(spec: Any, registry: Registry | None = None) -> Stiffness:
-    """Return a stiffness formula by name, by table (`{"plugin": "grid", ...}`), or the callable given."""
+    """Return a stiffness formula by name, by table (`{"plugin": "grid", ...}`), or the callable given.
+
+    A table may hold, beside the formula's own options, `of_format` (a name, a table or a Format) and
+    `refresh`; the result is then a `Geometry`. Raises UsageError for an unknown name or a wrong table.
+    """
     if callable(spec):
         return cast(Stiffness, spec)
     registry = registry or discover()
+    if isinstance(spec, Mapping) and isinstance(of_format := spec.get("of_format"), Format):
+        rest = {key: value for key, value in spec.items() if key != "of_format"}
+        choice = _choice(rest, StiffnessChoice, registry)
+        formula = attrs.evolve(choice, geometry=GeometryOptions()).build(registry)
+        return Geometry(formula, of_format, choice.geometry.refresh)
     return cast(Stiffness, _choice(spec, StiffnessChoice, registry).build(registry))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import attrs
 
@@ -90,10 +90,6 @@ class Choice:
         return {} if self.options is None else plain(self.options)
 
 
-class StiffnessChoice(Choice):
-    kind = "stiffness"
-
-
 class OptimizerChoice(Choice):
     kind = "optimizer"
 
@@ -122,6 +118,47 @@ class FormatChoice(Choice):
     def plain(self) -> Any:
         options = self.plain_options()
         return {"plugin": self.plugin, **options} if options else self.plugin
+
+
+def _has_a_grid(_: Any, field: Any, value: FormatChoice | None) -> None:
+    if value is not None and value.unquantised:
+        raise ValueError(f"{value.plugin} has no grid to take a geometry from; name a format of 3 to 16 bits")
+
+
+@attrs.frozen(kw_only=True)
+class GeometryOptions:
+    """What the core offers with every stiffness formula, in one table with the formula's own options."""
+
+    of_format: FormatChoice | None = option(
+        "take this format's geometry, at its own fit scale of the weight; left out: the weight's own format",
+        default=None,
+        validator=_has_a_grid,
+    )
+    refresh: Literal["step", "never"] = option(
+        "step: S follows the weight; never: S stays that of the initial weight", default="step"
+    )
+
+
+@attrs.frozen
+class StiffnessChoice(Choice):
+    """A stiffness formula, with its options and the core's."""
+
+    kind = "stiffness"
+    geometry: GeometryOptions = GeometryOptions()
+
+    def build(self, registry: Registry, *inputs: Any) -> Any:
+        """Return the formula; where the core's options ask for it, inside of a `Geometry`."""
+        formula = super().build(registry, *inputs)
+        if self.geometry == GeometryOptions():
+            return formula
+        from altgrad_core.lookup import format_or_none  # these import torch
+        from altgrad_core.stiffness import Geometry
+
+        of_format = format_or_none(self.geometry.of_format, registry)
+        return Geometry(formula, of_format, self.geometry.refresh)
+
+    def plain_options(self) -> dict[str, Any]:
+        return {**super().plain_options(), **plain(self.geometry)}
 
 
 # --- validators that say what they want --------------------------------------------------------------

@@ -23,7 +23,15 @@ import cattrs
 from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
-from altgrad_core.options import UNQUANTISED, Choice, FieldError, FormatChoice, Path
+from altgrad_core.options import (
+    UNQUANTISED,
+    Choice,
+    FieldError,
+    FormatChoice,
+    GeometryOptions,
+    Path,
+    StiffnessChoice,
+)
 from altgrad_core.registry import Registry, UsageError, listed, shown, suggestion
 
 _LARGEST_INTEGER = 2**63 - 1
@@ -44,12 +52,17 @@ class _Problems(Exception):
         self.problems = problems
 
 
-def structure(value: Any, cls: Any, registry: Registry, path: Path = ()) -> tuple[Any, list[Problem]]:
-    """Return `value` as an instance of `cls` (None where that failed), and every problem found."""
+def structure(
+    value: Any, cls: Any, registry: Registry, path: Path = (), *, also_known: Sequence[str] = ()
+) -> tuple[Any, list[Problem]]:
+    """Return `value` as an instance of `cls` (None where that failed), and every problem found.
+
+    also_known: keys that may stand beside those of `cls` in the file, for the message on an unknown one.
+    """
     try:
         return converter(registry).structure(value, cls), []
     except Exception as error:  # noqa: BLE001 - every way a value can be wrong ends as a problem
-        return None, _problems(error, path)
+        return None, _problems(error, path, also_known)
 
 
 @functools.lru_cache(maxsize=4)
@@ -224,27 +237,50 @@ def _choice(value: Any, cls: type[Choice], registry: Registry) -> Choice:
         found = registry.find(cls.kind, name)
     except UsageError as error:
         raise _Problems([Problem(at, str(error))]) from error
+    if issubclass(cls, StiffnessChoice):
+        return _stiffness(cls, name, table, found.component.options, registry)
     options, problems = structure(table, found.component.options, registry)
     if problems:
         raise _Problems(problems)
     return cls(name, options)
 
 
+def _stiffness(
+    cls: type[StiffnessChoice], name: str, table: dict[str, Any], own: type, registry: Registry
+) -> StiffnessChoice:
+    """Structure the options of a formula, and the core's beside them in the same table."""
+    core = [field.name for field in attrs.fields(GeometryOptions)]
+    if taken := [field.name for field in attrs.fields(own) if field.name in core]:
+        raise ValueError(
+            f"{name!r} has an option {taken[0]!r} of its own, a name that is the core's: mend its plugin"
+        )
+    shared = {key: table.pop(key) for key in core if key in table}
+    options, problems = structure(table, own, registry, also_known=core)
+    geometry, wrong = structure(shared, GeometryOptions, registry)
+    if problems or wrong:
+        raise _Problems([*problems, *wrong])
+    return cls(name, options, geometry)
+
+
 # --- from exceptions to problems ---------------------------------------------------------------------
 
 
-def _problems(error: BaseException, path: Path) -> list[Problem]:
+def _problems(error: BaseException, path: Path, also_known: Sequence[str] = ()) -> list[Problem]:
     if isinstance(error, _Problems):
         return [Problem(path + problem.path, problem.message) for problem in error.problems]
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        known = [field.name for field in attrs.fields(error.cl)]
+        known = [*(field.name for field in attrs.fields(error.cl)), *also_known]
         expected = f"; the keys are: {listed(known)}" if known else "; no keys are expected here"
         return [
             Problem((*path, key), f"unknown key {key!r}{suggestion(key, known) or expected}")
             for key in sorted(error.extra_fields)
         ]
     if isinstance(error, BaseExceptionGroup):
-        return [problem for inner in error.exceptions for problem in _problems(inner, path + _step(inner))]
+        return [
+            problem
+            for inner in error.exceptions
+            for problem in _problems(inner, path + _step(inner), () if _step(inner) else also_known)
+        ]
     if isinstance(error, FieldError):
         return [Problem(path + error.path, str(error))]
     if isinstance(error, KeyError) and error.args == _step(error):

@@ -1,6 +1,6 @@
 """The conformance kit: checks that a plugin author runs on what he wrote, in his own tests.
 
-    from altgrad_core.testing import check_format, check_optimizer
+    from altgrad_core.testing import check_format, check_optimizer, check_stiffness
 
 The checks need neither pytest nor hypothesis, and raise `ConformanceError`, which says what was expected,
 what was seen for which input, and where to look.
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from altgrad_core.testing.formats import check_format as check_format
     from altgrad_core.testing.optimizers import check_optimizer as check_optimizer
+    from altgrad_core.testing.stiffness import check_stiffness as check_stiffness
 
-_HOMES = {"check_format": "formats", "check_optimizer": "optimizers"}
+_HOMES = {"check_format": "formats", "check_optimizer": "optimizers", "check_stiffness": "stiffness"}
 
 
 class ConformanceError(AssertionError):

@@ -515,7 +515,7 @@ def test_options_survive_plain_and_structure(options):
         ('a "b" é', '"a \\"b\\" é"'),
         ((1.0, 2.0), "[1.0, 2.0]"),
         (Point(x=1.0), "{x = 1.0, y = 0.0}"),
-        (StiffnessChoice("grid"), '{plugin = "grid"}'),
+        (StiffnessChoice("grid"), '{plugin = "grid", refresh = "step"}'),
         (FormatChoice("E5M2"), '"E5M2"'),
     ],
 )

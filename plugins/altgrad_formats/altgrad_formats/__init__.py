@@ -1,4 +1,4 @@
-"""Number formats for AltGrad: every ExMy format, to the last bit.
+"""Number formats for AltGrad: every ExMy format, to the last bit; and stiffness formulas.
 
     from altgrad_formats import E4M3, ExMy
 
@@ -17,9 +17,10 @@ import attrs
 from attrs.validators import ge, in_, instance_of, le, optional
 
 from altgrad_core.hookspecs import Component, NoOptions, hookimpl
+from altgrad_core.options import at_least, option
 from altgrad_formats.layout import MOST_BITS, NAMED, SECOND_NAMES, SPECIALS, Layout, default_bias
 
-__all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions"]
+__all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions", "ScrambledOptions"]
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +60,13 @@ class ExMyOptions:
         """Return the layout described. Raises ValueError where there is no such format."""
         bias = default_bias(self.exponent_bits, self.mantissa_bits) if self.bias is None else self.bias
         return Layout(self.exponent_bits, self.mantissa_bits, bias, self.specials)
+
+
+@attrs.frozen(kw_only=True)
+class ScrambledOptions:
+    """The true spacings, dealt out to the wrong weights."""
+
+    seed: int = option("picks the permutation", default=0, validator=at_least(0))
 
 
 _NOTES = {
@@ -103,6 +111,30 @@ def altgrad_formats() -> list[Component]:
     )
     first = [_component(name, name) for name in NAMED]
     return [*first, *(_component(*names) for names in SECOND_NAMES.items()), by_numbers]
+
+
+@hookimpl
+def altgrad_stiffness() -> list[Component]:
+    """Register the formulas beside the core's `grid` and `uniform`."""
+    return [
+        Component(
+            name="ideal",
+            summary="2^(floor(log2|w|) - M): the founding formula, blind to subnormals, bias and scale",
+            target="altgrad_formats.stiffness:ideal",
+        ),
+        Component(
+            name="smooth",
+            summary="|w|*ln2/2^M, floored at the subnormal spacing: grid without its jumps",
+            target="altgrad_formats.stiffness:smooth",
+            source="the logarithmic number system's spacing, as in LNS-Madam, arXiv 2106.13914",
+        ),
+        Component(
+            name="scrambled",
+            summary="grid, permuted over the tensor: the control with the spread but not the geometry",
+            options=ScrambledOptions,
+            target="altgrad_formats.stiffness:scrambled",
+        ),
+    ]
 
 
 def __getattr__(name: str) -> Any:

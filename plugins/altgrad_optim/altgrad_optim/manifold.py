@@ -14,6 +14,11 @@ both, (1, 1): Adam in rung space: Riemannian Adam (Becigneul and Ganea, arXiv 18
 S is taken at w before decay, in weight units, clamped to `max_stiffness`. S^q is divided per tensor by its
 rms, mean or max (`normalize`), accumulated in float64; with "none", lr reads as ULPs per step under q = 1.
 
+The core offers two options with every stiffness. `of_format`: S is that of another format, at its own fit
+scale of the current weights. In a model without a quantised weight it applies to the matrices, and runs a
+geometry on float32 weights. `refresh = "never"`: S stays that of the initial weights; a change of scale does
+not change it either. It is then part of the optimizer's state, one tensor more per weight.
+
 When not to use it: where weights are float32 masters and only the forward pass is quantised, formats hardly
 differ and plain AdamW does as well. A tensor that starts at zero does not leave it under `normalize="none"`
 with a learning rate meant for weight units.
@@ -29,6 +34,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
+from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.lookup import get_stiffness
 from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions
@@ -58,7 +64,8 @@ class ManifoldAdamW(GeometryOptimizer):
     params: as for any torch optimizer; `altgrad_core.param_groups(model)` splits a model's. A group may set
         `format` and `scale` itself for weights that no quantiser knows.
     lr: learning rate of the parameters that have a grid. Weight units, except under normalize="none".
-    stiffness: name of an installed formula, a table with options, or a callable.
+    stiffness: name of an installed formula, a table with options, or a callable; `altgrad_core.stiffness.
+        Geometry` gives a callable of your own the options `of_format` and `refresh`.
     placement: "gradient", "update", "both", or a pair (p, q) or table {"p":, "q":}.
     normalize: "rms", "mean", "max" or "none": what S^q is divided by, per tensor.
     weight_decay: decoupled, w *= 1 - rate * weight_decay; the rate is lr, or decay_lr (following the
@@ -110,24 +117,50 @@ class ManifoldAdamW(GeometryOptimizer):
             },
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        sets_lr = "lr" in param_group
+        super().add_param_group(param_group)
+        self.param_groups[-1]["sets_lr"] = sets_lr
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
+        borrowed = self._borrowed_format()
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
+            if borrowed is not None:
+                gridded = [(weight, borrowed, 1.0) for weight in plain if weight.dim() >= 2]
+                plain = [weight for weight in plain if weight.dim() < 2]
             for weight, format, scale in gridded:
                 self._update(group, weight, format, scale)
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
-    def _update(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> None:
+    def _borrowed_format(self) -> Format | None:
+        """Return the format whose geometry matrices without a grid take: `of_format`, if none has a grid.
+
+        Beside quantised weights the others stay plain, so that arms differ in the quantised weights only.
+        """
+        of_format = getattr(self.stiffness, "of_format", None)
+        if of_format is None:
+            return None
+        gridded = (
+            grid_of(group, index) for group in self.param_groups for index in range(len(group["params"]))
+        )
+        return None if any(grid is not None for grid in gridded) else of_format
+
+    def grid_lr(self, group: dict[str, Any]) -> float:
+        """Return the learning rate of the group's parameters with a geometry."""
+        return float(group["lr"]) if group.get("sets_lr") else super().grid_lr(group)
+
+    def _update(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor | float) -> None:
         state = self.state[weight]
         moments(state, weight, "exp_avg", "exp_avg_sq")
         state["step"] += 1
         p, q, lr = group["p"], group["q"], self.grid_lr(group)
         stiffness = (
-            self.stiffness(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
+            self._stiffness_at(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
         )
         gradient = weight.grad if stiffness is None else weight.grad * powered(stiffness, p)
         direction = adamw_direction(
@@ -138,6 +171,24 @@ class ManifoldAdamW(GeometryOptimizer):
         in_weight_units = not q or group["normalize"] != "none"
         rate = lr if in_weight_units else group["decay_lr"] * schedule_factor(group)
         weight.mul_(1 - rate * group["weight_decay"]).sub_(direction.mul_(lr))
+
+    def _stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
+        """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
+        if getattr(self.stiffness, "refresh", "step") != "never":
+            return self.stiffness(weight, format, scale)
+        state = self.state[weight]
+        if "stiffness" not in state:
+            _refuse_late_start(int(state["step"]) - 1)
+            state["stiffness"] = self.stiffness(weight, format, scale).clone()
+        return state["stiffness"]
+
+
+def _refuse_late_start(steps: int) -> None:
+    if steps:
+        raise RuntimeError(
+            f"refresh='never' keeps the stiffness of the initial weights, but a weight has taken {steps}"
+            " steps and its state has none; load a state saved under refresh='never', or use refresh='step'"
+        )
 
 
 def powered(stiffness: Tensor, exponent: float) -> Tensor | float:

@@ -1,12 +1,17 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from altgrad_core.groups import param_groups
+from altgrad_core.registry import discover
+from altgrad_core.stiffness import Geometry, fit_scale
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.testing import check_optimizer
 from altgrad_optim import ManifoldAdamW
 from altgrad_optim.manifold import exponents
 
@@ -192,7 +197,10 @@ def test_a_first_step_moves_every_weight_by_lr_spacings_in_every_octave(table, n
 
 @pytest.mark.parametrize(("name", "unit"), [("E0M7", 2.0**-7), ("E1M6", 2.0**-5)])
 @pytest.mark.parametrize("placement", ["gradient", "update", "both"])
-def test_on_uniform_formats_the_stiffness_is_a_learning_rate(table, name, unit, placement):
+@pytest.mark.parametrize("stiffness", ["grid", "scrambled"])
+def test_on_uniform_formats_the_stiffness_is_a_learning_rate(table, name, unit, placement, stiffness):
+    if stiffness not in {entry.name for entry in discover().of_kind("stiffness")}:
+        pytest.skip(f"{stiffness} is another plugin's, which is not installed")
     scales = [0.5, 4.0]
 
     def result(lrs=(0.3, 0.3), **options):
@@ -206,9 +214,10 @@ def test_on_uniform_formats_the_stiffness_is_a_learning_rate(table, name, unit, 
     adamw = result(stiffness="uniform")
     in_ulps = result([0.3 * unit / scale for scale in scales], stiffness="uniform")
     expected = adamw if placement == "gradient" else in_ulps
-    assert same(result(placement=placement, normalize="none"), expected)
+    geometry = {"placement": placement, "stiffness": stiffness}
+    assert same(result(normalize="none", **geometry), expected)
     for normalize in ("rms", "mean", "max"):
-        assert same(result(placement=placement, normalize=normalize), adamw), normalize
+        assert same(result(normalize=normalize, **geometry), adamw), normalize
 
 
 def _steps_to_arrive(make, limit):
@@ -585,3 +594,221 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(table, placement, rounding):
         runs.append(losses)
     assert runs[0] == runs[1]
     assert runs[0][-1] < 0.7 * runs[0][0]
+
+
+# --- another format's geometry, and a frozen one --------------------------------------------------------
+
+
+class Recorded:
+    """A formula that notes what it is asked; S grows with the scale, so that a change of either shows."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, weight, format, scale):
+        self.asked.append((weight.detach().clone(), format, float(scale)))
+        return (1.0 + weight.abs()) * scale
+
+
+def hand_made(start, gradients, stiffnesses, lr=0.1):
+    """Return the weights after steps under `update` and `none`, betas (0, 0): w -= lr * S * sign(g)."""
+    weight = start.clone()
+    for gradient, stiffness in zip(gradients, stiffnesses, strict=True):
+        weight = weight - lr * stiffness * gradient.sign()
+    return weight
+
+
+def test_of_format_takes_the_other_formats_geometry_at_its_fit_scale(table):
+    formula = Recorded()
+    weights = [nn.Parameter(torch.tensor([0.25, -0.6]))]
+    geometry = Geometry(formula, of_format=table("E5M2"))
+    optimizer = optimizer_of(weights, table("E4M3"), 8.0, stiffness=geometry)
+    run(weights, optimizer, 1)
+    ((_, format, scale),) = formula.asked
+    assert (format, scale) == (table("E5M2"), 2.0**16)
+
+
+def test_a_mismatched_geometry_trains_as_that_format_at_that_scale_would(table):
+    options = {"normalize": "rms", "steps": 1}
+    mismatched = {"plugin": "grid", "of_format": table("E5M2")}
+    borrowed = trained(table("E0M7"), scale=1.0, stiffness=mismatched, **options)
+    weights = random_weights()
+    scales = [fit_scale(weight, table("E5M2")) for weight in weights]
+    assert same(borrowed, run(weights, optimizer_of(weights, table("E5M2"), scales, normalize="rms"), 1))
+    assert not same(borrowed, trained(table("E0M7"), scale=1.0, **options))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update", "both"])
+def test_a_frozen_stiffness_stays_that_of_the_initial_weights_whatever_the_scale(table, placement):
+    formula = Recorded()
+    (weight,) = weights = random_weights(shapes=((50,),))
+    start = weight.detach().clone()
+    geometry = Geometry(formula, refresh="never")
+    optimizer = optimizer_of(weights, table("E4M3"), 2.0, stiffness=geometry, placement=placement)
+    run(weights, optimizer, 3)
+    optimizer.param_groups[0]["scale"] = 16.0
+    run(weights, optimizer, 3, start=3)
+    ((asked, _, scale),) = formula.asked
+    assert torch.equal(asked, start)
+    assert scale == 2.0
+    assert torch.equal(optimizer.state[weight]["stiffness"], (1 + start.abs()) * 2)
+
+
+def test_the_steps_of_a_frozen_and_of_a_fresh_stiffness_by_hand(table):
+    start, gradients = torch.tensor([1.0, 3.0]).double(), [torch.tensor([1.0, -1.0]).double()] * 2
+    fresh = [torch.tensor([1.0, 2.0]), torch.tensor([0.5, 2.0])]  # E7M0 at 1 and 3, then at 0.9 and 3.2
+    for refresh, stiffnesses in (("step", fresh), ("never", fresh[:1] * 2)):
+        weight = nn.Parameter(start.clone())
+        stiffness = {"plugin": "grid", "refresh": refresh}
+        optimizer = optimizer_of(
+            [weight], table("E7M0"), lr=0.1, betas=(0.0, 0.0), normalize="none", stiffness=stiffness
+        )
+        for gradient in gradients:
+            weight.grad = gradient
+            optimizer.step()
+        torch.testing.assert_close(weight.detach(), hand_made(start, gradients, stiffnesses))
+
+
+def test_a_weight_whose_gradient_comes_late_is_frozen_before_its_own_first_step(table):
+    weights = random_weights()
+    optimizer = optimizer_of(weights, table("E4M3"), stiffness={"plugin": "grid", "refresh": "never"})
+    weights[0].grad, start = torch.ones_like(weights[0]), weights[1].detach().clone()
+    optimizer.step()
+    assert "stiffness" not in optimizer.state[weights[1]]
+    run(weights, optimizer, 2)
+    expected = table("E4M3").spacing(start)
+    assert torch.equal(optimizer.state[weights[1]]["stiffness"], expected)
+
+
+FROZEN = {"plugin": "grid", "refresh": "never"}
+
+RESUME = """
+import sys, torch
+from torch import nn
+from altgrad_core.format import Format
+from altgrad_optim import ManifoldAdamW
+
+values = torch.load(sys.argv[1] + "/values.pt")
+saved = torch.load(sys.argv[1] + "/state.pt")
+weight = nn.Parameter(saved["weight"])
+group = {"params": [weight], "format": Format(name="E4M3", bits=8, values=values), "scale": 16.0}
+optimizer = ManifoldAdamW([group], lr=0.05, stiffness={"plugin": "grid", "refresh": "never"})
+optimizer.load_state_dict(saved["optimizer"])
+for gradient in saved["gradients"]:
+    weight.grad = gradient
+    optimizer.step()
+torch.save(weight.detach(), sys.argv[1] + "/result.pt")
+"""
+
+
+def test_a_frozen_stiffness_resumes_to_the_bit_in_a_fresh_process(table, tmp_path):
+    gradients = torch.randn(6, 200, generator=generator(5))
+
+    def steps(weight, optimizer, some):
+        for gradient in some:
+            weight.grad = gradient.clone()
+            optimizer.step()
+
+    (weight,) = weights = random_weights(shapes=((200,),))
+    optimizer = optimizer_of(weights, table("E4M3"), 16.0, lr=0.05, eps=1e-8, stiffness=FROZEN)
+    steps(weight, optimizer, gradients[:3])
+    saved = {"weight": weight.detach().clone(), "optimizer": copy.deepcopy(optimizer.state_dict())}
+    torch.save(table("E4M3").values, tmp_path / "values.pt")
+    torch.save({**saved, "gradients": list(gradients[3:])}, tmp_path / "state.pt")
+    steps(weight, optimizer, gradients[3:])
+    subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], check=True)
+    assert torch.equal(torch.load(tmp_path / "result.pt"), weight.detach())
+    anew = nn.Parameter(saved["weight"].clone())  # what resuming without S would do
+    steps(anew, optimizer_of([anew], table("E4M3"), 16.0, lr=0.05, eps=1e-8), gradients[3:])
+    assert not torch.equal(anew, weight)
+
+
+def test_a_state_without_the_initial_stiffness_cannot_be_gone_on_with(table):
+    weights = random_weights()
+    optimizer = optimizer_of(weights, table("E4M3"))
+    run(weights, optimizer, 2)
+    frozen = optimizer_of(weights, table("E4M3"), stiffness=FROZEN)
+    frozen.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match=r"refresh='never' .* has taken 2 steps .* use refresh='step'"):
+        run(weights, frozen, 1)
+
+
+def test_a_callable_of_your_own_can_be_frozen_and_is_clamped_all_the_same(table):
+    weights = random_weights()
+    geometry = Geometry(constant(8.0), refresh="never")
+    clamped = optimizer_of(weights, table("E4M3"), stiffness=geometry, max_stiffness=2.0, normalize="none")
+    seen = run(weights, clamped)
+    assert same(seen, trained(table("E4M3"), stiffness=constant(2.0), normalize="none"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"refresh": "never"}, {"of_format": True}, {"of_format": True, "refresh": "never"}]
+)
+def test_with_these_options_it_keeps_the_contract(table, options):
+    given = {**options, "of_format": table("E5M2")} if "of_format" in options else options
+    stiffness = {"plugin": "grid", **given}
+    check_optimizer(lambda groups: ManifoldAdamW(groups, lr=0.05, other_lr=0.05, stiffness=stiffness))
+
+
+def test_under_grid_storage_a_frozen_stiffness_is_that_of_the_snapped_weights(table):
+    model = model_of(table("E4M3"))
+    optimizer = ManifoldAdamW(param_groups(model), lr=0.02, stiffness=FROZEN)
+    store_on_grid(optimizer, "stochastic", generator())
+    weight, quantizer = model[1].weight, quantizer_of(model[1].weight)
+    expected = table("E4M3").spacing(weight.detach() * quantizer.scale) / quantizer.scale
+    run(list(model.parameters()), optimizer, 5)
+    assert torch.equal(optimizer.state[weight]["stiffness"], expected)
+
+
+# --- a geometry on weights that are not quantised ---------------------------------------------------------
+
+
+def borrowing(format):
+    return {"plugin": "grid", "of_format": format}
+
+
+def test_without_any_quantised_weight_matrices_take_the_geometry_of_of_format_at_lr(table):
+    model, twin = model_of(None), model_of(None)
+    optimizer = ManifoldAdamW(param_groups(model), lr=0.5, other_lr=0.01, stiffness=borrowing(table("E5M2")))
+    groups = param_groups(twin)
+    for group in groups:
+        if group["params"][0].dim() >= 2:
+            group["format"] = table("E5M2")
+            group["scale"] = [fit_scale(one, table("E5M2")) for one in group["params"]]
+    by_hand = ManifoldAdamW(groups, lr=0.5, other_lr=0.01)
+    expected = run(list(twin.parameters()), by_hand, 1)
+    assert same(run(list(model.parameters()), optimizer, 1), expected)
+    plain = model_of(None)
+    adamw = ManifoldAdamW(param_groups(plain), lr=0.5, other_lr=0.01)
+    for seen, other in zip(expected, run(list(plain.parameters()), adamw, 1), strict=True):
+        assert torch.equal(seen, other) == (seen.dim() < 2), "vectors are plain AdamW at other_lr"
+
+
+def test_beside_a_quantised_weight_the_others_stay_plain(table):
+    arms = []
+    for stiffness in ("grid", borrowing(table("E5M2"))):
+        model = model_of(table("E4M3"))
+        optimizer = ManifoldAdamW(model.parameters(), lr=0.5, other_lr=0.01, stiffness=stiffness)
+        run(list(model.parameters()), optimizer, 2)
+        for parameter in model.parameters():  # nor where a step has no gradient for the quantised ones
+            parameter.grad = None if quantizer_of(parameter) else torch.ones_like(parameter)
+        optimizer.step()
+        arms.append(model)
+    for one, other in zip(*(arm.parameters() for arm in arms), strict=True):
+        assert torch.equal(one, other) == (quantizer_of(one) is None)
+
+
+def test_the_learning_rate_of_a_borrowed_geometry_is_the_groups_own_or_lr_on_the_schedule(table):
+    def moved(own, factor):
+        weight = nn.Parameter(torch.ones(2, 2).double())
+        group = {"params": [weight]} | ({} if own is None else {"lr": own})
+        optimizer = ManifoldAdamW([group], lr=0.5, other_lr=0.01, eps=0.0, stiffness=borrowing(table("E5M2")))
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return 1 - float(weight.detach()[0, 0])
+
+    assert moved(None, 1.0) == pytest.approx(0.5)
+    assert moved(None, 0.5) == pytest.approx(0.25)
+    assert moved(0.2, 0.5) == pytest.approx(0.1)
+    assert moved(0.0, 1.0) == 0
