@@ -4,7 +4,12 @@ import pathlib
 
 import nox
 
-PLUGINS = sorted(path.parent.name for path in pathlib.Path("plugins").glob("*/pyproject.toml"))
+FOLDERS = {
+    path.parent.name: path.parent
+    for place in ("plugins", "examples")
+    for path in sorted(pathlib.Path(place).glob("*/pyproject.toml"))
+}
+"""Package to the folder of its distribution: every plugin, and the example of a third party's."""
 TEST_TOOLS = ["pytest", "hypothesis", "gfloat", "ml_dtypes"]
 
 nox.options.sessions = ["test", "isolated", "lint"]
@@ -19,18 +24,18 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("plugin", PLUGINS)
+@nox.parametrize("plugin", list(FOLDERS))
 def isolated(session: nox.Session, plugin: str) -> None:
     """Each plugin's tests from wheels, in an environment that holds the core and that plugin alone."""
     wheels = session.create_tmp()
     session.install("-c", "constraints.txt", "flit_core")
     session.run(
-        "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ".", f"plugins/{plugin}"
+        "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ".", str(FOLDERS[plugin])
     )
     names = ["altgrad_core", plugin]
     built = [str(next(pathlib.Path(wheels).glob(f"{name}-*.whl"))) for name in names]
     session.install("-c", "constraints.txt", *built, *TEST_TOOLS)
-    tests = pathlib.Path("plugins", plugin, "tests").resolve()
+    tests = (FOLDERS[plugin] / "tests").resolve()
     rootless = ["-c", str(pathlib.Path("pyproject.toml").resolve()), "--rootdir", str(tests)]
     session.chdir(wheels)  # so that nothing is imported from the checkout
     session.run("pytest", "-p", "no:cacheprovider", *rootless, str(tests), *session.posargs)
