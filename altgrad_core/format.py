@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from altgrad_core.random_bits import Key, draw_seed
-from altgrad_core.random_bits import uniform as uniform_stream
+from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
 from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table, round_up_to, thresholds
 
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
@@ -142,8 +141,8 @@ class Format:
         if rounding != "stochastic" and uniform is not None:
             raise ValueError(f"`uniform` is for rounding='stochastic', not {rounding!r}")
         if rounding == "stochastic" and uniform is None:
-            stream = (draw_seed(_given(generator)), 0, 0)
-            return self._fake_quantize(_working(x), None, rounding, overflow, stream, None).to(x.dtype)
+            keys = stream_key_tensor((draw_seed(_given(generator)), 0, 0), x.device)
+            return self._fake_quantize(_working(x), None, rounding, overflow, keys, None).to(x.dtype)
         if uniform is not None:
             _check_uniform(x, uniform, generator)
         return self._quantize(_working(x), rounding, overflow, uniform).to(x.dtype)
@@ -156,13 +155,13 @@ class Format:
         rounding: str = "nearest_even",
         overflow: str = "saturate",
         *,
-        stream: Key | None = None,
+        keys: Tensor | None = None,
         limit: Tensor | None = None,
     ) -> Tensor:
         """Return quantize(x·scale)/scale in one pass over memory, in x's shape, dtype and device.
 
-        `scale` broadcasts against x; None is 1. `stream` is the (seed, step, tensor) of the random numbers
-        of stochastic rounding (`random_bits`): element i of x, in row-major order, takes the stream's i-th.
+        `scale` broadcasts against x; None is 1. `keys`, of `random_bits.stream_key_tensor`, name the random
+        numbers of stochastic rounding: element i of x, in row-major order, takes the stream's i-th.
         `limit`, (lowest, highest) in the format's own units, clamps what is rounded, before the division.
         float16 and bfloat16 are scaled in float32.
 
@@ -171,11 +170,9 @@ class Format:
         self._check_holds(x)
         _check_choice("rounding", rounding, ROUNDINGS)
         _check_choice("overflow", overflow, OVERFLOWS)
-        if (stream is None) == (rounding == "stochastic"):
-            raise ValueError(
-                f"rounding={rounding!r} and stream={stream!r}: stochastic rounding takes a stream"
-            )
-        return self._fake_quantize(_working(x), scale, rounding, overflow, stream, limit).to(x.dtype)
+        if (keys is None) == (rounding == "stochastic"):
+            raise ValueError(f"stochastic rounding, and no other, takes keys; rounding={rounding!r}")
+        return self._fake_quantize(_working(x), scale, rounding, overflow, keys, limit).to(x.dtype)
 
     @torch.no_grad()
     def spacing(self, x: Tensor) -> Tensor:
@@ -227,8 +224,6 @@ class Format:
         Raises TypeError as `quantize` does; ValueError for a NaN where the format has no code for it.
         """
         _check_floating(x)
-        if not self.has_nan and _holds_nan(x):
-            raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
         return self._encode(_working(x)).to(self._code_dtype)
 
     @torch.no_grad()
@@ -257,11 +252,11 @@ class Format:
         scale: Tensor | None,
         rounding: str,
         overflow: str,
-        stream: Key | None,
+        keys: Tensor | None,
         limit: Tensor | None,
     ) -> Tensor:
-        """Round x·scale, limit it, and divide by the scale; `stream` is given exactly under stochastic."""
-        uniform = None if stream is None else uniform_stream(stream, x.shape, x.device)
+        """Round x·scale, limit it, and divide by the scale; `keys` are given exactly under stochastic."""
+        uniform = None if keys is None else uniform_like(x, keys)
         scaled = x if scale is None else x * scale
         rounded = bounded(self._quantize(scaled, rounding, overflow, uniform), limit)
         return rounded if scale is None else rounded / scale
@@ -287,7 +282,8 @@ class Format:
         return torch.uint8 if self.bits <= 8 else torch.int16
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Return codes in [0, 2^bits), of any integer type that holds them."""
+        """Return codes in [0, 2^bits), of any integer type that holds them; refuse NaN without a code."""
+        self._refuse_nan(x)
         return self._rung(x).add_(self._zero)
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -354,6 +350,11 @@ class Format:
                 " convert the input to torch.float32 first"
             )
 
+    def _refuse_nan(self, x: Tensor) -> None:
+        """Raise ValueError where x holds a NaN and NaN has no code."""
+        if not self.has_nan and bool(x.isnan().any()):
+            raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
+
     def _held_by(self, dtype: torch.dtype) -> bool:
         key = ("held by", dtype)
         if key not in self._cache:
@@ -371,11 +372,6 @@ def wide(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int64:
         return codes
     return codes.to(torch.int32) & 0xFFFF if codes.dtype == torch.int16 else codes.to(torch.int32)
-
-
-def _holds_nan(x: Tensor) -> bool:
-    """Whether an element is NaN, in one pass and without a mask of x's size."""
-    return x.numel() > 0 and bool(x.detach().amin().isnan())
 
 
 def nan_where_(values: Tensor, mask: Tensor) -> Tensor:

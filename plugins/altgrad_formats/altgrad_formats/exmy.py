@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import Format, nan_where_, wide
-from altgrad_core.random_bits import Key
 from altgrad_formats.layout import Layout, default_bias
 from altgrad_formats.native_exmy import NativeExMy
 
@@ -116,12 +115,12 @@ class ExMy(Format):
         scale: Tensor | None,
         rounding: str,
         overflow: str,
-        stream: Key | None,
+        keys: Tensor | None,
         limit: Tensor | None,
     ) -> Tensor:
         if self._native.serves(x, rounding) and (scale is None or _by_rows(scale, x)):
-            return self._native.quantize(x, scale, stream, limit, self._beyond(overflow))
-        return super()._fake_quantize(x, scale, rounding, overflow, stream, limit)
+            return self._native.quantize(x, scale, keys, limit, self._beyond(overflow))
+        return super()._fake_quantize(x, scale, rounding, overflow, keys, limit)
 
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
         if uniform is None and self._native.serves(x, rounding):
@@ -154,7 +153,11 @@ class ExMy(Format):
 
     def _encode(self, x: Tensor) -> Tensor:
         if self._native.serves(x):
-            return self._native.encode(x)
+            codes, holds_nan = self._native.encode(x)
+            if holds_nan:
+                self._refuse_nan(x)
+            return codes
+        self._refuse_nan(x)
         layout, codes = self.layout, self._rung(x).abs_()
         if layout.inf_code is not None:
             codes.masked_fill_(x.isinf(), layout.inf_code)

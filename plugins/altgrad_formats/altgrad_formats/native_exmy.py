@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
-from altgrad_core.random_bits import stream_key_tensor
 from altgrad_formats.layout import Layout
 
 _SOURCE = Path(__file__).with_name("exmy.c")
@@ -56,7 +55,7 @@ class NativeExMy:
         self,
         x: Tensor,
         scale: Tensor | None,
-        stream: tuple[int, int, int] | None,
+        keys: Tensor | None,
         limit: Tensor | None,
         beyond: float,
     ) -> Tensor:
@@ -66,7 +65,6 @@ class NativeExMy:
         scales = torch.ones(1) if scale is None else scale.contiguous()
         low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
         rows = scales.numel()
-        keys = None if stream is None else stream_key_tensor(stream)
         _loops_in_use().quantize(
             native.address(x),
             native.address(out),
@@ -76,19 +74,18 @@ class NativeExMy:
             low,
             high,
             beyond,
-            native.address(keys),
+            native.address(None if keys is None else keys.contiguous()),
             native.address(self._constants),
         )
         return out
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the codes of x: uint8 up to 8 bits, else int16."""
+    def encode(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Return the codes of x, uint8 up to 8 bits, else int16, and whether an element is NaN."""
         x = x.contiguous()
         byte = self._layout.bits <= 8
         out = torch.empty(x.shape, dtype=torch.uint8 if byte else torch.int16)
         loop = _loops_in_use().encode_bytes if byte else _loops_in_use().encode_words
-        loop(*map(native.address, (x, out)), x.numel(), native.address(self._constants))
-        return out
+        return out, bool(loop(*map(native.address, (x, out)), x.numel(), native.address(self._constants)))
 
     def decodes(self, codes: Tensor) -> bool:
         """Whether there is a loop for codes of this type and size."""

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from altgrad_core import native
-from altgrad_core.random_bits import uniform
+from altgrad_core.random_bits import stream_key_tensor, uniform
 from altgrad_formats import native_exmy
 from altgrad_formats.exmy import ExMy
 from altgrad_formats.layout import NAMED
 
+KEYS = stream_key_tensor((1, 2, 3))
 SHAPES = [(e, m) for e in range(8) for m in range(16) if 3 <= 1 + e + m <= 16]
 
 
@@ -84,7 +85,7 @@ def test_stochastic_rounding_gives_the_same_bits(format, overflow, eagerly):
     x = torch.cat((patterns(20_000), near_the_grid(format)[:20_000]))
 
     def rounded():
-        return format.fake_quantize(x, None, "stochastic", overflow, stream=(1, 2, 3))
+        return format.fake_quantize(x, None, "stochastic", overflow, keys=KEYS)
 
     assert same_bits(rounded(), eagerly(rounded))
     assert same_bits(
@@ -118,16 +119,14 @@ def test_every_code_has_the_same_value(name, eagerly):
 )
 def test_scale_and_limit_are_applied_in_the_same_pass(rounding, scale, eagerly):
     format, x = ExMy(4, 3, 7, "fn"), torch.randn(50, 301, generator=torch.Generator().manual_seed(1))
-    stream = (1, 2, 3) if rounding == "stochastic" else None
+    keys = KEYS if rounding == "stochastic" else None
     limit = torch.tensor([-0.75, 0.5])
 
     def rounded():
-        return format.fake_quantize(x, scale, rounding, stream=stream, limit=limit)
+        return format.fake_quantize(x, scale, rounding, keys=keys, limit=limit)
 
     assert same_bits(rounded(), eagerly(rounded))
-    expected = eagerly(
-        lambda: format.fake_quantize(x * scale, None, rounding, stream=stream).clamp(-0.75, 0.5)
-    )
+    expected = eagerly(lambda: format.fake_quantize(x * scale, None, rounding, keys=keys).clamp(-0.75, 0.5))
     assert torch.equal(rounded(), expected / scale)
 
 
