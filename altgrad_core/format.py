@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
-from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table, round_up_to, thresholds
+from altgrad_core.table_rounding import TableRounding
+from altgrad_core.table_rounding import wide as wide
+from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table
 
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 OVERFLOWS = ("saturate", "ieee")
@@ -61,7 +63,7 @@ class Format:
         self.name = name
         self.bits = bits
         self._values = checked_table(name, bits, values)
-        self._cache: dict[Any, Tensor] = {}
+        self._held: dict[torch.dtype, bool] = {}
 
     # --- what the format is -------------------------------------------------------------------------
 
@@ -78,12 +80,7 @@ class Format:
     @cached_property
     def smallest(self) -> float:
         """The smallest positive value."""
-        return float(self.values[self._zero + 1])
-
-    @cached_property
-    def _zero(self) -> int:
-        """The index of zero in the table, which is also the number of negative values."""
-        return int(torch.searchsorted(self.values, 0.0))
+        return float(self.values[self.values > 0][0])
 
     def _identity(self) -> tuple[object, ...]:
         """What equality and hash compare."""
@@ -102,8 +99,7 @@ class Format:
         derived = {
             name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)
         }
-        kept = {name: value for name, value in self.__dict__.items() if name not in derived}
-        return {**kept, "_cache": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     # --- the contract -------------------------------------------------------------------------------
 
@@ -224,7 +220,7 @@ class Format:
         Raises TypeError as `quantize` does; ValueError for a NaN where the format has no code for it.
         """
         _check_floating(x)
-        return self._encode(_working(x)).to(self._code_dtype)
+        return self._encode(_working(x)).to(torch.uint8 if self.bits <= 8 else torch.int16)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -242,9 +238,7 @@ class Format:
 
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
         """Round x, keeping its dtype; `uniform` is given exactly when `rounding` is stochastic."""
-        cell = self._cell(x, rounding) if uniform is None else self._stochastic_cell(x, uniform)
-        rounded = self._outputs(overflow, x)[cell].copysign_(x)
-        return torch.where(x.isnan(), x, rounded)
+        return self._table.quantize(x, rounding, overflow, uniform)
 
     def _fake_quantize(
         self,
@@ -256,88 +250,53 @@ class Format:
         limit: Tensor | None,
     ) -> Tensor:
         """Round x·scale, limit it, and divide by the scale; `keys` are given exactly under stochastic."""
+        if type(self)._quantize is Format._quantize:  # else the arithmetic is a subclass's own
+            fused = self._table.fake_quantize(x, scale, rounding, overflow, keys, limit)
+            if fused is not None:
+                return fused
+        return self._in_passes(x, scale, rounding, overflow, keys, limit)
+
+    def _in_passes(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        rounding: str,
+        overflow: str,
+        keys: Tensor | None,
+        limit: Tensor | None,
+    ) -> Tensor:
+        """Do what `_fake_quantize` does by `_quantize`."""
         uniform = None if keys is None else uniform_like(x, keys)
         scaled = x if scale is None else x * scale
         rounded = bounded(self._quantize(scaled, rounding, overflow, uniform), limit)
         return rounded if scale is None else rounded / scale
 
     def _spacing(self, x: Tensor) -> Tensor:
-        cell = self._cell(x, "toward_zero").clamp_(1, len(self.values))
-        return torch.where(x.isnan(), x, self._outward_gap(x, cell).to(x.dtype))
+        return self._table.spacing(x)
 
     def _rung(self, x: Tensor) -> Tensor:
         """Return int32 rungs; NaN may give anything."""
-        cell = self._cell(x, "nearest_even").clamp_(1, len(self.values))
-        return cell.sub_(1 + self._zero)
+        return self._table.rung(x)
 
     def _rung_range(self) -> tuple[int, int]:
-        return -self._zero, len(self.values) - 1 - self._zero
+        return self._table.rung_range()
 
     def _from_rung(self, rungs: Tensor) -> Tensor:
         """Return float32 values of int32 rungs within `_rung_range`."""
-        return self._outputs("saturate", rungs, torch.float32)[rungs + (1 + self._zero)]
-
-    @property
-    def _code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits <= 8 else torch.int16
+        return self._table.from_rung(rungs)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Return codes in [0, 2^bits), of any integer type that holds them; refuse NaN without a code."""
         self._refuse_nan(x)
-        return self._rung(x).add_(self._zero)
+        return self._table.encode(x)
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Return float32 values of codes of any integer type, NaN for those without a value."""
-        codes = wide(codes)
-        valid = (codes >= 0) & (codes < len(self.values))
-        table = self._outputs("saturate", codes, torch.float32)
-        return torch.where(valid, table[codes.clamp(0, len(self.values) - 1) + 1], torch.nan)
+        return self._table.decode(codes)
 
-    # --- the table's cells: 0 below the lowest value, 1 to n the values, n + 1 above the highest -----
-
-    def _cell(self, x: Tensor, rounding: str) -> Tensor:
-        """Return the int32 cell that x rounds to."""
-        key = (rounding, x.dtype, x.device)
-        if key not in self._cache:
-            exact = thresholds(self._cells(), self._zero, rounding)
-            self._cache[key] = round_up_to(x.dtype, exact).to(x.device)
-        return torch.bucketize(x.contiguous(), self._cache[key], out_int32=True, right=True)
-
-    def _stochastic_cell(self, x: Tensor, uniform: Tensor) -> Tensor:
-        """Return the cell toward zero, or its outer neighbor where r·gap < |x| - lo.
-
-        In float64, where both sides are exact for gaps of up to 29 bits; an on-grid x never moves.
-        """
-        cell = self._cell(x, "toward_zero")
-        above_lo = (x.double() - self._cells(x.device)[cell]).abs_()
-        outward = uniform.double() * self._outward_gap(x, cell) < above_lo
-        return torch.where(x < 0, cell - outward.int(), cell + outward.int())
-
-    def _outward_gap(self, x: Tensor, cell: Tensor) -> Tensor:
-        """Return the float64 gap from the cell's value away from zero, on x's side; inf past the ends."""
-        key = ("gaps", x.device)
-        if key not in self._cache:
-            gaps = self._cells(x.device).diff()
-            self._cache[key] = torch.nn.functional.pad(gaps, (1, 1), value=torch.inf)
-        return self._cache[key][torch.where(x < 0, cell, cell + 1)]  # [c] below cell c, [c + 1] above it
-
-    def _cells(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the n + 2 cells' values in float64, the outermost two virtual."""
-        key = ("cells", torch.device(device))
-        if key not in self._cache:
-            table = self.values.double()
-            below, above = 2 * table[:1] - table[1:2], 2 * table[-1:] - table[-2:-1]
-            self._cache[key] = torch.cat((below, table, above)).to(device)
-        return self._cache[key]
-
-    def _outputs(self, overflow: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return what each cell turns into, with both outer cells saturated or NaN."""
-        key = (overflow, dtype or like.dtype, like.device)
-        if key not in self._cache:
-            ends = self.values[[0, -1]] if overflow == "saturate" else self.values.new_full((2,), torch.nan)
-            outputs = torch.cat((ends[:1], self.values, ends[1:]))
-            self._cache[key] = outputs.to(dtype=key[1], device=key[2])
-        return self._cache[key]
+    @cached_property
+    def _table(self) -> TableRounding:
+        return TableRounding(self.values)
 
     # --- checks -------------------------------------------------------------------------------------
 
@@ -356,22 +315,14 @@ class Format:
             raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
 
     def _held_by(self, dtype: torch.dtype) -> bool:
-        key = ("held by", dtype)
-        if key not in self._cache:
-            self._cache[key] = (self.values.to(dtype).float() == self.values).all()
-        return bool(self._cache[key])
+        if dtype not in self._held:
+            self._held[dtype] = bool((self.values.to(dtype).float() == self.values).all())
+        return self._held[dtype]
 
 
 def bounded(values: Tensor, limit: Tensor | None) -> Tensor:
     """Return the values limited to [limit[0], limit[1]]; NaN stays NaN. None: as they are."""
     return values if limit is None else torch.minimum(torch.maximum(values, limit[0]), limit[1])
-
-
-def wide(codes: Tensor) -> Tensor:
-    """Return codes as int32 or int64; int16 ones are bit patterns, without a sign."""
-    if codes.dtype == torch.int64:
-        return codes
-    return codes.to(torch.int32) & 0xFFFF if codes.dtype == torch.int16 else codes.to(torch.int32)
 
 
 def nan_where_(values: Tensor, mask: Tensor) -> Tensor:

@@ -50,6 +50,14 @@ def serves(x: Tensor) -> bool:
     )
 
 
+def one_a_row(scale: Tensor | None, x: Tensor) -> bool:
+    """Whether a scale is none, one float32 number, or one for each row of x along its last dimension."""
+    if scale is None or (scale.dim() == 0 and scale.dtype == torch.float32 and scale.device == x.device):
+        return True
+    rows = scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1)
+    return rows and scale.dtype == torch.float32 and scale.device == x.device
+
+
 def address(x: Tensor | None) -> ctypes.c_void_p:
     """Return a contiguous tensor's memory, for a C function; NULL for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())

@@ -25,6 +25,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from altgrad_core import native
 from altgrad_core.format import Format, nan_where_, wide
 from altgrad_formats.layout import Layout, default_bias
 from altgrad_formats.native_exmy import NativeExMy
@@ -79,7 +80,7 @@ class ExMy(Format):
         self.bits = self.layout.bits
         self.has_inf = self.layout.inf_code is not None
         self.has_nan = self.layout.nan_code is not None
-        self._cache = {}
+        self._held = {}
         made = {"largest": self.largest, "smallest": self.smallest, "_native": self._native}
         vars(self).update(made)  # now, for no compiled kernel can enter a lock
 
@@ -118,9 +119,9 @@ class ExMy(Format):
         keys: Tensor | None,
         limit: Tensor | None,
     ) -> Tensor:
-        if self._native.serves(x, rounding) and (scale is None or _by_rows(scale, x)):
+        if self._native.serves(x, rounding) and native.one_a_row(scale, x):
             return self._native.quantize(x, scale, keys, limit, self._beyond(overflow))
-        return super()._fake_quantize(x, scale, rounding, overflow, keys, limit)
+        return self._in_passes(x, scale, rounding, overflow, keys, limit)
 
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
         if uniform is None and self._native.serves(x, rounding):
@@ -256,12 +257,6 @@ class ExMy(Format):
 def from_options(options: ExMyOptions) -> ExMy:
     """Build the format that an experiment file describes."""
     return ExMy(options.exponent_bits, options.mantissa_bits, options.bias, options.specials)
-
-
-def _by_rows(scale: Tensor, x: Tensor) -> bool:
-    """Whether a float32 scale is one number, or one for each row of x along its last dimension."""
-    one_each = scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1)
-    return scale.dtype == torch.float32 and scale.device == x.device and (scale.dim() == 0 or one_each)
 
 
 def _whole_in_place(y: Tensor, rounding: str) -> Tensor:

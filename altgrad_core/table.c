@@ -1,0 +1,84 @@
+/* Formats known by their table of values, on a CPU: rounding by one look-up and one comparison.
+
+   The upper 16 bits of a float32 name a slot: sign, exponent and 7 bits of mantissa. Where no slot holds more than
+   one threshold at which rounding changes, the cell of x is that of the slot's lowest number, and the next one
+   from the slot's threshold on. Exact for any thresholds, ties included. Cells as in altgrad_core.value_table:
+   0 below the lowest value, 1 to n the values, n + 1 above the highest. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PIECE 16384 /* elements a thread takes at a time */
+
+typedef struct {
+    float threshold;
+    int32_t cell;
+} Slot;
+
+static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
+
+static inline int32_t cell_of(float x, const Slot *slots) {
+    const Slot slot = slots[(uint32_t)bits_of(x) >> 16];
+    return slot.cell + (x >= slot.threshold);
+}
+
+void cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t last) {
+    _Pragma("omp parallel for simd schedule(static) if (parallel : n > PIECE)")
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] != x[i] ? last : cell_of(x[i], slots);
+}
+
+/* Element i's number in [0, 1), of altgrad_core.random_bits. */
+static inline double uniform(uint32_t i, uint32_t first, uint32_t second) {
+    i = (i + first) * 0xED5AD4BBu;
+    i = (i ^ i >> 15) * 0xAC4C1B51u + second;
+    i = (i ^ i >> 15) * 0x31848BABu;
+    return (double)(i >> 8) * 0x1p-24;
+}
+
+/* The cell toward zero of x, or its outer neighbour where r * gap < |x| - |value|, r of the keys' stream.
+   slots: of rounding toward zero. values: of the cells. gaps[c] lies below cell c; inf past the ends. */
+void stochastic_cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t last,
+                      const double *values, const double *gaps, const uint32_t *keys) {
+    const uint32_t first = keys[0], second = keys[1];
+    _Pragma("omp parallel for schedule(static) if (n > PIECE)")
+    for (int64_t i = 0; i < n; i++) {
+        const float v = x[i];
+        const int32_t cell = v != v ? last : cell_of(v, slots), below = v < 0;
+        const double above = fabs((double)v - values[cell]), gap = gaps[below ? cell : cell + 1];
+        const int32_t outward = uniform((uint32_t)i, first, second) * gap < above;
+        out[i] = below ? cell - outward : cell + outward;
+    }
+}
+
+/* A division by a power of two is a multiplication: the same bits, sooner. */
+static inline int is_power_of_two(float s) {
+    int32_t b = bits_of(s);
+    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
+}
+
+static inline float rounded(float v, const Slot *slots, const float *outputs, float low, float high) {
+    const float q = copysignf(outputs[cell_of(v, slots)], v), r = q < low ? low : q;
+    return v != v ? v : r > high ? high : r;
+}
+
+/* rows x columns values, one scale a row: limited(output of the cell of x * scale) / scale. */
+void quantize(const float *restrict x, float *restrict out, int64_t rows, int64_t columns, const float *scale,
+              float low, float high, const Slot *restrict slots, const float *restrict outputs) {
+    const int64_t across = (columns + PIECE - 1) / PIECE, pieces = rows * across;
+    _Pragma("omp parallel for schedule(static) if (rows * columns > PIECE)")
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t row = piece / across, at = row * columns, begin = at + (piece % across) * PIECE;
+        const int64_t end = begin + PIECE < at + columns ? begin + PIECE : at + columns;
+        const float s = scale[row], inverse = 1.0f / s;
+        if (is_power_of_two(s))
+            _Pragma("omp simd") for (int64_t i = begin; i < end; i++) out[i] = rounded(x[i] * s, slots, outputs, low, high) * inverse;
+        else
+            _Pragma("omp simd") for (int64_t i = begin; i < end; i++) out[i] = rounded(x[i] * s, slots, outputs, low, high) / s;
+    }
+}
+
+void decode(const uint8_t *codes, float *out, int64_t n, const float *values, int32_t count) {
+    _Pragma("omp parallel for schedule(static) if (n > PIECE)")
+    for (int64_t i = 0; i < n; i++) out[i] = codes[i] < count ? values[codes[i]] : NAN;
+}
