@@ -28,12 +28,13 @@ _KERNELS_PER_FUNCTION = 64  # torch gives up silently at 8: one for each format,
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _enabled = False
+_broken = False
 
 
 def enable(elements: float = float("inf")) -> bool:
     """Compile kernels from here on, if so many elements are worth it; returns whether they are compiled."""
     global _enabled
-    if elements >= WORTH_COMPILING and os.environ.get(VARIABLE) != "eager":
+    if elements >= WORTH_COMPILING and _allowed():
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = max(
@@ -49,18 +50,32 @@ def disable() -> None:
     _enabled = False
 
 
+def _allowed() -> bool:
+    return os.environ.get(VARIABLE) != "eager"
+
+
+def _give_up() -> None:
+    """Compile nothing any more: the compiler does not work."""
+    global _broken
+    _broken = True
+    disable()
+
+
 def flat(x: Tensor) -> Tensor:
     """Return x detached, as one row: kernels are compiled once for all one-row tensors of a dtype."""
     return x.detach().reshape(-1)
 
 
-def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Mark a pure tensor function for compilation; see the module's text."""
+def kernel(function: Callable[_Arguments, _Result], *, always: bool = False) -> Callable[_Arguments, _Result]:
+    """Mark a pure tensor function for compilation; see the module's text.
+
+    always: whether it is compiled without `enable` too.
+    """
     compiled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
-        if not _enabled:
+        if torch.compiler.is_compiling() or not (_enabled or (always and not _broken and _allowed())):
             return function(*arguments, **keywords)
         if not compiled:
             compiled.append(torch.compile(function))
@@ -73,7 +88,7 @@ def kernel(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
         except Exception as error:
             if not _is_compiler_error(error):
                 raise
-            disable()
+            _give_up()
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"kernels stay eager, which is slower: {reason}", RuntimeWarning, stacklevel=2)
             return function(*arguments, **keywords)

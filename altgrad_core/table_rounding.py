@@ -1,7 +1,7 @@
 """Rounding by a table of values, whatever they are: what a format has that is nothing but its values.
 
-The values, and one virtual value beyond each end, are cells: 0 below the lowest value, 1 to n the values, n + 1
-above the highest. Every mode sends x to the cell that a search in its thresholds finds (`value_table`).
+The values, and one virtual value beyond each end, are cells: 0 below the lowest value, 1 to n the values,
+n + 1 above the highest. Every mode sends x to the cell that a search in its thresholds finds (`value_table`).
 On a CPU a loop in C looks the cell up instead, in one pass (`native_table`): the same cells, sooner.
 """
 

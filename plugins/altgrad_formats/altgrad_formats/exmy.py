@@ -29,6 +29,7 @@ from altgrad_core import native
 from altgrad_core.format import Format, nan_where_, wide
 from altgrad_formats.layout import Layout, default_bias
 from altgrad_formats.native_exmy import NativeExMy
+from altgrad_formats.one_kernel import OneKernel
 
 if TYPE_CHECKING:
     from altgrad_formats import ExMyOptions
@@ -81,7 +82,12 @@ class ExMy(Format):
         self.has_inf = self.layout.inf_code is not None
         self.has_nan = self.layout.nan_code is not None
         self._held = {}
-        made = {"largest": self.largest, "smallest": self.smallest, "_native": self._native}
+        made = {
+            "largest": self.largest,
+            "smallest": self.smallest,
+            "_native": self._native,
+            "_kernel": self._kernel,
+        }
         vars(self).update(made)  # now, for no compiled kernel can enter a lock
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -121,11 +127,15 @@ class ExMy(Format):
     ) -> Tensor:
         if self._native.serves(x, rounding) and native.one_a_row(scale, x):
             return self._native.quantize(x, scale, keys, limit, self._beyond(overflow))
+        if self._kernel.serves(x, rounding, scale):
+            return self._kernel.quantize(x, scale, keys, limit, self._beyond(overflow))
         return self._in_passes(x, scale, rounding, overflow, keys, limit)
 
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
         if uniform is None and self._native.serves(x, rounding):
             return self._native.quantize(x, None, None, None, self._beyond(overflow))
+        if uniform is None and self._kernel.serves(x, rounding, None):
+            return self._kernel.quantize(x, None, None, None, self._beyond(overflow))
         bound = self.largest if overflow == "saturate" else self._after_largest
         y = self._exact(x, bound).clamp(-bound, bound)
         ulp = self._ulp(y)
@@ -181,6 +191,10 @@ class ExMy(Format):
     @cached_property
     def _native(self) -> NativeExMy:
         return NativeExMy(self.layout)
+
+    @cached_property
+    def _kernel(self) -> OneKernel:
+        return OneKernel(self.layout)
 
     def _beyond(self, overflow: str) -> float:
         """Return what the magnitudes past the largest become."""

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from altgrad_core import native
 from altgrad_formats.layout import Layout
+from altgrad_formats.one_kernel import constants, in_reach
 
 _SOURCE = Path(__file__).with_name("exmy.c")
-_MANTISSA, _BIAS = 23, 127  # float32's
-_MINUS_INF = -(2**23)  # its bits as an int32
 
 
 @functools.cache
@@ -36,20 +35,11 @@ class NativeExMy:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._unit = layout.lowest_exponent - layout.mantissa_bits  # exponent of the smallest spacing
-        self._constants = (
-            torch.tensor(_constants(layout), dtype=torch.int32) if self._exact else torch.empty(0)
-        )
+        self._constants = torch.tensor(constants(layout), dtype=torch.int32)
 
     def serves(self, x: Tensor, rounding: str = "nearest_even") -> bool:
         """Whether there is a loop for this tensor and rounding, and a compiler to make it."""
-        in_reach = rounding == "nearest_even" or (rounding == "stochastic" and self._unit >= -126)
-        return in_reach and self._exact and native.serves(x) and _loops() is not None
-
-    @property
-    def _exact(self) -> bool:
-        """Whether float32 arithmetic is exact: codes are float32 patterns, and no spacing exceeds 1."""
-        return self._layout.lowest_exponent >= -126 and self._unit <= 0
+        return in_reach(self._layout, rounding) and native.serves(x) and _loops() is not None
 
     def quantize(
         self,
@@ -92,7 +82,13 @@ class NativeExMy:
         expected = torch.uint8 if self._layout.bits <= 8 else torch.int16
         large = codes.numel() >= native.FEWEST_ELEMENTS and codes.device.type == "cpu"
         plain = type(codes) is Tensor and not torch.compiler.is_compiling()
-        return self._exact and large and plain and codes.dtype == expected and _loops() is not None
+        return (
+            in_reach(self._layout, "nearest_even")
+            and large
+            and plain
+            and codes.dtype == expected
+            and _loops() is not None
+        )
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of codes that `decodes`."""
@@ -109,23 +105,3 @@ def _loops_in_use() -> ctypes.CDLL:
     if loops is None:
         raise RuntimeError("there is no compiled loop; ask `serves` first")
     return loops
-
-
-def _constants(layout: Layout) -> list[int]:
-    """Return the struct Layout of exmy.c."""
-    shift, lowest = _MANTISSA - layout.mantissa_bits, layout.lowest_exponent
-    unit = lowest - layout.mantissa_bits
-    normal = (lowest + _BIAS) << _MANTISSA
-    infinity = layout.largest_code if layout.inf_code is None else layout.inf_code
-    return [
-        shift,
-        (1 << (shift - 1)) - 1,
-        (lowest + _BIAS - 1) << layout.mantissa_bits,
-        (_MANTISSA + unit + _BIAS) << _MANTISSA,
-        normal,
-        _MINUS_INF if lowest == 1 - _BIAS else normal,
-        layout.largest_code,
-        infinity,
-        -1 if layout.nan_code is None else layout.nan_code,
-        layout.magnitudes,
-    ]
