@@ -4,9 +4,9 @@
 Here the layout comes as a tensor of integers, so that dtype and rounding alone decide on a compilation.
 
 The arithmetic is that of exmy.c, on the bits of float32. A magnitude code counts the values from zero. In
-the normal range it is the pattern shifted right by 23 - M, less an offset; below, a multiple of one spacing. Its
-value is a shift back; the codes of subnormals, read as if they had the hidden bit, are n where 2n less the
-smallest normal is meant, which is the lesser of the two exactly there.
+the normal range it is the pattern shifted right by 23 - M, less an offset; below, a multiple of one spacing.
+Its value is a shift back; the codes of subnormals, read as if they had the hidden bit, are n where 2n less
+the smallest normal is meant, which is the lesser of the two exactly there.
 """
 
 from __future__ import annotations
