@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from altgrad_core.format import Format as Format
     from altgrad_core.groups import param_groups as param_groups
     from altgrad_core.lookup import get_format as get_format
+    from altgrad_core.recipe import Recipe as Recipe
     from altgrad_core.registry import discover as plugins  # noqa: F401 - a public name
     from altgrad_core.rules import Rule as Rule
     from altgrad_core.storage import store_on_grid as store_on_grid
+    from altgrad_core.straight_through import quantize_gradient as quantize_gradient
+    from altgrad_core.straight_through import quantize_ste as quantize_ste
     from altgrad_core.surgery import dequantize_model as dequantize_model
     from altgrad_core.surgery import held_weights as held_weights
     from altgrad_core.surgery import quantize_model as quantize_model
 
 _HOMES = {
     "Format": "format",
+    "Recipe": "recipe",
     "Rule": "rules",
     "dequantize_model": "surgery",
     "get_format": "lookup",
@@ -36,7 +40,9 @@ _HOMES = {
     "load_experiment": "experiment_file",
     "param_groups": "groups",
     "plugins": "registry:discover",
+    "quantize_gradient": "straight_through",
     "quantize_model": "surgery",
+    "quantize_ste": "straight_through",
     "run": "commands",
     "run_all": "commands",
     "store_on_grid": "storage",

@@ -13,17 +13,17 @@ from torch import nn
 from altgrad_core import data, kernels, rules, shapes
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell
-from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.lookup import get_format
+from altgrad_core.layer_recipes import LayerRecipes
 from altgrad_core.model import GPT
 from altgrad_core.options import Choice
+from altgrad_core.recipe import Recipe, recipe_from
 from altgrad_core.record import RunFolder
 from altgrad_core.registry import Registry, UsageError
 from altgrad_core.run_state import Run, Watched
 from altgrad_core.storage import GridStorage, MasterBound, store_on_grid
-from altgrad_core.surgery import LayerFormat, quantize_layers, quantizer_of
+from altgrad_core.surgery import quantize_layers, quantizer_of
 from altgrad_core.terminal import Terminal
 from altgrad_core.watching import READ_IN_EVERY_STEP, STEP_EXTRAS
 
@@ -134,31 +134,39 @@ def _quantize(
     linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
     planned = rules.plan(quantize, linears, rules.tied_layers(experiment.model), registry)
     chosen = {
-        layer: LayerFormat(get_format(plan.format, registry), plan.storage, plan.geometry)
+        layer: LayerRecipes(
+            weights=recipe_from(quantize, plan.format, registry),
+            storage=plan.storage,
+            geometry=plan.geometry,
+            activations=recipe_from(quantize.activations, plan.activations, registry),
+            gradients=recipe_from(quantize.gradients, plan.gradients, registry),
+        )
         for layer, plan in planned.items()
     }
     if autocast:
-        _refuse_inexact({layer.format for layer in chosen.values()})
-    quantize_layers(
-        model,
-        chosen,
-        rounding=quantize.rounding,
-        overflow=quantize.overflow,
-        granularity=quantize.granularity,
-        margin=quantize.margin,
-        scale_mode=quantize.scale_mode or "current",
-    )
+        for layer in chosen.values():
+            for recipe in (layer.weights, layer.activations, layer.gradients):
+                _refuse_inexact(recipe)
+    quantize_layers(model, chosen, derived_seed(experiment.seed, "gradients"))
     return planned
 
 
-def _refuse_inexact(formats: set[Format]) -> None:
-    for format in formats:
-        try:
-            format.quantize(torch.ones(1, dtype=torch.bfloat16))
-        except ValueError as error:
-            raise UsageError(
-                f'{format.name} does not survive bfloat16 autocast: {error}; set train.dtype = "float32"'
-            ) from error
+def _refuse_inexact(recipe: Recipe | None) -> None:
+    """Refuse what bfloat16 does not hold: a grid value times a power of two, to 8 bits, it does."""
+    if recipe is None:
+        return
+    if not recipe.power_of_two:
+        cause = "block_scale" if recipe.block_scale else 'scale_rule = "exact"'
+        raise UsageError(
+            f"{recipe.format.name} under {cause} has scales that are no powers of two: inexact under "
+            'bfloat16 autocast; set train.dtype = "float32", or leave it out'
+        )
+    try:
+        recipe.format.quantize(torch.ones(1, dtype=torch.bfloat16))
+    except ValueError as error:
+        raise UsageError(
+            f'{recipe.format.name} does not survive bfloat16 autocast: {error}; set train.dtype = "float32"'
+        ) from error
 
 
 def _optimizer(model: nn.Module, experiment: Experiment, registry: Registry) -> torch.optim.Optimizer:
@@ -182,7 +190,7 @@ def _scale_mode(experiment: Experiment) -> str:
     quantize = experiment.quantize
     if quantize is None or quantize.storage == "master":
         return "initial"
-    return quantize.scale_mode or "adaptive"
+    return "adaptive" if quantize.mode == "adaptive" else "initial"
 
 
 def _storage(
@@ -202,7 +210,7 @@ def _storage(
         rounding=experiment.quantize.storage_rounding,
         generator=_generator(experiment, "storage"),
         bound=experiment.quantize.bound,
-        scale_mode="initial" if experiment.quantize.scale_mode == "initial" else "adaptive",
+        scale_mode=_scale_mode(experiment),
     )
 
 

@@ -13,6 +13,7 @@ from altgrad_core.structuring import Problem
 def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the problems between the sections of an experiment that are right by themselves."""
     yield from _listed_twice(sections)
+    yield from _quantize(sections)
     if "model" in sections and "data" in sections:
         yield from _rules(sections)
         yield from _freeze(sections)
@@ -26,6 +27,12 @@ def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield Problem((kind, index), f"{name!r} is listed twice; keep one")
+
+
+def _quantize(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    quantize = sections.get("quantize")
+    for problem in quantize.conflicts() if quantize is not None else ():
+        yield Problem(("quantize", *problem.path), str(problem))
 
 
 def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from altgrad_core import rules, shapes
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
 from altgrad_core.options import Choice, plain
+from altgrad_core.quantize_options import ActivationOptions, GradientOptions, ScaleOptions
 from altgrad_core.record import SUMMARY, read_json
 from altgrad_core.registry import Registry
 
@@ -24,6 +25,7 @@ def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
     """Return what a run is, as pairs of name and text."""
     return [
         ("format", _format(experiment, registry)),
+        *_flows(experiment, registry),
         ("optimizer", shown(experiment.optimizer)),
         ("data", f"{shown(experiment.data.source)}, tokenizer {experiment.data.tokenizer}"),
         ("model", _model(experiment)),
@@ -55,18 +57,50 @@ def _plan(experiment: Experiment, registry: Registry) -> dict[str, rules.LayerPl
 
 
 def _format(experiment: Experiment, registry: Registry) -> str:
-    plan = _plan(experiment, registry)
-    if not plan:
-        return "FP32: nothing is quantised"
-    quantize = experiment.quantize
-    kinds = collections.Counter((shown(layer.format), layer.storage) for layer in plan.values())
-    text = ", ".join(
-        f"{name} stored as {storage} ({number} layer{'s' if number > 1 else ''})"
-        for (name, storage), number in kinds.items()
+    plan, quantize = _plan(experiment, registry), experiment.quantize
+    kinds = collections.Counter(
+        (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantised
     )
-    if quantize and any(storage == "grid" for _, storage in kinds):
+    if not kinds or quantize is None:
+        return "FP32: no weight is quantised" if plan else "FP32: nothing is quantised"
+    text = ", ".join(
+        f"{name} stored as {storage} ({_layers(number)})" for (name, storage), number in kinds.items()
+    )
+    text += _scales(quantize)
+    if any(storage == "grid" for _, storage in kinds):
         text += f", rounded {quantize.storage_rounding}"
-    return f"{text}, bound {quantize.bound:g}" if quantize and quantize.bound else text
+    return f"{text}, bound {quantize.bound:g}" if quantize.bound else text
+
+
+def _flows(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Yield what activations and gradients become, where they are quantised."""
+    if experiment.quantize is None:
+        return
+    plan = _plan(experiment, registry)
+    for name in ("activations", "gradients"):
+        choices = [getattr(layer, name) for layer in plan.values()]
+        kinds = collections.Counter(shown(choice) for choice in choices if not choice.unquantised)
+        options: ActivationOptions | GradientOptions = getattr(experiment.quantize, name)
+        if kinds:
+            formats = ", ".join(f"{format} ({_layers(number)})" for format, number in kinds.items())
+            history = f" over {options.amax_history} steps" if options.mode == "delayed" else ""
+            rounding = "" if options.rounding == "nearest_even" else f", rounded {options.rounding}"
+            yield name, f"{formats}{_scales(options)}, scale {options.mode}{history}{rounding}"
+
+
+def _layers(number: int) -> str:
+    return f"{number} layer{'s' if number > 1 else ''}"
+
+
+def _scales(options: ScaleOptions) -> str:
+    """Return how scales are made, where that is not the default: `, one scale per block of 32 (ocp)`."""
+    block_scale = options.block_scale
+    shared = {"none": "scale 1", "block": f"one scale per block of {options.block}"}
+    text = shared.get(options.granularity, f"one scale per {options.granularity}")
+    rule = options.scale_rule if block_scale.unquantised else f"in {shown(block_scale)}"
+    if (options.granularity, rule) == ("tensor", "fit"):
+        return ""
+    return f", {text}" if rule == "fit" else f", {text} ({rule})"
 
 
 def _model(experiment: Experiment) -> str:

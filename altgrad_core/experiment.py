@@ -16,10 +16,8 @@ from altgrad_core.options import (
     DatasetChoice,
     FallbackChoice,
     FieldError,
-    FormatChoice,
     MonitorChoice,
     OptimizerChoice,
-    above,
     at_least,
     between,
     option,
@@ -27,6 +25,8 @@ from altgrad_core.options import (
     regexes,
     within,
 )
+from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
+from altgrad_core.quantize_options import RuleOptions as RuleOptions
 
 DEFAULT_PLUGINS = {"data": "licenses", "optimizer": "AdamW"}
 """Table to the plugin it means where it names none."""
@@ -107,57 +107,6 @@ class TrainOptions:
         "checkpoint interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)
     )
     keep_checkpoints: int = option("newest checkpoints kept", default=3, validator=at_least(1))
-
-
-@attrs.frozen(kw_only=True)
-class RuleOptions:
-    """`[[quantize.rule]]`: what to do with the layers a regular expression matches."""
-
-    layers: str = option("regex over full module paths", validator=regexes)
-    format: FormatChoice | None = option("number format; default: that of [quantize]", default=None)
-    storage: Literal["master", "grid"] | None = option("where the weights live", default=None)
-
-    def matches(self, layer: str) -> bool:
-        return re.fullmatch(self.layers, layer) is not None
-
-
-@attrs.frozen(kw_only=True)
-class QuantizeOptions:
-    """`[quantize]`: the weights of every Linear that no rule excludes."""
-
-    format: FormatChoice = option("a name, or {exponent_bits, mantissa_bits, bias, specials}")
-    storage: Literal["master", "grid"] = option(
-        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
-        default="master",
-    )
-    storage_rounding: Literal["nearest_even", "stochastic"] = option(
-        "how grid weights are rounded after a step", default="nearest_even"
-    )
-    bound: float = option(
-        "limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0)
-    )
-    granularity: Literal["none", "tensor"] = option("one scale per ...; none: scale 1", default="tensor")
-    scale_rule: Literal["fit"] = option("how the scale follows from amax", default="fit")
-    scale_mode: Literal["adaptive", "initial", "current"] | None = option(
-        "when the scale moves; grid: adaptive (default) or initial; master: current (default) or initial",
-        default=None,
-    )
-    margin: float = option("head room: amax is multiplied by it", default=1.0, validator=above(0))
-    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
-        "rounding of Q(w) in the forward pass (master)", default="nearest_even"
-    )
-    overflow: Literal["saturate", "ieee"] = option(
-        "what happens beyond the largest value", default="saturate"
-    )
-    rule: tuple[RuleOptions, ...] = option("exceptions; the first match wins", default=())
-
-    def __attrs_post_init__(self) -> None:
-        refused = {"grid": "current", "master": "adaptive"}[self.storage]
-        if self.scale_mode == refused:
-            raise FieldError(
-                "scale_mode",
-                f'"{refused}" does not go with storage = "{self.storage}"; leave it out, or use "initial"',
-            )
 
 
 @attrs.frozen(kw_only=True)

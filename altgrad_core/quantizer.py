@@ -1,4 +1,4 @@
-"""How one weight is quantised: its format, its scale, and the straight-through gradient.
+"""How one weight is quantised: its recipe, its scale, and the straight-through gradient.
 
 A quantiser belongs to a Parameter, not to a module: Linears that share a Parameter share its quantiser, and
 optimizers find it from the Parameter alone.
@@ -6,77 +6,73 @@ optimizers find it from the Parameter alone.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from altgrad_core import scaling
-from altgrad_core.format import OVERFLOWS, ROUNDINGS, Format
+from altgrad_core.format import Format
+from altgrad_core.recipe import Recipe
+from altgrad_core.straight_through import straight_through
 
 _ATTRIBUTE = "_altgrad_quantizer"
-
-_OPTIONS = {
-    "storage": ("master", "grid", None),
-    "rounding": tuple(mode for mode in ROUNDINGS if mode != "stochastic"),
-    "overflow": OVERFLOWS,
-    "granularity": ("none", "tensor"),
-    "scale_mode": ("current", "initial"),
-}
-"""What WeightQuantizer's options may be. A forward pass draws no random numbers: it must be repeatable."""
+_STORAGES = ("master", "grid", None)
 
 
 class WeightQuantizer:
     """How one weight is quantised, and the scale of its grid.
 
     Attributes:
-        format: the number format.
-        scale: 0-d float32 on the weight's device; the grid in weight units is `format.values / scale`.
+        recipe: format, granularity, rounding and the rest. Its scale follows the weight ("current"), stays
+            as it was fitted first ("initial") or is given ("static").
+        scale: float32 on the weight's device, 0-d or of a shape that broadcasts against the weight, always
+            the same tensor, written in place; the grid in weight units is `format.values / scale`.
         storage: "master", "grid", or None: as whoever stores the weights decides.
         on_grid: True while something keeps the weight itself on the grid; the forward pass uses it as is.
         geometry: False where optimizers must treat the weight as an unquantised one (a tied head, or a wide
             format that a rule names): it is quantised in the forward pass alone.
+        transposed: whether the weight is (in, out): channels and blocks run along the inputs in any case.
 
-    Raises ValueError on an option that is not one of its choices.
+    Raises ValueError on a storage that is none, and on recipes that are not for weights: a forward pass
+    draws no random numbers, since it must be repeatable, and a delayed scale is for what is not known yet.
     """
 
     def __init__(
-        self,
-        format: Format,
-        *,
-        storage: str | None = None,
-        geometry: bool = True,
-        rounding: str = "nearest_even",
-        overflow: str = "saturate",
-        granularity: str = "tensor",
-        margin: float = 1.0,
-        scale_mode: str = "current",
+        self, recipe: Recipe, *, storage: str | None = None, geometry: bool = True, transposed: bool = False
     ) -> None:
-        given = {
-            "storage": storage,
-            "rounding": rounding,
-            "overflow": overflow,
-            "granularity": granularity,
-            "scale_mode": scale_mode,
-        }
-        for name, value in given.items():
-            if value not in _OPTIONS[name]:
-                choices = ", ".join(map(repr, _OPTIONS[name]))
-                raise ValueError(f"{name}={value!r} is not one of {choices}")
-        if not 0 < margin < math.inf:
-            raise ValueError(f"margin is head room, a positive number that multiplies amax, not {margin!r}")
-        self.format = format
+        if storage not in _STORAGES:
+            raise ValueError(f"storage={storage!r} is not one of {', '.join(map(repr, _STORAGES))}")
+        if recipe.scale_mode == "delayed":
+            raise ValueError(
+                "scale_mode='delayed' is not one of 'current', 'initial', 'static': a weight is here"
+            )
+        if recipe.rounding == "stochastic":
+            raise ValueError(
+                "rounding='stochastic' is for gradients and for storage: a forward pass must be repeatable; "
+                "use 'nearest_even'"
+            )
+        self.recipe = recipe
         self.storage = storage
         self.geometry = geometry
-        self.rounding = rounding
-        self.overflow = overflow
-        self.granularity = granularity
-        self.margin = margin
-        self.scale_mode = scale_mode
+        self.transposed = transposed
         self.on_grid = False
         self.scale = torch.ones(())
         self.held: Tensor | None = None
+
+    @property
+    def format(self) -> Format:
+        return self.recipe.format
+
+    @property
+    def granularity(self) -> str:
+        return self.recipe.granularity
+
+    @property
+    def margin(self) -> float:
+        return self.recipe.margin
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the scale follows from the weight; otherwise it is 1, or given."""
+        return self.recipe.scaled and self.recipe.scale_mode != "static"
 
     def attach(self, weight: Tensor) -> None:
         """Make the weight known as quantised by this quantiser."""
@@ -92,41 +88,26 @@ class WeightQuantizer:
         self.scale = self._fitted(weight.detach())
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Return what the forward pass uses: Q(weight), with the gradient passed through unchanged."""
+        """Return what the forward pass uses: Q(weight), the gradient passing straight through."""
         if self.on_grid:
             return weight
         held = self.quantize(weight) if self.held is None else self.held
-        return _StraightThrough.apply(weight, held)  # type: ignore[no-any-return, no-untyped-call]
+        return straight_through(weight, held, self.recipe.passes(weight, self.scale))
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> Tensor:
         """Return Q(weight), detached; under `current` scaling the scale follows the weight first."""
-        if self.scale_mode == "current":
+        if self.recipe.scale_mode == "current":
             self.scale.copy_(self._fitted(weight))
-        rounded = self.format.quantize(weight * self.scale, rounding=self.rounding, overflow=self.overflow)
-        return rounded / self.scale
+        return self.recipe.quantize(weight, self.scale)
 
     def to(self, device: torch.device) -> None:
         """Move the scale, when its weight has moved."""
         self.scale = self.scale.to(device)
 
     def _fitted(self, weight: Tensor) -> Tensor:
-        if not scaling.scaled(self.format, self.granularity):
-            return torch.ones((), device=weight.device)
-        exponent = scaling.fitted_exponent(scaling.amax([weight]), self.format, self.margin)
-        return scaling.power_of_two(exponent)[0]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantised weight. Backward: the gradient as it is, to the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+        scale = self.recipe.scale_of(weight.mT if self.transposed else weight)
+        return (scale.mT if self.transposed and scale.dim() else scale).contiguous()
 
 
 def quantizer_of(weight: Tensor) -> WeightQuantizer | None:

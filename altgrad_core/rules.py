@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from altgrad_core.options import FieldError, FormatChoice
+from altgrad_core.quantize_options import UNQUANTISED
 from altgrad_core.registry import Registry, listed
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ def _is_storage(_: Any, field: Any, value: str | None) -> None:
 class Rule:
     """What to do with the layers whose full module path matches the regular expression `layers`.
 
-    format: a name, a table of options, a `Format`, or "FP32" (leave alone).
+    format: the weights': a name, a table of options, a `Format`, or "FP32" (leave alone).
     storage: "grid" or "master"; None: as the optimizer's storage decides. A format wider than 8 bits
         without a storage is trained as plain AdamW trains it, on a float32 master.
+    activations, gradients: the inputs' and the output gradients' format or recipe, as `quantize_model` takes
+        them; None: as the call says for all layers; "FP32" or "none": leave alone.
 
     Raises ValueError for a `layers` that is no regular expression, or an unknown storage.
     """
@@ -47,6 +50,8 @@ class Rule:
     layers: str = attrs.field(validator=_is_pattern)
     format: Any = None
     storage: str | None = attrs.field(default=None, validator=_is_storage)
+    activations: Any = None
+    gradients: Any = None
 
     def matches(self, layer: str) -> bool:
         return re.fullmatch(self.layers, layer) is not None
@@ -64,11 +69,17 @@ def tied_layers(model: ModelOptions) -> tuple[str, ...]:
 
 @attrs.frozen
 class LayerPlan:
-    """One quantised Linear: its format, where its weight lives, and whether optimizers see its grid."""
+    """One quantised Linear: its formats, where its weight lives, and whether optimizers see its grid."""
 
     format: FormatChoice
     storage: str
     geometry: bool = True
+    activations: FormatChoice = UNQUANTISED
+    gradients: FormatChoice = UNQUANTISED
+
+    @property
+    def unquantised(self) -> bool:
+        return all(one.unquantised for one in (self.format, self.activations, self.gradients))
 
 
 def plan(
@@ -87,7 +98,7 @@ def plan(
         if index is None and layer in tied:
             continue
         found = _layer_plan(quantize, index, layer in tied, registry)
-        if not found.format.unquantised:
+        if not found.unquantised:
             planned[layer] = found
     return planned
 
@@ -124,14 +135,20 @@ def no_match(pattern: str, names: Collection[str], what: str) -> str:
 
 
 def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, registry: Registry) -> LayerPlan:
-    if index is None:
-        return LayerPlan(quantize.format, quantize.storage)
-    rule = quantize.rule[index]
-    format = rule.format or quantize.format
+    rule = None if index is None else quantize.rule[index]
+    format = (rule and rule.format) or quantize.format
+    flows = (
+        (rule and rule.activations) or quantize.activations.format,
+        (rule and rule.gradients) or quantize.gradients.format,
+    )
+    if format.unquantised:
+        return LayerPlan(format, "master", False, *flows)
+    if rule is None:
+        return LayerPlan(format, quantize.storage, True, *flows)
     wide = rule.format is not None and bits(format, registry) > WIDEST_GRID_BITS
     geometry = not tied and (not wide or rule.storage is not None)
     inherited = quantize.storage if geometry else "master"
-    return LayerPlan(format, rule.storage or inherited, geometry)
+    return LayerPlan(format, rule.storage or inherited, geometry, *flows)
 
 
 def bits(format: FormatChoice, registry: Registry) -> int:

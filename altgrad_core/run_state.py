@@ -16,7 +16,7 @@ from altgrad_core.groups import GEOMETRY_KEYS
 from altgrad_core.hookspecs import Weight
 from altgrad_core.record import RunFolder, differences, now
 from altgrad_core.storage import GridStorage, MasterBound
-from altgrad_core.surgery import WeightQuantizer, quantizer_of
+from altgrad_core.surgery import WeightQuantizer, quantized_flows, quantizer_of
 from altgrad_core.terminal import Terminal
 
 EXIT_CODES = {"finished": 0, "stopped": 1, "failed": 1, "interrupted": 130, "terminated": 143}
@@ -134,6 +134,7 @@ class Run:
             "storage": self.storage.state_dict() if self.storage else None,
             "master_bound": self.master_bound.state_dict() if self.master_bound else None,
             "scales": {name: quantizer.scale for name, quantizer in self._quantizers()},
+            "flows": {name: flow.state_dict() for name, flow in quantized_flows(self.model).items()},
             "random": checkpoint.random_state(),
             "data": self.tokens.fingerprint,
             "plugins": {watched.name: _state(watched.plugin) for watched in (*self.monitors, *self.policies)},
@@ -175,6 +176,8 @@ class Run:
             self.master_bound.load_state_dict(state["master_bound"])
         for name, quantizer in self._quantizers():
             quantizer.scale.copy_(state["scales"][name])
+        for name, flow in quantized_flows(self.model).items():
+            flow.load_state_dict(state["flows"][name])
         self.monitors = [one for one in self.monitors if one.name in state["plugins"]]  # one was dropped
         for watched in (*self.monitors, *self.policies):
             load = getattr(watched.plugin, "load_state_dict", None)
@@ -223,7 +226,7 @@ class Run:
                 value=parameter.detach(),
                 layer=self.layers[name],
                 format=quantizer.format if quantizer else None,
-                scale=quantizer.scale if quantizer else None,
+                scale=_seen(quantizer.scale, parameter) if quantizer else None,
                 storage="grid"
                 if quantizer and quantizer.on_grid and quantizer.storage != "master"
                 else "master",
@@ -255,6 +258,11 @@ class Run:
             quantizer = quantizer_of(parameter)
             if quantizer is not None:
                 yield name, quantizer
+
+
+def _seen(scale: Tensor, parameter: Tensor) -> Tensor:
+    """Return a weight's scale as monitors see it: 0-d, or for channels and blocks of the weight's shape."""
+    return scale.expand_as(parameter) if scale.dim() else scale
 
 
 def _state(plugin: Any) -> Any:

@@ -1,9 +1,20 @@
 """Scales: how a tensor is mapped onto a format's range.
 
-Quantising a tensor x means Q(x) = quantize(x*s)/s. Under the rule `fit`, s = 2^k with
-k = floor(log2(largest/(amax*margin))): the largest power of two at which nothing saturates. k comes from
-exponents (frexp), never from a float32 quotient, which overflows for E7M0 and for BF16 at every real
-weight tensor; it is clamped to [-126, 126], where 2^k and 2^-k are both normal float32.
+Quantising a tensor x means Q(x) = quantize(x*s)/s, with s from amax, the largest magnitude of what shares
+the scale. The rules:
+
+    fit     s = 2^k, k = floor(log2(largest/(amax*margin))): the largest power of two at which nothing
+            saturates;
+    ocp     s = 2^(floor(log2 largest) - floor(log2 amax)), OCP Microscaling (MX) 1.0, section 6.3: up to
+            twice `fit`, elements above the largest value saturate;
+    exact   s = largest/(amax*margin), no power of two: a control.
+
+k comes from exponents (frexp), never from a float32 quotient, which overflows for E7M0 and for BF16 at every
+real weight tensor. All scales are clamped to [2^-126, 2^126], where s and 1/s are both normal float32. Where
+there is no amax yet (nothing but zeros), s is 2^floor(log2 largest).
+
+One scale serves a tensor, a channel (a row along the last dimension) or a block of the last dimension.
+`two_level` gives blocks a scale that is itself quantised, as in NVFP4.
 
 A scale that follows grid-stored weights moves with hysteresis (`adapted`), so that weights do not leave
 their grid at every fluctuation. Everything is tensors on the tensor's device; nothing synchronises.
@@ -19,6 +30,10 @@ from torch import Tensor
 
 from altgrad_core.format import Format
 
+GRANULARITIES = ("none", "tensor", "channel", "block")
+RULES = ("fit", "ocp", "exact")
+BLOCKS = (16, 32)
+
 LARGEST_EXPONENT = 126
 """|k| never exceeds this: 2^126 and 2^-126 are normal float32."""
 
@@ -32,7 +47,80 @@ def amax(tensors: Sequence[Tensor]) -> Tensor:
     NaN where a tensor holds NaN.
     """
     filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
-    return torch.stack([norm.double() for norm in torch._foreach_norm(filled, math.inf)])
+    if filled[0].is_cuda:  # one kernel for all; on a CPU it takes twenty times as long
+        return torch.stack([norm.double() for norm in torch._foreach_norm(filled, math.inf)])
+    return torch.stack([amax_per(tensor, "tensor", 0).double() for tensor in filled])
+
+
+def amax_per(x: Tensor, granularity: str, block: int) -> Tensor:
+    """Return the largest magnitude of each part of x that shares a scale, exact, in x's dtype.
+
+    Of shape () for "tensor", (..., 1) for "channel" and (..., blocks) for "block". NaN where a part holds
+    NaN. x has elements.
+    """
+    if granularity == "tensor":
+        lowest, highest = torch.aminmax(x)
+        return torch.maximum(-lowest, highest)
+    parts = _in_blocks(x, block) if granularity == "block" else x
+    return parts.abs().amax(dim=-1, keepdim=granularity == "channel")
+
+
+def _in_blocks(x: Tensor, block: int) -> Tensor:
+    """Return x (..., n) as (..., blocks, block), a shorter last block filled up with zeros."""
+    short = -x.shape[-1] % block
+    padded = torch.nn.functional.pad(x, (0, short)) if short else x
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
+
+
+def spread(per_block: Tensor, length: int, block: int) -> Tensor:
+    """Return what each block has, (..., blocks), for each of its elements: (..., length)."""
+    each = per_block.unsqueeze(-1).expand(*per_block.shape, block)
+    return each.reshape(*per_block.shape[:-1], per_block.shape[-1] * block)[..., :length]
+
+
+# --- from amax to a scale -----------------------------------------------------------------------------
+
+
+def scale(amax: Tensor, format: Format, rule: str = "fit", margin: float = 1.0) -> Tensor:
+    """Return the scale of each amax under a rule: float32, of its shape. `ocp` knows no margin."""
+    if rule == "exact":
+        ratio = format.largest / (amax.double() * margin)
+        found = _within_normal(ratio)
+    else:
+        found = power_of_two(
+            fit_exponent(amax, format, margin) if rule == "fit" else ocp_exponent(amax, format)
+        )
+    return torch.where(usable(amax), found, 2.0 ** empty_exponent(format))
+
+
+def two_level(blocks: Tensor, format: Format, block_scale: Format) -> Tensor:
+    """Return the scale t/d of each block: float32, of the shape of `blocks`, the blocks' amax.
+
+    t = largest(block_scale)*largest(format)/amax maps the tensor's amax onto both formats, and
+    d = block_scale(t*amax_block/largest(format)) is the block's step, so that an element becomes
+    format(x*t/d)*d/t. NVFP4 has E2M1 elements and E4M3 steps over blocks of 16.
+
+    d is rounded once, from a float64 quotient in which its ties are exact, and t/d once, to float32. A step
+    that rounds to 0 is the smallest positive one instead: such a block, zeros or values some 2^-18 below the
+    tensor's amax, keeps its zeros and makes no NaN. A NaN or an inf counts in no other block than its own.
+    """
+    seen = torch.where(usable(blocks), blocks, 0.0).double()
+    whole = seen.max()
+    whole = torch.where(whole > 0, whole, 1.0)
+    step = block_scale.quantize(block_scale.largest * seen / whole).clamp(min=block_scale.smallest)
+    return _within_normal(block_scale.largest * format.largest / (whole * step))
+
+
+def _within_normal(scale: Tensor) -> Tensor:
+    """Return float64 scales as float32, at least 2^-126 and at most 2^126."""
+    return scale.clamp(2.0**-LARGEST_EXPONENT, 2.0**LARGEST_EXPONENT).float()
+
+
+def ocp_exponent(amax: Tensor, format: Format) -> Tensor:
+    """Return k of the `ocp` rule, clamped: int32, of amax's shape. Nonsense where amax is 0 or not finite."""
+    exponent = torch.frexp(amax.double()).exponent
+    k = math.frexp(format.largest)[1] - exponent
+    return k.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
 
 
 def fit_exponent(amax: Tensor, format: Format, margin: float = 1.0) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
-from altgrad_core.kernels import flat, kernel
 from altgrad_core.quantizer import quantizer_of
-from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
+from altgrad_core.random_bits import draw_seed, stream_key_tensor
+from altgrad_core.recipe import refuse_off_grid
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
 SCALE_MODES = ("adaptive", "initial")
@@ -53,6 +53,11 @@ class GridScales:
         shrink_early: bool = False,
     ) -> None:
         device = weights[0].device
+        if any(scale.dim() for scale in scales):
+            raise ValueError(
+                "a weight on the grid has one scale, these have one per channel or block: "
+                'quantize_model(..., granularity="tensor")'
+            )
         self.scales = list(scales)
         self.bound = bound
         self.shrink_early = shrink_early
@@ -163,12 +168,14 @@ class GridStorage:
         self.watched: dict[Tensor, Tensor] = {}
         self.intended: dict[Tensor, Tensor] = {}
         quantizers = [_quantizer(weight) for weight in self.weights]
+        for quantizer in quantizers:
+            refuse_off_grid(quantizer.recipe)
         self._formats = [quantizer.format for quantizer in quantizers]
         self.scales = GridScales(
             [weight.detach() for weight in self.weights],
             self._formats,
             [quantizer.scale for quantizer in quantizers],
-            fitted=[scaling.scaled(one.format, one.granularity) for one in quantizers],
+            fitted=[quantizer.fitted for quantizer in quantizers],
             adaptive=[scale_mode == "adaptive"] * len(quantizers),
             bound=bound,
             margins=[quantizer.margin for quantizer in quantizers],
@@ -209,8 +216,8 @@ class GridStorage:
         for index, (weight, format) in enumerate(zip(self.weights, self._formats, strict=True)):
             stream = (self.seed, self.counter, index)
             keys = stream_key_tensor(stream, weight.device) if rounding == "stochastic" else None
-            rounded = _rounded(flat(weight), self.scales.scales[index], bounds[index], keys, format)
-            weight.copy_(rounded.view_as(weight))
+            scale, limit = self.scales.scales[index], bounds[index]
+            weight.copy_(format.fake_quantize(weight.detach(), scale, rounding, keys=keys, limit=limit))
 
     def state_dict(self) -> dict[str, Any]:
         """Return scales, initial rms, seed and counter: all that a resume needs beside the weights."""
@@ -239,7 +246,7 @@ def store_on_grid(
 
     generator: one seed is drawn from it now; None means seed 0. Steps with a closure are refused.
     Raises ValueError: no quantised weight, an unknown rounding or scale mode, an optimizer that lands on the
-    grid by itself, weights stored already.
+    grid by itself, weights stored already, a granularity or scale rule that a grid cannot have.
     """
     if rounding not in STORAGE_ROUNDINGS:
         raise ValueError(f"storage rounding is one of {', '.join(STORAGE_ROUNDINGS)}, not {rounding!r}")
@@ -254,22 +261,6 @@ def store_on_grid(
     return GridStorage(
         optimizer, rounding=rounding, seed=draw_seed(generator), bound=bound, scale_mode=scale_mode
     )
-
-
-@kernel
-def _rounded(
-    weight: Tensor, scale: Tensor, limit: Tensor | None, keys: Tensor | None, format: Format
-) -> Tensor:
-    """Return the weight on its grid, by the random stream `keys` or to nearest even, within the limit."""
-    draws = None if keys is None else uniform_like(weight, keys)
-    rounding = "nearest_even" if keys is None else "stochastic"
-    rounded = format.quantize(weight * scale, rounding=rounding, uniform=draws)
-    return bounded(rounded, limit) / scale
-
-
-def bounded(values: Tensor, limit: Tensor | None) -> Tensor:
-    """Return the values limited to [limit[0], limit[1]]; NaN stays NaN. None: as they are."""
-    return values if limit is None else torch.minimum(torch.maximum(values, limit[0]), limit[1])
 
 
 class MasterBound:

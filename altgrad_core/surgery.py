@@ -1,9 +1,10 @@
-"""Surgery: any model's Linears quantise their weights, without the model's source.
+"""Surgery: any model's Linears quantise their weights, inputs and gradients, without the model's source.
 
-Each chosen `nn.Linear` changes its class to `QuantizedLinear` and gets a `WeightQuantizer`; its Parameter
-stays the same object. So parameter names, weight tying, strict loading of ordinary checkpoints both ways,
-optimizers made before the surgery, deepcopy and torch.compile keep working. The quantiser's state lives
-outside of `state_dict`.
+Each chosen `nn.Linear` changes its class to `QuantizedLinear` and gets a `WeightQuantizer`, and a
+`FlowQuantizer` for its inputs and one for its output gradients where asked for; its Parameter stays the same
+object. So parameter names, weight tying, strict loading of ordinary checkpoints both ways, optimizers made
+before the surgery, deepcopy and torch.compile keep working. The quantisers' state lives outside of
+`state_dict`.
 
 Chosen are modules whose class is exactly `nn.Linear`, or Hugging Face's `Conv1D` (a Linear with its weight
 transposed). Subclasses are left alone: some, such as the output projection of `nn.MultiheadAttention`, are
@@ -13,71 +14,29 @@ used by others who read `weight` past their `forward`.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from altgrad_core.format import Format
-from altgrad_core.lookup import format_or_none
+from altgrad_core.flow_quantizer import FlowQuantizer
+from altgrad_core.layer_recipes import (
+    LayerRecipes,
+    chosen_by_format,
+    chosen_by_rules,
+    is_linear,
+    shared_with_others,
+    weight_recipe,
+)
+from altgrad_core.quantized_linear import Quantized, is_conv1d, quantized_class
+from altgrad_core.quantized_linear import QuantizedLinear as QuantizedLinear
 from altgrad_core.quantizer import WeightQuantizer as WeightQuantizer
 from altgrad_core.quantizer import quantizer_of as quantizer_of
-from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
-
-
-class _Quantized(nn.Module):
-    """What quantised modules share: the quantiser follows copies and moves of the module."""
-
-    quantizer: WeightQuantizer
-    weight: Tensor
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.quantizer.attach(self.weight)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.quantizer.to(self.weight.device)
-        self.quantizer.attach(self.weight)
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
-        self.quantizer.attach(self.weight)  # with assign=True it is another Parameter now
-
-
-class QuantizedLinear(_Quantized, nn.Linear):
-    """An `nn.Linear` whose forward pass uses the quantised weight."""
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self.quantizer.format.name}"
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.quantizer.quantized(self.weight), self.bias)
-
-
-@functools.lru_cache(maxsize=4)
-def _quantized_conv1d(conv1d: type) -> type:
-    """Return the quantised subclass of Hugging Face's Conv1D: y = x @ weight + bias, weight (in, out)."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        weight = self.quantizer.quantized(self.weight)
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
-
-    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _blank_quantized_conv1d, (conv1d,), self.__dict__
-
-    return type("QuantizedConv1D", (_Quantized, conv1d), {"forward": forward, "__reduce_ex__": reduced})
-
-
-def _blank_quantized_conv1d(conv1d: type) -> Any:
-    """Return a QuantizedConv1D without its state, for pickle and deepcopy: its class is made at run time."""
-    cls: Any = _quantized_conv1d(conv1d)
-    return cls.__new__(cls)
+from altgrad_core.random_bits import Key, draw_seed
+from altgrad_core.recipe import Recipe, flow_recipe
+from altgrad_core.rules import Rule
 
 
 def quantize_model(
@@ -85,85 +44,140 @@ def quantize_model(
     format: Any = None,
     *,
     rules: Sequence[Rule] | None = None,
+    activations: Any = None,
+    gradients: Any = None,
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Quantise the weights of a model's Linears in place, and return the model.
+    """Quantise a model's Linears in place, and return the model.
 
-    Give exactly one of `format` (name, table or Format, for every Linear) and `rules` (first match wins; a
-    Linear that none matches is left alone). A Linear whose Parameter an embedding shares is left alone
-    unless a rule names it. "FP32" leaves alone.
+    Give exactly one of `format` (name, table or Format, for every Linear's weight) and `rules` (first match
+    wins; a Linear that none matches is left alone). A Linear whose Parameter an embedding shares is left
+    alone unless a rule names it. "FP32" leaves alone.
 
-    options: `rounding`, `overflow`, `granularity`, `margin`, `scale_mode` of WeightQuantizer.
-    Raises ValueError: both or neither given, a rule that matches no layer or has no format, two formats for
-    one Parameter, a model quantised already, a model without Linears, an unknown format or option.
+    activations, gradients: how the inputs and the output gradients of these Linears are quantised: a format
+        (under a delayed scale), a table {"format": ..., "granularity": ...} of a Recipe's fields, a Recipe,
+        or None. A rule may say otherwise for its layers.
+    generator: one seed is drawn from it for stochastic rounding of gradients; None means seed 0.
+    options: fields of the weights' Recipe, such as `rounding`, `granularity`, `scale_mode`.
+
+    Raises ValueError: both or neither of `format` and `rules`, a rule that matches no layer or has no format,
+    two formats for one Parameter, a model quantised already, a model without Linears, an unknown format or
+    option, options that contradict one another.
     """
     if (format is None) == (rules is None):
         raise ValueError("give quantize_model either a format or rules=, not both and not neither")
-    if any(isinstance(module, _Quantized) for module in model.modules()):
+    if any(isinstance(module, Quantized) for module in model.modules()):
         raise ValueError("the model is quantised already; dequantize_model(model) first")
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linears:
         raise ValueError("the model has no nn.Linear to quantise")
-    shared = _shared_with_others(model, linears)
+    shared = shared_with_others(model, linears)
+    flows = LayerRecipes(activations=flow_recipe(activations), gradients=flow_recipe(gradients))
     if rules is not None:
-        chosen = _chosen_by_rules(linears, rules, shared)
+        chosen = chosen_by_rules(linears, rules, shared, options, flows)
     else:
-        chosen = _chosen(linears, format, shared)
-    quantize_layers(model, chosen, **options)
+        chosen = chosen_by_format(
+            linears, attrs.evolve(flows, weights=weight_recipe(format, options)), shared
+        )
+    quantize_layers(model, chosen, draw_seed(generator))
     return model
 
 
-@attrs.frozen
-class LayerFormat:
-    """What one Linear becomes: `format`, and `storage` and `geometry` of its WeightQuantizer."""
-
-    format: Format
-    storage: str | None = None
-    geometry: bool = True
-
-
-def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerFormat], **options: Any) -> None:
-    """Quantise the Linears named by module path, in place; see `quantize_model` for the options."""
+def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: int = 0) -> None:
+    """Quantise the Linears named by module path, in place; `seed` is that of stochastic rounding."""
     _refuse_two_formats(model, chosen)
-    for name, layer in chosen.items():
+    made = [
+        (name, *_quantizers(model.get_submodule(name), layer, (seed, 0, 2 * index)))
+        for index, (name, layer) in enumerate(chosen.items())
+    ]  # before anything changes: they refuse what cannot be
+    for name, weights, inputs, gradients in made:
         module: Any = model.get_submodule(name)
-        quantizer = quantizer_of(module.weight)
-        if quantizer is None:
-            quantizer = WeightQuantizer(
-                layer.format, storage=layer.storage, geometry=layer.geometry, **options
-            )
+        quantizer = quantizer_of(module.weight) or weights  # one for all Linears that share the Parameter
+        if quantizer is not None and quantizer is weights:
             quantizer.fit(module.weight)
             quantizer.attach(module.weight)
-        module.__class__ = _quantized_conv1d(module.__class__) if _is_conv1d(module) else QuantizedLinear
+        module.__class__ = quantized_class(module)
         module.quantizer = quantizer
+        module.input_quantizer, module.gradient_quantizer = inputs, gradients
 
 
-def _refuse_two_formats(model: nn.Module, chosen: Mapping[str, LayerFormat]) -> None:
+def _quantizers(
+    module: Any, layer: LayerRecipes, stream: Key
+) -> tuple[WeightQuantizer | None, FlowQuantizer | None, FlowQuantizer | None]:
+    """Return what quantises a Linear's weight, inputs and output gradients; `stream` names their draws."""
+    weights = inputs = gradients = None
+    if layer.weights is not None:
+        weights = WeightQuantizer(
+            layer.weights, storage=layer.storage, geometry=layer.geometry, transposed=is_conv1d(module)
+        )
+    device = module.weight.device
+    if layer.activations is not None:
+        _refuse_random_inputs(layer.activations)
+        inputs = FlowQuantizer(layer.activations, device, stream)
+    if layer.gradients is not None:
+        _refuse_clipping(layer.gradients)
+        gradients = FlowQuantizer(layer.gradients, device, (*stream[:2], stream[2] + 1))
+    return weights, inputs, gradients
+
+
+def _refuse_random_inputs(recipe: Recipe) -> None:
+    if recipe.rounding == "stochastic":
+        raise ValueError(
+            "rounding='stochastic' is for gradients: a forward pass must be repeatable; use 'nearest_even'"
+        )
+
+
+def _refuse_clipping(recipe: Recipe) -> None:
+    if recipe.clip_gradient:
+        raise ValueError(
+            "clip_gradient clips the gradient of what is quantised, and a gradient has none; leave it out"
+        )
+
+
+def _refuse_two_formats(model: nn.Module, chosen: Mapping[str, LayerRecipes]) -> None:
     """Raise ValueError where Linears that share one Parameter are to become different things."""
     first: dict[int, str] = {}
     for name, layer in chosen.items():
         other = first.setdefault(id(model.get_submodule(name).weight), name)
-        if chosen[other] != layer:
+        if chosen[other].of_weight != layer.of_weight:
+            both = " and ".join(
+                one.weights.format.name if one.weights else "FP32" for one in (chosen[other], layer)
+            )
             raise ValueError(
-                f"{other!r} and {name!r} share one weight, which cannot be {chosen[other].format.name} and "
-                f"{layer.format.name}, or stored in two places; give both the same rule"
+                f"{other!r} and {name!r} share one weight, which cannot be {both}, or stored in two places; "
+                "give both the same rule"
             )
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
     """Undo `quantize_model` in place: the original classes; the weights as they are. Returns the model."""
     for module in model.modules():
-        if isinstance(module, _Quantized):
-            module.quantizer.detach(module.weight)
-            del module.quantizer
+        if isinstance(module, Quantized):
+            if module.quantizer is not None:
+                module.quantizer.detach(module.weight)
+            del module.quantizer, module.input_quantizer, module.gradient_quantizer
             module.__class__ = type(module).__mro__[2]
     return model
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:
-    """Return the quantisers of a model by module path; Linears that share a Parameter share one."""
+    """Return the weights' quantisers by module path; Linears that share a Parameter share one."""
     return {
-        name: module.quantizer for name, module in model.named_modules() if isinstance(module, _Quantized)
+        name: module.quantizer
+        for name, module in model.named_modules()
+        if isinstance(module, Quantized) and module.quantizer is not None
+    }
+
+
+def quantized_flows(model: nn.Module) -> dict[str, FlowQuantizer]:
+    """Return the quantisers of activations and gradients by module path and `.activations`, `.gradients`."""
+    return {
+        f"{name}.{kind}": flow
+        for name, module in model.named_modules()
+        if isinstance(module, Quantized)
+        for kind, flow in (("activations", module.input_quantizer), ("gradients", module.gradient_quantizer))
+        if flow is not None
     }
 
 
@@ -172,74 +186,22 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     """Compute each Q(w) once and use it for every forward pass inside the context.
 
     For the micro-batches of one step: the weights must not change inside. Outside, every forward pass
-    quantises afresh, because no counter tells reliably when a weight has changed.
+    quantises afresh, because no counter tells reliably when a weight has changed. The amax histories of
+    activations and gradients stay as they are inside, and advance by one entry at the end.
     """
-    pairs = [
-        (module.quantizer, module.weight)
-        for module in model.modules()
-        if isinstance(module, _Quantized) and not module.quantizer.on_grid
-    ]
-    mine = []  # an outer context's stay held when this one ends
-    try:
-        for quantizer, weight in pairs:
-            if quantizer.held is None:
-                quantizer.held = quantizer.quantize(weight)
-                mine.append(quantizer)
+    with contextlib.ExitStack() as stack:  # an outer context's stay held when this one ends
+        for module in model.modules():
+            if not isinstance(module, Quantized):
+                continue
+            quantizer = module.quantizer
+            if quantizer is not None and not quantizer.on_grid and quantizer.held is None:
+                quantizer.held = quantizer.quantize(module.weight)
+                stack.callback(setattr, quantizer, "held", None)
+        flows = [flow for flow in quantized_flows(model).values() if flow.hold()]
+        stack.push(lambda error, *_: _release(flows, enter=error is None))
         yield
-    finally:
-        for quantizer in mine:
-            quantizer.held = None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def _shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[int]:
-    """Return the ids of Parameters that a module other than a Linear holds."""
-    own = {id(module) for module in linears.values()}
-    return {
-        id(parameter)
-        for module in model.modules()
-        if id(module) not in own
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _chosen(linears: dict[str, nn.Module], format: Any, shared: set[int]) -> dict[str, LayerFormat]:
-    found = format_or_none(format)
-    if found is None:
-        return {}
-    return {name: LayerFormat(found) for name, module in linears.items() if id(module.weight) not in shared}
-
-
-def _chosen_by_rules(
-    linears: dict[str, nn.Module], rules: Sequence[Rule], shared: set[int]
-) -> dict[str, LayerFormat]:
-    for rule in rules:
-        if not any(rule.matches(name) for name in linears):
-            raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")
-        if rule.format is None:
-            raise ValueError(f'the rule {rule.layers!r} has no format; "FP32" leaves its layers alone')
-    chosen: dict[str, LayerFormat] = {}
-    for name, module in linears.items():
-        index = first_match(rules, name)
-        found = None if index is None else format_or_none(rules[index].format)
-        if index is not None and found is not None:
-            chosen[name] = _ruled(name, found, rules[index], id(module.weight) in shared)
-    return chosen
-
-
-def _ruled(name: str, format: Format, rule: Rule, shared: bool) -> LayerFormat:
-    """Return format, storage and geometry of a layer under its rule."""
-    if shared and rule.storage == "grid":
-        raise ValueError(
-            f"{name!r} shares its weight with an embedding and cannot live on the grid: untie it, or leave "
-            "the rule's storage out"
-        )
-    geometry = not shared and (format.bits <= WIDEST_GRID_BITS or rule.storage is not None)
-    return LayerFormat(format, rule.storage if geometry else "master", geometry)
+def _release(flows: Sequence[FlowQuantizer], enter: bool) -> None:
+    for flow in flows:
+        flow.release(enter)

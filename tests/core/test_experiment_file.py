@@ -525,6 +525,14 @@ def test_scale_modes_that_go_with_a_storage(experiment, storage, scale_mode):
     assert experiment(text).quantize.scale_mode == scale_mode
 
 
+@pytest.mark.parametrize("storage", ["grid", "master"])
+def test_a_given_amax_goes_with_both_storages(experiment, storage):
+    text = (
+        f'name = "e"\nquantize = {{format = "E5M2", storage = "{storage}", scale_mode = "static", amax = 1}}'
+    )
+    assert experiment(text).quantize.mode == "static"
+
+
 @pytest.mark.parametrize(("storage", "scale_mode"), [("grid", "current"), ("master", "adaptive")])
 def test_scale_modes_that_do_not_go_with_a_storage(mistakes, storage, scale_mode):
     text = f'name = "e"\n[quantize]\nformat = "E5M2"\nstorage = "{storage}"\nscale_mode = "{scale_mode}"'
@@ -532,6 +540,121 @@ def test_scale_modes_that_do_not_go_with_a_storage(mistakes, storage, scale_mode
         f'e.toml:5: quantize.scale_mode: "{scale_mode}" does not go with storage = "{storage}"; '
         'leave it out, or use "initial"'
     ]
+
+
+QUANTIZED = """\
+name = "e"
+[quantize]
+format = "E5M2"
+{}
+[quantize.activations]
+format = "E3M4"
+{}
+[quantize.gradients]
+format = "E5M2"
+{}
+"""
+
+
+def in_quantize(weights="", activations="", gradients=""):
+    return QUANTIZED.format(weights, activations, gradients)
+
+
+def test_activations_and_gradients_are_left_alone_unless_said_otherwise(experiment):
+    quantize = experiment('name = "e"\nquantize.format = "E5M2"').quantize
+    for flow in (quantize.activations, quantize.gradients):
+        assert (flow.format.unquantised, flow.mode, flow.amax_history) == (True, "delayed", 16)
+
+
+def test_a_flow_of_channels_or_blocks_has_a_current_scale(experiment):
+    text = in_quantize("", 'granularity = "block"', 'granularity = "tensor"')
+    assert experiment(text).quantize.activations.mode == "current"
+    assert experiment(text).quantize.gradients.mode == "delayed"
+
+
+def test_every_option_of_the_three_tables_is_read(experiment):
+    weights = (
+        'granularity = "block"\nblock = 16\nblock_scale = "E3M4"\noverflow = "ieee"\nclip_gradient = true'
+    )
+    flow = 'scale_mode = "static"\namax = 2\nmargin = 1.5\nscale_rule = "exact"'
+    found = experiment(in_quantize(weights, flow, f'{flow}\nrounding = "stochastic"')).quantize
+    assert (found.block, found.block_scale.plugin, found.clip_gradient) == (16, "E3M4", True)
+    assert (found.activations.mode, found.activations.amax, found.activations.margin) == ("static", 2.0, 1.5)
+    assert (found.gradients.rounding, found.gradients.scale_rule) == ("stochastic", "exact")
+
+
+def test_the_three_tables_are_written_as_they_are_read(experiment):
+    first = experiment(
+        in_quantize(
+            'granularity = "channel"\nrule = [{layers = ".*", gradients = "none"}]', "", "amax_history = 3"
+        )
+    )
+    again = experiment("name = 'x'", *(f"{key}={toml(value)}" for key, value in first.plain().items()))
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("tables", "mistake"),
+    [
+        (
+            ["", 'granularity = "channel"\nscale_mode = "delayed"'],
+            '8: quantize.activations.scale_mode: "delayed" needs granularity = "tensor", not "channel"',
+        ),
+        (
+            ["", 'scale_mode = "static"'],
+            '5: quantize.activations.amax: is missing: scale_mode = "static" needs the magnitude that maps',
+        ),
+        (
+            ["amax = 3.0"],
+            '4: quantize.amax: goes with scale_mode = "static", not "current"; set that, or leave',
+        ),
+        (
+            ['block_scale = "E3M4"'],
+            '4: quantize.block_scale: "E3M4" needs granularity = "block", not "tensor"; set it, or leave',
+        ),
+        (
+            ["", "", 'granularity = "block"\nblock_scale = "E3M4"\nscale_rule = "ocp"'],
+            '12: quantize.gradients.scale_rule: "ocp" does not go with block_scale, whose scales',
+        ),
+        (
+            ["", 'margin = 1.5\nscale_rule = "ocp"'],
+            '7: quantize.activations.margin: 1.5 has no effect under scale_rule = "ocp"; leave it out',
+        ),
+        (
+            ['storage = "grid"\ngranularity = "channel"'],
+            '5: quantize.granularity: "channel" does not go with storage = "grid", which keeps one scale per '
+            'weight; use "tensor", or storage = "master"',
+        ),
+        (
+            ['storage = "grid"\nscale_rule = "ocp"'],
+            '5: quantize.scale_rule: "ocp" does not go with storage = "grid", which keeps scales that are '
+            'fitted powers of two; use "fit", or storage = "master"',
+        ),
+        (
+            ['storage = "grid"\nclip_gradient = true'],
+            '5: quantize.clip_gradient: true does not go with storage = "grid", which uses the weights',
+        ),
+        (
+            ['granularity = "block"\nrule = [{layers = ".*mlp.*", storage = "grid"}]'],
+            '5: quantize.rule[0].storage: "grid" keeps one scale per weight, and quantize.granularity',
+        ),
+        (["", 'rounding = "stochastic"'], "7: quantize.activations.rounding: expected one of"),
+        (
+            ["", "", "clip_gradient = true"],
+            "10: quantize.gradients.clip_gradient: unknown key 'clip_gradient'",
+        ),
+        (["block = 64"], "4: quantize.block: expected one of 16, 32; got 64"),
+    ],
+)
+def test_a_contradiction_of_scales_is_reported_where_it_is_with_the_way_out(mistakes, tables, mistake):
+    (line,) = mistakes(in_quantize(*tables))
+    assert line.startswith(f"e.toml:{mistake}")
+
+
+def test_contradictions_of_all_three_tables_are_reported_at_once(mistakes):
+    assert (
+        len(mistakes(in_quantize("amax = 1", 'scale_mode = "static"', 'margin = 2\nscale_rule = "ocp"'))) == 3
+    )
 
 
 RULES = """\

@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from altgrad_core import kernels
-from altgrad_core.format import Format
 from altgrad_core.random_bits import stream_key_tensor, uniform, uniform_like
-from altgrad_core.storage import _rounded
-
-EIGHTHS = Format(name="EIGHTHS", bits=4, values=[rung / 8 for rung in range(-7, 8)])
 
 
 @pytest.fixture
@@ -72,14 +68,3 @@ def test_a_mistake_inside_of_a_kernel_is_not_taken_for_a_compiler_error(monkeypa
 
     with pytest.raises(ZeroDivisionError):
         wrong(torch.ones(1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_compiled_and_eager_storage_rounding_give_the_same_bits(stochastic, compiled):
-    weight = torch.randn(1001, generator=torch.Generator().manual_seed(1))
-    keys = stream_key_tensor((1, 2, 3)) if stochastic else None
-    arguments = (weight, torch.tensor(0.25), torch.tensor([-0.5, 0.5]), keys, EIGHTHS)
-    fused = _rounded(*arguments)
-    kernels.disable()
-    assert torch.equal(fused, _rounded(*arguments))

@@ -5,6 +5,7 @@ import pytest
 
 from altgrad_core.experiment import QuantizeOptions, RuleOptions
 from altgrad_core.options import FieldError, FormatChoice
+from altgrad_core.quantize_options import ActivationOptions, GradientOptions
 from altgrad_core.rules import LayerPlan, Rule, bits, first_match, no_match, plan
 from altgrad_core.structuring import structure
 
@@ -53,6 +54,33 @@ def test_a_rule_without_format_keeps_that_of_quantize(registry):
 @pytest.mark.parametrize("format", ["FP32", "none"])
 def test_a_layer_without_format_is_not_planned(registry, format):
     assert MLP not in planned(registry, {"layers": ".*mlp.*", "format": FormatChoice(format)})
+
+
+def test_flows_are_those_of_their_tables_unless_a_rule_says_otherwise(registry):
+    rules = (
+        RuleOptions(layers=".*mlp.*", activations=E3M4, gradients=FormatChoice("FP32")),
+        RuleOptions(layers="lm_head", format=FormatChoice("FP32")),
+    )
+    flows = {"activations": ActivationOptions(format=E5M2), "gradients": GradientOptions(format=BF16)}
+    found = plan(QuantizeOptions(format=E5M2, rule=rules, **flows), LAYERS, TIED, registry)
+    assert found[ATTENTION] == LayerPlan(E5M2, "master", activations=E5M2, gradients=BF16)
+    assert found[MLP] == LayerPlan(E5M2, "master", activations=E3M4)
+    assert found[HEAD] == LayerPlan(FormatChoice("FP32"), "master", False, E5M2, BF16)
+
+
+def test_grid_storage_of_an_unquantised_weight_means_master(registry):
+    quantize = QuantizeOptions(
+        format=FormatChoice("FP32"), storage="grid", activations=ActivationOptions(format=E5M2)
+    )
+    assert {one.storage for one in plan(quantize, LAYERS, (), registry).values()} == {"master"}
+
+
+def test_a_layer_without_any_format_is_not_planned(registry):
+    quantize = QuantizeOptions(
+        format=FormatChoice("FP32"), rule=(RuleOptions(layers=".*", activations=E5M2),)
+    )
+    assert list(plan(quantize, LAYERS, (), registry)) == list(LAYERS)
+    assert plan(attrs.evolve(quantize, rule=()), LAYERS, (), registry) == {}
 
 
 def test_a_wide_format_in_a_rule_is_master_and_no_geometry_unless_asked(registry):

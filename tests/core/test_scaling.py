@@ -229,3 +229,76 @@ def test_a_weight_that_fluctuates_keeps_its_scale(uniform):
     for amax in torch.rand(200, generator=torch.Generator().manual_seed(0)) * 0.74 + 0.25:
         k = scaling.adapted(k, seen, amax.reshape(1), uniform, 1.0, True)
         assert k.tolist() == [0]
+
+
+# --- what shares a scale ------------------------------------------------------------------------------
+
+
+def test_amax_per_tensor_channel_and_block():
+    x = torch.zeros(2, 40)
+    x[0, 3], x[0, 33], x[1, 39] = -3.0, 2.0, 5.0
+    assert scaling.amax_per(x, "tensor", 32).tolist() == 5.0
+    assert scaling.amax_per(x, "channel", 32).tolist() == [[3.0], [5.0]]
+    assert scaling.amax_per(x, "block", 32).tolist() == [[3.0, 2.0], [0.0, 5.0]]
+    assert scaling.amax_per(x, "block", 16).tolist() == [[3.0, 0.0, 2.0], [0.0, 0.0, 5.0]]
+
+
+def test_a_channel_of_a_batch_is_a_token():
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    assert scaling.amax_per(x, "channel", 32).flatten().tolist() == [3, 7, 11, 15, 19, 23]
+
+
+def test_nan_shows_in_its_own_part_only():
+    x = torch.ones(2, 40)
+    x[1, 35] = math.nan
+    assert scaling.amax_per(x, "block", 32).isnan().tolist() == [[False, False], [False, True]]
+    assert scaling.amax_per(x, "channel", 32).isnan().flatten().tolist() == [False, True]
+    assert scaling.amax_per(x, "tensor", 32).isnan()
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33])
+def test_what_a_block_has_is_spread_over_its_elements(length):
+    blocks = -(-length // 16)
+    found = scaling.spread(torch.arange(3 * blocks).reshape(3, blocks), length, 16)
+    assert found.shape == (3, length)
+    assert all(found[row, at] == row * blocks + at // 16 for row in range(3) for at in range(length))
+
+
+# --- rules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amax", AMAXES)
+def test_ocp_is_the_difference_of_two_floored_logarithms(formats, amax):
+    for format in formats:
+        floored = [math.frexp(value)[1] - 1 for value in (format.largest, floats(amax).item())]
+        expected = max(-126, min(126, floored[0] - floored[1]))
+        assert int(scaling.ocp_exponent(floats(amax), format)) == expected, format
+
+
+@pytest.mark.parametrize("amax", AMAXES)
+def test_ocp_is_fit_or_twice_fit(formats, amax):
+    for format in formats:
+        difference = scaling.ocp_exponent(floats(amax), format) - scaling.fit_exponent(floats(amax), format)
+        assert int(difference) in (0, 1), format
+
+
+@pytest.mark.parametrize("amax", AMAXES)
+def test_exact_maps_amax_onto_the_largest_value_to_float32_rounding(formats, amax):
+    for format in formats:
+        quotient = Fraction(format.largest) / Fraction(floats(amax).item())
+        expected = float(max(Fraction(2) ** -126, min(Fraction(2) ** 126, quotient)))
+        assert scaling.scale(floats(amax), format, "exact").item() == floats(expected).item(), format
+
+
+@pytest.mark.parametrize("rule", scaling.RULES)
+def test_without_an_amax_every_rule_takes_that_of_one(table, rule):
+    found = scaling.scale(floats(0.0, math.nan, math.inf, 1.0), table("E7M0"), rule)
+    assert found.tolist() == [2.0**64] * 4
+    assert scaling.scale(floats(0.0), table("E4M3"), rule).tolist() == [2.0**8]
+
+
+def test_the_step_of_a_block_is_rounded_from_its_exact_quotient(table):
+    whole = 3.0 / 7  # 448*6/amax is no float32
+    blocks = floats(whole, whole / 448 * 17, whole / 448 * 18.999)
+    steps = 448 * 6 / (whole * scaling.two_level(blocks, table("E2M1"), table("E4M3")).double())
+    assert [round(step, 4) for step in steps.tolist()] == [448.0, 16.0, 18.0]

@@ -10,7 +10,7 @@ from torch import nn
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.rules import Rule
-from altgrad_core.storage import MasterBound, store_on_grid
+from altgrad_core.storage import GridScales, MasterBound, store_on_grid
 from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])
@@ -195,6 +195,16 @@ def test_an_initial_scale_stays_and_weights_saturate(uniform):
     push(weight, optimizer, 3.0)
     assert weight.item() == 127 / 128
     assert storage.scales.rescales.tolist() == [0]
+
+
+def test_a_static_scale_follows_from_the_given_amax_and_stays(uniform):
+    model = perceptron(uniform, scale_mode="static", amax=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    storage = store_on_grid(optimizer)
+    assert [one.scale.item() for one in map(quantizer_of, storage.weights)] == [0.25, 0.25]  # 127/128/3
+    train(model, optimizer, 3)
+    assert [one.scale.item() for one in map(quantizer_of, storage.weights)] == [0.25, 0.25]
+    assert all(map(is_on_grid, storage.weights))
 
 
 def test_under_stochastic_rounding_no_weight_saturates(uniform):
@@ -529,6 +539,30 @@ def test_a_step_with_a_closure_is_refused_before_anything_moves(uniform, as_keyw
     with pytest.raises(ValueError, match="without a closure"):
         optimizer.step(closure=lambda: 0.0) if as_keyword else optimizer.step(lambda: 0.0)
     assert weight.item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"granularity": "channel"}, 'has one scale, not one per channel: .*granularity="tensor"'),
+        ({"granularity": "block"}, "not one per block"),
+        ({"scale_rule": "ocp"}, "not one by the rule 'ocp': .*scale_rule=\"fit\""),
+        ({"scale_rule": "exact"}, "not one by the rule 'exact'"),
+    ],
+)
+def test_a_scale_that_a_grid_cannot_have_is_refused_and_nothing_is_snapped(uniform, options, reason):
+    model = perceptron(uniform, **options)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=reason):
+        store_on_grid(torch.optim.SGD(model.parameters(), lr=1.0))
+    assert same(weights_of(model), before)
+
+
+def test_scales_per_channel_are_refused_for_optimizers_that_land_on_the_grid_too(uniform):
+    model = perceptron(uniform, granularity="channel")
+    weight = model[0].weight
+    with pytest.raises(ValueError, match="one per channel or block"):
+        GridScales([weight], [uniform], [quantizer_of(weight).scale], fitted=[True], adaptive=[True])
 
 
 def test_an_optimizer_that_lands_on_the_grid_itself_is_refused(uniform):

@@ -12,6 +12,7 @@ from torch import nn
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.rules import Rule
+from altgrad_core.stiffness import grid_stiffness
 from altgrad_core.surgery import (
     QuantizedLinear,
     dequantize_model,
@@ -172,6 +173,34 @@ def test_the_scale_follows_the_weight(mlp, x):
     mlp[0].weight.data.fill_(3.0)
     mlp(x)
     assert quantizer_of(mlp[0].weight).scale.item() == 0.25
+
+
+def test_a_static_scale_is_that_of_the_given_amax(mlp, x):
+    quantize_model(mlp, FINE, scale_mode="static", amax=0.4)
+    expected = FINE.quantize(mlp[0].weight.detach() * 2) / 2
+    assert torch.equal(mlp[0](x), F.linear(x, expected, mlp[0].bias))
+
+
+@pytest.mark.parametrize(("granularity", "shape"), [("channel", (8, 1)), ("block", (8, 6))])
+def test_rows_and_blocks_have_scales_of_their_own_that_broadcast_and_stay_one_tensor(
+    mlp, x, granularity, shape
+):
+    quantize_model(mlp, FINE, granularity=granularity)
+    scale = quantizer_of(mlp[0].weight).scale
+    mlp[0].weight.data[3] *= 100
+    expected = torch.stack([quantised_by_hand(row) for row in mlp[0].weight])
+    assert torch.equal(mlp[0](x), F.linear(x, expected, mlp[0].bias))
+    assert quantizer_of(mlp[0].weight).scale is scale
+    assert scale.shape == shape
+
+
+def test_a_stiffness_takes_the_scales_of_rows(mlp):
+    quantize_model(mlp, FINE, granularity="channel")
+    mlp[0].weight.data[3] *= 100
+    quantizer = quantizer_of(mlp[0].weight)
+    quantizer.quantize(mlp[0].weight)
+    spacing = grid_stiffness(mlp[0].weight.detach(), FINE, quantizer.scale)
+    assert torch.equal(spacing, (1 / 128 / quantizer.scale).expand(8, 6))
 
 
 def test_an_initial_scale_stays(mlp, x):
@@ -511,8 +540,9 @@ def test_a_model_without_linears_is_refused():
     [
         ("rounding", "stochastic", "nearest_even"),
         ("overflow", "wrap", "saturate"),
-        ("granularity", "block", "'none', 'tensor'"),
+        ("granularity", "row", "'none', 'tensor', 'channel', 'block'"),
         ("scale_mode", "adaptive", "'current', 'initial'"),
+        ("scale_mode", "delayed", "'current', 'initial', 'static'"),
         ("margin", 0.0, "a positive number"),
     ],
 )
@@ -790,6 +820,15 @@ def test_hugging_faces_conv1d_is_a_linear_too(hugging_face, x):
     assert torch.equal(hugging_face[0](x), expected)
     assert hugging_face(x.expand(2, 5, 6)).shape == (2, 5, 3)
     assert isinstance(hugging_face[0], Conv1D)
+
+
+@pytest.mark.parametrize(("granularity", "shape"), [("channel", (1, 8)), ("block", (6, 8))])
+def test_channels_and_blocks_of_a_transposed_weight_run_along_its_inputs(hugging_face, granularity, shape):
+    weight = hugging_face[0].weight
+    expected = torch.stack([quantised_by_hand(column) for column in weight.t()]).t()
+    quantize_model(hugging_face, FINE, granularity=granularity)
+    assert torch.equal(quantizer_of(weight).quantize(weight), expected)
+    assert quantizer_of(weight).scale.shape == shape
 
 
 def test_a_model_of_conv1d_is_copied_pickled_and_dequantized(hugging_face, x):

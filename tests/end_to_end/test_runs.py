@@ -52,11 +52,22 @@ storage_rounding = "stochastic"
 bound = 4.0
 """
 
+FLOWS = """
+[quantize.activations]
+format = "E4M3"
+amax_history = 3
+[quantize.gradients]
+format = "E5M2"
+rounding = "stochastic"
+"""
+
 ARMS = {
     "unquantised": "[optimizer]\nplugin = 'AdamW'\n",
     "master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'ManifoldAdamW'\n",
     "grid": STORED + "[optimizer]\nplugin = 'ManifoldAdamW'\nlr = 1e-2\n",
     "rungs": STORED + "[optimizer]\nplugin = 'GridOptim'\nnormalize = 'adam'\nstep_scale = 0.3\n",
+    "flows": "[quantize]\nformat = 'E4M3'\n" + FLOWS,
+    "grid_and_flows": STORED + FLOWS,
     "rungs_on_master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'GridOptim'\nstep_scale = 6.0\n",
 }
 WATCHED = "[[monitor]]\nplugin='flip'\n[[monitor]]\nplugin='stall'\n[[monitor]]\nplugin='descent'\n"
@@ -131,7 +142,8 @@ def interrupt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arm, write, tmp_path, monkeypatch):
-    path = write(TINY + ARMS[arm] + WATCHED + GUARDED)
+    accumulating = TINY.replace("batch_size = 4", "batch_size = 2\ngradient_accumulation = 2")
+    path = write(accumulating + ARMS[arm] + WATCHED + GUARDED)
     whole = run(path, tmp_path / "whole")
     restore = interrupt_at(monkeypatch, 7)
     assert run(path, tmp_path / "parts").outcome == "interrupted"
@@ -153,6 +165,71 @@ def test_monitors_evaluation_and_logging_leave_the_trajectory_alone(write, tmp_p
         "train.checkpoint_every=1",
     )
     assert same_tree(last_checkpoint(plain).model, last_checkpoint(watched).model)
+
+
+def test_amax_histories_advance_once_a_step_and_not_in_evaluation(write, tmp_path):
+    text = TINY.replace("batch_size = 4", "batch_size = 2\ngradient_accumulation = 2") + ARMS["flows"]
+    saved = last_checkpoint(
+        run(write(text), tmp_path / "runs", "steps=2", "quantize.gradients.amax_history=3")
+    )
+    flows = saved.state["flows"]
+    assert len(flows) == 16
+    assert {int((flow["history"] > 0).sum()) for flow in flows.values()} == {2}
+    counters = {name.rpartition(".")[2]: int(flow["counter"]) for name, flow in flows.items()}
+    assert counters == {"activations": 0, "gradients": 4}  # one draw for each of two micro-batches
+
+
+def test_logging_and_evaluation_leave_flows_alone(write, tmp_path):
+    plain = run(write(TINY + ARMS["flows"]), tmp_path / "plain")
+    watched = run(
+        write(TINY + ARMS["flows"], "w.toml"), tmp_path / "w", "train.eval_every=1", "train.log_every=1"
+    )
+    one, other = last_checkpoint(plain), last_checkpoint(watched)
+    assert same_tree(one.model, other.model)
+    assert same_tree(one.state["flows"], other.state["flows"])
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_the_microscaling_experiments_learn_within_a_few_steps(name, monkeypatch, tmp_path):
+    path = pathlib.Path(__file__).parents[2] / "experiments" / f"{name}.toml"
+    small = [
+        "model.n_layer=1",
+        "model.n_embd=32",
+        "model.n_head=2",
+        "train.warmup_steps=0",
+        "train.eval_batches=2",
+    ]
+    summary = run(path, tmp_path, "steps=12", "train.device=cpu", "train.eval_every=4", *small).summary
+    assert summary["final"]["validation/loss"] < 5.2  # from log(256) = 5.55
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("scale_rule = 'exact'", 'E4M3 under scale_rule = "exact" has scales that are no powers of two'),
+        ("granularity = 'block'\nblock_scale = 'E4M3'", "E4M3 under block_scale has scales"),
+        ("[quantize.activations]\nformat = 'E4M11'", "E4M11 does not survive bfloat16 autocast"),
+        ("[quantize.gradients]\nformat = 'E5M2'\nscale_rule = 'exact'", "E5M2 under scale_rule"),
+    ],
+)
+def test_what_bfloat16_makes_inexact_is_refused_with_the_way_out(options, reason, write, tmp_path):
+    text = TINY + f"[quantize]\nformat = 'E4M3'\n{options}\n"
+    with pytest.raises(UsageError, match=f'{reason}.*train.dtype = "float32"'):
+        run(write(text), tmp_path / "runs", "train.dtype=bf16")
+
+
+def test_activations_and_gradients_train_under_bfloat16(write, tmp_path):
+    result = run(write(TINY + ARMS["flows"]), tmp_path / "runs", "train.dtype=bf16")
+    assert math.isfinite(result.summary["final"]["validation/loss"])
+
+
+def test_an_adaptive_scale_may_be_asked_for_by_name(write, tmp_path):
+    text = TINY + STORED
+    found = [
+        last_checkpoint(run(write(body, f"{n}.toml"), tmp_path / str(n))).model
+        for n, body in enumerate((text, text + "scale_mode = 'adaptive'\n"))
+    ]
+    assert same_tree(*found)
 
 
 def test_every_grid_weight_of_the_checkpoint_is_on_the_grid(write, tmp_path):

@@ -30,6 +30,11 @@ def codes(value: Tensor, format: Format, scale: Tensor) -> Tensor:
     return rungs.clamp_(min=_WORD_NAN).to(torch.int16)
 
 
+def row_of(scale: Tensor) -> Tensor:
+    """Return a weight's scale for `flat` values: 0-d as it is, or one for each element."""
+    return flat(scale) if scale.dim() else scale
+
+
 @kernel
 def _compared(before: Tensor, now: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return how many codes changed, how many elements have a gradient, and how many both: 0-d int64."""
@@ -62,7 +67,7 @@ class CodeBook:
         self._found: dict[str, Flips] = {}
         for name, weight in run.weights().items():
             if weight.format is not None and weight.scale is not None:
-                self._codes[name] = codes(flat(weight.value), weight.format, weight.scale)
+                self._codes[name] = codes(flat(weight.value), weight.format, row_of(weight.scale))
 
     def flips(self, step: Step) -> dict[str, Flips]:
         """Return the flips of this step by parameter name; computed once however many monitors ask.
@@ -81,11 +86,11 @@ class CodeBook:
 
     def _compare(self, name: str, weight: Weight, step: Step, consecutive: bool) -> Flips:
         assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-        now = codes(flat(weight.value), weight.format, weight.scale)
+        now = codes(flat(weight.value), weight.format, row_of(weight.scale))
         if consecutive or name not in step.before:
             before = self._codes.get(name, now)
         else:
-            before = codes(flat(step.before[name]), weight.format, weight.scale)
+            before = codes(flat(step.before[name]), weight.format, row_of(weight.scale))
         self._codes[name] = now
         flips, updates, both = _compared(before, now, flat(step.gradients[name]))
         return Flips(flips=flips, updates=updates, flips_of_updated=both, before=before, now=now)

@@ -22,7 +22,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat, kernel
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen
+from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen, row_of
 
 Share = tuple[Tensor, Tensor]
 """A numerator and a denominator, 0-d; the total of several layers is the ratio of their sums."""
@@ -78,7 +78,7 @@ def expected(name: str, weight: Weight, found: Flips, step: Step) -> Share:
     in_rungs = step.intended_in_rungs and name in step.counts
     before = None if in_rungs else flat(step.before[name])
     intended, gradient = flat(step.intended[name]), flat(step.gradients[name])
-    lost = _lost(intended, gradient, before, weight.scale, weight.format)
+    lost = _lost(intended, gradient, before, row_of(weight.scale), weight.format)
     return lost, found.updates.double()
 
 

@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from altgrad_core import scaling
-from altgrad_core.format import Format
+from altgrad_core.format import Format, bounded
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
-from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales, bounded
+from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales
 from altgrad_optim import GridOptimOptions
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (

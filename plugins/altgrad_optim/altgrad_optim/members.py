@@ -9,10 +9,10 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from altgrad_core import scaling
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.quantizer import WeightQuantizer, quantizer_of
+from altgrad_core.recipe import refuse_off_grid
 
 
 @attrs.frozen(eq=False)
@@ -34,7 +34,7 @@ class Member:
     @property
     def fitted(self) -> bool:
         """Whether the optimizer fits the scale to the weight; a group's own scale is static."""
-        return self.quantizer is not None and scaling.scaled(self.format, self.quantizer.granularity)
+        return self.quantizer is not None and self.quantizer.fitted
 
     @functools.cached_property
     def ends(self) -> Tensor:
@@ -50,5 +50,7 @@ def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
             grid, quantizer = grid_of(group, place), quantizer_of(weight)
             own = (quantizer.storage if quantizer else None) or storage
             if grid is not None and not (own == "master" and storage == "grid"):
+                if quantizer is not None:
+                    refuse_off_grid(quantizer.recipe)
                 found.append(Member(weight, *grid, quantizer, len(found), own == "master"))
     return found

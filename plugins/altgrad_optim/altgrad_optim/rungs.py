@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad_core.format import Format
+from altgrad_core.format import Format, bounded
 from altgrad_core.kernels import kernel
 from altgrad_core.random_bits import uniform_like
-from altgrad_core.storage import bounded
 
 
 def stochastic_round(x: Tensor, uniform: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""How what flows through one Linear is quantised: its input activations, or its output gradients.
+
+A flow is quantised once, on its way, so that a scale must be known before the next step's tensor is. The
+*delayed* scale (NVIDIA's Transformer Engine; Micikevicius et al., arXiv 2209.05433) takes the largest amax
+of the last steps. Its history advances after use, once per training step: the loop's `held_weights` keeps it
+fixed over the micro-batches and enters their common amax at the end. Outside of that context each training
+forward (or backward) pass is a step of its own. Evaluation never changes it. An amax of zero, or none that
+is finite, enters no history.
+
+All state is tensors on the device, written in place: nothing synchronises, and a compiled model is not
+compiled again when it changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from altgrad_core import scaling
+from altgrad_core.random_bits import Key, mix_, stream_key_tensor
+from altgrad_core.recipe import Recipe
+from altgrad_core.straight_through import gradient_through, straight_through
+
+
+class FlowQuantizer:
+    """Quantises one Linear's inputs (`quantized`) or output gradients (`through`).
+
+    stream: names the random numbers of stochastic rounding; the quantisation that n others came before
+        draws its own under keys that are the stream's words 2n and 2n + 1.
+
+    Attributes:
+        recipe: how.
+        history: (amax_history,) float32, the newest amax first; 0 where there is none yet.
+        counter: 0-d int32, how many quantisations have counted.
+
+    Raises ValueError on a scale that stays as it was first seen: that is for weights.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, stream: Key = (0, 0, 0)) -> None:
+        if recipe.scale_mode == "initial":
+            raise ValueError(
+                "scale_mode='initial' is for weights; activations and gradients take 'delayed', 'current' or "
+                "'static'"
+            )
+        self.recipe = recipe
+        self.history = torch.zeros(recipe.amax_history, device=device)
+        self.counter = torch.zeros((), dtype=torch.int32, device=device)
+        self._running = torch.zeros((), device=device)
+        self._keys = stream_key_tensor(stream, device)
+        self._held = False
+
+    def quantized(self, x: Tensor, counts: bool) -> Tensor:
+        """Return Q(x), the gradient passing straight through; `counts`: whether this is training."""
+        with torch.no_grad():
+            scale = self._scale(x, counts)
+            quantized = self.recipe.quantize(x, scale, self._draws(counts))
+            passes = self.recipe.passes(x, scale)
+        return straight_through(x, quantized, passes)
+
+    def through(self, y: Tensor, counts: bool) -> Tensor:
+        """Return y, whose gradient will come back quantised."""
+        return gradient_through(y, lambda gradient: self.quantized(gradient, counts))
+
+    # --- the history ---------------------------------------------------------------------------------
+
+    def hold(self) -> bool:
+        """Keep the history as it is until `release`; False where it is held already."""
+        if self._held:
+            return False
+        self._held = True
+        return True
+
+    @torch.no_grad()
+    def release(self, enter: bool = True) -> None:
+        """End what `hold` began: the largest amax since then enters the history, if it is to `enter`."""
+        self._held = False
+        if enter:
+            self._push(self._running)
+        self._running.zero_()
+
+    def _scale(self, x: Tensor, counts: bool) -> Tensor:
+        if self.recipe.scale_mode != "delayed" or not self.recipe.scaled or not x.numel():
+            return self.recipe.scale_of(x)
+        own = scaling.amax_per(x.detach(), "tensor", 0).to(torch.float32)
+        seen = self.history.max()
+        scale = self.recipe.scale_of(x, torch.where(seen > 0, seen, own))
+        if counts and self._held:
+            self._running.copy_(
+                torch.where(scaling.usable(own), torch.maximum(self._running, own), self._running)
+            )
+        elif counts:
+            self._push(own)
+        return scale
+
+    def _push(self, amax: Tensor) -> None:
+        moved = torch.cat((amax.reshape(1), self.history[:-1]))
+        self.history.copy_(torch.where(scaling.usable(amax), moved, self.history))
+
+    # --- random numbers, state -----------------------------------------------------------------------
+
+    def _draws(self, counts: bool) -> Tensor | None:
+        """Return the keys of this quantisation's random numbers; None where it needs none."""
+        if self.recipe.rounding != "stochastic":
+            return None
+        words = 2 * self.counter + torch.arange(2, dtype=torch.int32, device=self.counter.device)
+        keys = mix_(words, self._keys[0], self._keys[1])
+        if counts:
+            self.counter.add_(1)
+        return keys
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs; between steps, for what `hold` has gathered is not in it."""
+        return {"history": self.history, "counter": self.counter, "keys": self._keys}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up a saved state. Raises ValueError for a history of another length."""
+        if state["history"].shape != self.history.shape:
+            raise ValueError(
+                f"the saved history is {len(state['history'])} long, amax_history is {len(self.history)}"
+            )
+        for key, mine in self.state_dict().items():
+            mine.copy_(state[key])
+
+    def to(self, device: torch.device) -> None:
+        """Move the state, when the model has moved."""
+        if device != self.history.device:
+            self.history, self.counter = self.history.to(device), self.counter.to(device)
+            self._running, self._keys = self._running.to(device), self._keys.to(device)

@@ -1,0 +1,112 @@
+"""Which Linears of a live model get which recipes: by one format, or by rules.
+
+What `altgrad_core.rules` decides from an experiment file's names alone, decided here for any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from altgrad_core.lookup import format_or_none
+from altgrad_core.quantized_linear import is_conv1d
+from altgrad_core.recipe import Recipe, flow_recipe
+from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
+
+
+@attrs.frozen(kw_only=True)
+class LayerRecipes:
+    """What one Linear becomes; None is left alone. `storage` and `geometry` are the weight's."""
+
+    weights: Recipe | None = None
+    storage: str | None = None
+    geometry: bool = True
+    activations: Recipe | None = None
+    gradients: Recipe | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.weights is None and self.activations is None and self.gradients is None
+
+    @property
+    def of_weight(self) -> tuple[Any, ...]:
+        """What Linears that share a Parameter must agree on."""
+        return self.weights, self.storage, self.geometry
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[int]:
+    """Return the ids of Parameters that a module other than a Linear holds."""
+    own = {id(module) for module in linears.values()}
+    return {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def weight_recipe(format: Any, options: Mapping[str, Any]) -> Recipe | None:
+    found = format_or_none(format)
+    return None if found is None else Recipe(format=found, **options)
+
+
+def chosen_by_format(
+    linears: Mapping[str, nn.Module], layer: LayerRecipes, shared: set[int]
+) -> dict[str, LayerRecipes]:
+    if layer.empty:
+        return {}
+    return {name: layer for name, module in linears.items() if id(module.weight) not in shared}
+
+
+def chosen_by_rules(
+    linears: Mapping[str, nn.Module],
+    rules: Sequence[Rule],
+    shared: set[int],
+    options: Mapping[str, Any],
+    flows: LayerRecipes,
+) -> dict[str, LayerRecipes]:
+    for rule in rules:
+        if not any(rule.matches(name) for name in linears):
+            raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")
+        if rule.format is None:
+            raise ValueError(f'the rule {rule.layers!r} has no format; "FP32" leaves its weights alone')
+    chosen: dict[str, LayerRecipes] = {}
+    for name, module in linears.items():
+        index = first_match(rules, name)
+        if index is not None:
+            layer = _ruled(name, rules[index], id(module.weight) in shared, options, flows)
+            if not layer.empty:
+                chosen[name] = layer
+    return chosen
+
+
+def _ruled(
+    name: str, rule: Rule, shared: bool, options: Mapping[str, Any], flows: LayerRecipes
+) -> LayerRecipes:
+    """Return what a layer becomes under its rule."""
+    weights = weight_recipe(rule.format, options)
+    if shared and weights is not None and rule.storage == "grid":
+        raise ValueError(
+            f"{name!r} shares its weight with an embedding and cannot live on the grid: untie it, or leave "
+            "the rule's storage out"
+        )
+    wide = weights is not None and weights.format.bits > WIDEST_GRID_BITS
+    geometry = not shared and (not wide or rule.storage is not None)
+    return LayerRecipes(
+        weights=weights,
+        storage=rule.storage if geometry else "master",
+        geometry=geometry,
+        activations=_of_rule(rule.activations, flows.activations),
+        gradients=_of_rule(rule.gradients, flows.gradients),
+    )
+
+
+def _of_rule(spec: Any, default: Recipe | None) -> Recipe | None:
+    return default if spec is None else flow_recipe(spec, default)

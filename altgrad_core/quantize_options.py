@@ -1,0 +1,236 @@
+"""The `[quantize]` tables: formats and scales of weights, input activations and output gradients. No torch.
+
+What one option cannot know of another is in `conflicts`, as problems at their own place, so that a file is
+told all of them at once; `altgrad_core.recipe` refuses the same combinations in Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import attrs
+
+from altgrad_core.options import FieldError, FormatChoice, above, at_least, option, regexes
+
+UNQUANTISED = FormatChoice("FP32")
+
+_WEIGHT_MODES = {"grid": ("adaptive", "initial", "static"), "master": ("current", "initial", "static")}
+"""Storage to the scale modes that go with it, the default first."""
+
+
+@attrs.frozen(kw_only=True)
+class ScaleOptions:
+    """How a tensor is mapped onto a format's range: what weights, activations and gradients share."""
+
+    granularity: Literal["none", "tensor", "channel", "block"] = option(
+        "one scale per tensor, channel (row along the last dimension) or block of it; none: scale 1",
+        default="tensor",
+    )
+    block: Literal[16, 32] = option('block length under granularity = "block"', unit="elements", default=32)
+    block_scale: FormatChoice = option(
+        "format of the blocks' scales, over one scale per tensor; E4M3 over blocks of 16 is NVFP4's",
+        default=UNQUANTISED,
+    )
+    scale_rule: Literal["fit", "ocp", "exact"] = option(
+        "fit: the largest power of two that never saturates; ocp: that of OCP MX; exact: no power of two",
+        default="fit",
+    )
+    amax: float = option(
+        'magnitude that maps to the largest value; scale_mode = "static" only',
+        default=0.0,
+        validator=at_least(0),
+    )
+    margin: float = option("head room: amax is multiplied by it", default=1.0, validator=above(0))
+    overflow: Literal["saturate", "ieee"] = option(
+        "what happens beyond the largest value", default="saturate"
+    )
+
+    def _conflicts(self, scale_mode: str) -> Iterator[FieldError]:
+        return conflicts(
+            granularity=self.granularity,
+            block_scale=None if self.block_scale.unquantised else self.block_scale.plugin,
+            scale_rule=self.scale_rule,
+            scale_mode=scale_mode,
+            amax=self.amax,
+            margin=self.margin,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class _FlowOptions(ScaleOptions):
+    """What the two tables of flows, activations and gradients, share."""
+
+    format: FormatChoice = option(
+        "a name, or {exponent_bits, mantissa_bits, bias, specials}", default=UNQUANTISED
+    )
+    scale_mode: Literal["delayed", "current", "static"] | None = option(
+        "amax of the last steps, of this tensor, or given; default: delayed, current for channel and block",
+        default=None,
+    )
+    amax_history: int = option(
+        "how many steps' amax the delayed scale looks back on",
+        unit="steps",
+        default=16,
+        validator=at_least(1),
+    )
+
+    @property
+    def mode(self) -> str:
+        return self.scale_mode or ("delayed" if self.granularity == "tensor" else "current")
+
+    def conflicts(self) -> Iterator[FieldError]:
+        """Yield what contradicts what within the table."""
+        return self._conflicts(self.mode)
+
+
+@attrs.frozen(kw_only=True)
+class ActivationOptions(_FlowOptions):
+    """`[quantize.activations]`: the inputs of the quantised Linears."""
+
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
+        "rounding in the forward pass", default="nearest_even"
+    )
+    clip_gradient: bool = option("elements that saturated get zero gradient", default=False)
+
+
+@attrs.frozen(kw_only=True)
+class GradientOptions(_FlowOptions):
+    """`[quantize.gradients]`: the gradients of the quantised Linears' outputs."""
+
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic"] = option(
+        "rounding in the backward pass", default="nearest_even"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class RuleOptions:
+    """`[[quantize.rule]]`: what to do with the layers a regular expression matches."""
+
+    layers: str = option("regex over full module paths", validator=regexes)
+    format: FormatChoice | None = option("weights' format; default: that of [quantize]", default=None)
+    storage: Literal["master", "grid"] | None = option("where the weights live", default=None)
+    activations: FormatChoice | None = option(
+        "inputs' format; default: that of [quantize.activations]", default=None
+    )
+    gradients: FormatChoice | None = option(
+        "output gradients' format; default: that of [quantize.gradients]", default=None
+    )
+
+    def matches(self, layer: str) -> bool:
+        return re.fullmatch(self.layers, layer) is not None
+
+
+@attrs.frozen(kw_only=True)
+class QuantizeOptions(ScaleOptions):
+    """`[quantize]`: the weights of every Linear that no rule excludes."""
+
+    format: FormatChoice = option("a name, or {exponent_bits, mantissa_bits, bias, specials}")
+    storage: Literal["master", "grid"] = option(
+        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
+        default="master",
+    )
+    storage_rounding: Literal["nearest_even", "stochastic"] = option(
+        "how grid weights are rounded after a step", default="nearest_even"
+    )
+    bound: float = option(
+        "limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0)
+    )
+    scale_mode: Literal["adaptive", "current", "initial", "static"] | None = option(
+        "when the scale moves; grid: adaptive (default), initial or static; master: current (default), "
+        "initial or static",
+        default=None,
+    )
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
+        "rounding of Q(w) in the forward pass (master)", default="nearest_even"
+    )
+    clip_gradient: bool = option("weights that saturated get zero gradient (master)", default=False)
+    activations: ActivationOptions = option("the Linears' inputs", default=ActivationOptions())
+    gradients: GradientOptions = option("the Linears' output gradients", default=GradientOptions())
+    rule: tuple[RuleOptions, ...] = option("exceptions; the first match wins", default=())
+
+    @property
+    def mode(self) -> str:
+        return self.scale_mode or _WEIGHT_MODES[self.storage][0]
+
+    def conflicts(self) -> Iterator[FieldError]:
+        """Yield what contradicts what within the table, with paths below it."""
+        if self.mode not in _WEIGHT_MODES[self.storage]:
+            yield FieldError(
+                "scale_mode",
+                f'"{self.mode}" does not go with storage = "{self.storage}"; leave it out, or use "initial"',
+            )
+        yield from self._conflicts(self.mode)
+        yield from self._off_the_grid()
+        for name in ("activations", "gradients"):
+            for problem in getattr(self, name).conflicts():
+                yield FieldError((name, *problem.path), str(problem))
+
+    def _off_the_grid(self) -> Iterator[FieldError]:
+        """Yield what grid storage cannot do, at the option, or at the rule that asks for the grid."""
+        needs = {
+            "granularity": (("none", "tensor"), "keeps one scale per weight", '"tensor"'),
+            "scale_rule": (("fit",), "keeps scales that are fitted powers of two", '"fit"'),
+            "clip_gradient": ((False,), "uses the weights as they are, so that none saturates", "false"),
+        }
+        for name, (allowed, reason, way_out) in needs.items():
+            value = getattr(self, name)
+            if value in allowed:
+                continue
+            given = "true" if value is True else f'"{value}"'
+            if self.storage == "grid":
+                yield FieldError(
+                    name,
+                    f'{given} does not go with storage = "grid", which {reason}; use {way_out}, '
+                    'or storage = "master"',
+                )
+                continue
+            for index, rule in enumerate(self.rule):
+                if rule.storage == "grid":
+                    yield FieldError(
+                        ("rule", index, "storage"),
+                        f'"grid" {reason}, and quantize.{name} is {given}; use {name} = {way_out}, '
+                        'or storage = "master"',
+                    )
+
+
+def conflicts(
+    *,
+    granularity: str,
+    block_scale: str | None,
+    scale_rule: str,
+    scale_mode: str,
+    amax: float,
+    margin: float,
+) -> Iterator[FieldError]:
+    """Yield which of these options contradict one another, each at the option to change."""
+    if block_scale is not None and granularity != "block":
+        yield FieldError(
+            "block_scale",
+            f'"{block_scale}" needs granularity = "block", not "{granularity}"; set it, or leave block_scale '
+            "out",
+        )
+    if block_scale is not None and scale_rule != "fit":
+        yield FieldError(
+            "scale_rule",
+            f'"{scale_rule}" does not go with block_scale, whose scales have a rule of their own; leave one '
+            "of them out",
+        )
+    if scale_mode in ("delayed", "static") and granularity != "tensor":
+        yield FieldError(
+            "scale_mode",
+            f'"{scale_mode}" needs granularity = "tensor", not "{granularity}"; leave it out',
+        )
+    if scale_mode == "static" and not amax:
+        yield FieldError(
+            "amax", 'is missing: scale_mode = "static" needs the magnitude that maps to the largest value'
+        )
+    if scale_mode != "static" and amax:
+        yield FieldError(
+            "amax",
+            f'goes with scale_mode = "static", not "{scale_mode}"; set that, or leave amax out',
+        )
+    if margin != 1 and (scale_rule == "ocp" or block_scale is not None):
+        rule = "block_scale" if block_scale is not None else 'scale_rule = "ocp"'
+        yield FieldError("margin", f"{margin:g} has no effect under {rule}; leave it out")
