@@ -6,6 +6,8 @@ optimizers find it from the Parameter alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,8 +100,12 @@ class WeightQuantizer:
     def quantize(self, weight: Tensor) -> Tensor:
         """Return Q(weight), detached; under `current` scaling the scale follows the weight first."""
         if self.recipe.scale_mode == "current":
-            self.scale.copy_(self._fitted(weight))
+            self.refit(weight)
         return self.recipe.quantize(weight, self.scale)
+
+    def refit(self, weight: Tensor) -> None:
+        """Let the scale follow the weight."""
+        self.scale.copy_(self._fitted(weight))
 
     def to(self, device: torch.device) -> None:
         """Move the scale, when its weight has moved."""
@@ -108,6 +114,23 @@ class WeightQuantizer:
     def _fitted(self, weight: Tensor) -> Tensor:
         scale = self.recipe.scale_of(weight.mT if self.transposed else weight)
         return (scale.mT if self.transposed and scale.dim() else scale).contiguous()
+
+
+@torch.no_grad()
+def refit(pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
+    """Let every `current` scale follow its weight: those that are one number each, all together."""
+    alike: dict[Recipe, list[tuple[WeightQuantizer, Tensor]]] = {}
+    for quantizer, weight in pairs:
+        recipe = quantizer.recipe
+        if recipe.scale_mode != "current":
+            continue
+        if recipe.granularity == "tensor" and recipe.scaled and weight.numel():
+            alike.setdefault(recipe, []).append((quantizer, weight))
+        else:
+            quantizer.refit(weight)
+    for recipe, group in alike.items():
+        found = recipe.scales_of([weight for _, weight in group])
+        torch._foreach_copy_([quantizer.scale for quantizer, _ in group], list(found.unbind()))
 
 
 def quantizer_of(weight: Tensor) -> WeightQuantizer | None:

@@ -8,7 +8,7 @@ activation's amax history) is kept by `WeightQuantizer` and `FlowQuantizer`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -123,6 +123,10 @@ class Recipe:
         else:
             scale = scaling.scale(amax, self.format, self.scale_rule, self.margin)
         return scaling.spread(scale, x.shape[-1], self.block) if self.granularity == "block" else scale
+
+    def scales_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the scale of each tensor, (n,), for the granularity "tensor" and the mode "current"."""
+        return scaling.scale(scaling.amax(tensors), self.format, self.scale_rule, self.margin)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, scale: Tensor, keys: Tensor | None = None) -> Tensor:

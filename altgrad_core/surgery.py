@@ -19,7 +19,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from altgrad_core.flow_quantizer import FlowQuantizer
 from altgrad_core.layer_recipes import (
@@ -34,6 +34,7 @@ from altgrad_core.quantized_linear import Quantized, is_conv1d, quantized_class
 from altgrad_core.quantized_linear import QuantizedLinear as QuantizedLinear
 from altgrad_core.quantizer import WeightQuantizer as WeightQuantizer
 from altgrad_core.quantizer import quantizer_of as quantizer_of
+from altgrad_core.quantizer import refit
 from altgrad_core.random_bits import Key, draw_seed
 from altgrad_core.recipe import Recipe, flow_recipe
 from altgrad_core.rules import Rule
@@ -190,16 +191,24 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     activations and gradients stay as they are inside, and advance by one entry at the end.
     """
     with contextlib.ExitStack() as stack:  # an outer context's stay held when this one ends
-        for module in model.modules():
-            if not isinstance(module, Quantized):
-                continue
-            quantizer = module.quantizer
-            if quantizer is not None and not quantizer.on_grid and quantizer.held is None:
-                quantizer.held = quantizer.quantize(module.weight)
-                stack.callback(setattr, quantizer, "held", None)
+        pairs = _to_hold(model)
+        refit(pairs)
+        for quantizer, weight in pairs:
+            quantizer.held = quantizer.recipe.quantize(weight, quantizer.scale)
+            stack.callback(setattr, quantizer, "held", None)
         flows = [flow for flow in quantized_flows(model).values() if flow.hold()]
         stack.push(lambda error, *_: _release(flows, enter=error is None))
         yield
+
+
+def _to_hold(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
+    """Return the quantisers whose Q(w) nobody holds yet, each once, with their weights."""
+    found = {
+        id(module.quantizer): (module.quantizer, module.weight)
+        for module in model.modules()
+        if isinstance(module, Quantized) and module.quantizer is not None
+    }
+    return [(one, weight) for one, weight in found.values() if not one.on_grid and one.held is None]
 
 
 def _release(flows: Sequence[FlowQuantizer], enter: bool) -> None:

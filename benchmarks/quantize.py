@@ -28,7 +28,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import altgrad_core as altgrad
-from altgrad_core import scaling
 from altgrad_formats.layout import NAMED, Layout
 
 TARGETS = {  # at most so many times torch.clone, of the same elements in float32
@@ -111,9 +110,8 @@ def ours(found: list[peers.Found], run: Run) -> Entry:
 
 def quantize_with_amax(format: altgrad.Format, x: Tensor) -> Tensor:
     """Quantise a tensor at the scale that its own largest magnitude fits."""
-    exponent = scaling.fitted_exponent(scaling.amax([x]), format)
-    scale = scaling.power_of_two(exponent)[0]
-    return format.quantize(x * scale) / scale
+    recipe = altgrad.Recipe(format=format)
+    return recipe.quantize(x, recipe.scale_of(x))
 
 
 def model_of(parameters: int, device: torch.device) -> nn.ModuleList:
