@@ -233,6 +233,39 @@ def show(name: str, /, *, without: Without = ()) -> int:
     return 0
 
 
+@app.command
+def formats(
+    name: str | None = None,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    without: Without = (),
+) -> int:
+    """List the number formats; of one, show its values and pictures of its grid.
+
+    Parameters
+    ----------
+    name
+        A name, or a table as in an experiment file: '{exponent_bits = 4, mantissa_bits = 5, bias = 7}'.
+    as_json
+        Print JSON; of one format, all its values and codes.
+    without
+        Leave out this distribution's plugins.
+    """
+    import rich.console
+
+    from altgrad_core import format_page, format_table
+
+    registry = discover(without)
+    page = format_table.overview(registry) if name is None else format_page.page(name, registry)
+    if as_json:
+        print(json.dumps(page.plain(), indent=1))
+        return 0
+    for line in page.lines(rich.console.Console(highlight=False, emoji=False)):
+        print(line)
+    return 0
+
+
 def _of_any_kind(registry: Registry, name: str) -> Registered:
     found = []
     for kind in KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import textwrap
 import types
@@ -35,6 +36,8 @@ def lines(entry: Registered, registry: Registry) -> Iterator[str]:
     yield f"  from    {entry.owner}, {component.target}"
     if component.source:
         yield f"  source  {component.source}"
+    if entry.kind == "format":
+        yield f"  values  altgrad formats {shlex.quote(format_spec(entry, registry))}"
     fields = attrs.fields(attrs.resolve_types(component.options))
     beside = attrs.fields(attrs.resolve_types(GeometryOptions)) if entry.kind == "stiffness" else ()
     if options := [_option(field) for field in (*fields, *beside)]:
@@ -104,13 +107,21 @@ def _snippet(entry: Registered, registry: Registry, fields: Any) -> Iterator[str
     name = _unambiguous(entry, registry)
     values = {field.name: _example(field) for field in fields}
     if entry.kind == "format":
-        yield from ("[quantize]", f"format = {_inline(name, values) if values else written(name)}")
+        spec = format_spec(entry, registry)
+        yield from ("[quantize]", f"format = {spec if values else written(spec)}")
     elif entry.kind == "stiffness":
         yield from _stiffness_snippet(_inline(name, values), registry)
     elif heading := _HEADINGS.get(entry.kind):
         yield from (heading, f"plugin = {written(name)}")
         for key, value in values.items():
             yield f"# {key} = ..." if value is None else f"{key} = {written(value)}"
+
+
+def format_spec(entry: Registered, registry: Registry) -> str:
+    """Return how `altgrad formats` is asked for a format: by its name, or by a table if it has options."""
+    name = _unambiguous(entry, registry)
+    fields = attrs.fields(attrs.resolve_types(entry.component.options))
+    return _inline(name, {field.name: _example(field) for field in fields}) if fields else name
 
 
 def _unambiguous(entry: Registered, registry: Registry) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import NAN_RUNG, Format
+from altgrad_core.random_bits import stream_key_tensor, uniform_like
 from altgrad_core.testing import ConformanceError
 from altgrad_core.testing.expect import expect, expect_error, fail, global_random_states
 from altgrad_core.testing.rounding import ROUNDING_CHECKS, Intervals
@@ -172,6 +173,36 @@ def _spacing_is_the_gap(case: Intervals) -> None:
         fail(case.name, rule, given=end.tolist(), expected=expected, seen=seen.tolist(), fix=fix)
 
 
+def _scaled_rounding_is_rounding(case: Intervals) -> None:
+    """fake_quantize is quantize under a scale, within limits, and by the stream of random numbers."""
+    format, x = case.format, case.probes_and_ties.float()
+    keys, limit = stream_key_tensor((1, 2, 3)), format.values[[len(format.values) // 3, -1]]
+    uniform = uniform_like(x, keys)
+    for scale in (torch.tensor(4.0), torch.tensor(2.0**-5)):
+        scaled, fix = x / scale, "scale, round, limit, and divide: the same numbers as by single steps"
+        for rounding, drawn, named in (("nearest_even", None, None), ("stochastic", uniform, keys)):
+            rounded = format.quantize(scaled * scale, rounding, uniform=drawn)
+            expected = torch.minimum(torch.maximum(rounded, limit[0]), limit[1]) / scale
+            seen = format.fake_quantize(scaled, scale, rounding, keys=named, limit=limit)
+            expect(case.name, f"fake_quantize must be quantize ({rounding})", scaled, seen, expected, fix)
+
+
+def _size_does_not_matter(case: Intervals) -> None:
+    """an element is rounded alike in small tensors and in large ones, which other code may serve."""
+    format, x = case.format, case.probes_and_ties.float()
+    fix = "both ways must give the same bits"
+    parts: dict[str, Callable[[Tensor], Tensor]] = {
+        "quantize": format.quantize,
+        "rung": format.rung,
+        "spacing": format.spacing,
+        "encode": format.encode,
+        "decode": lambda t: format.decode(format.encode(t)),
+    }
+    for name, method in parts.items():
+        by_parts = torch.cat([method(part) for part in x.split(100)])
+        expect(case.name, f"{name} must be the same in a large tensor", x, method(x), by_parts, fix)
+
+
 def _symmetric_grids_are_odd(case: Intervals) -> None:
     """on a symmetric grid the rung of -x is that of x turned round, and the spacing is the same."""
     format, x = case.format, case.probes_and_ties
@@ -251,6 +282,8 @@ _CHECKS: tuple[Callable[[Intervals], None], ...] = (
     _codes_invert,
     _every_code_decodes,
     _spacing_is_the_gap,
+    _scaled_rounding_is_rounding,
+    _size_does_not_matter,
     _symmetric_grids_are_odd,
     _any_strides_will_do,
     _dtype_is_kept_or_refused,

@@ -57,6 +57,25 @@ class TiesToTheEvenIndex(Sound):
         return table.quantize(x, rounding, overflow, uniform)
 
 
+@mutant("fake_quantize must be quantize (nearest_even)")
+class ForgetsTheLimit(Sound):
+    def _fake_quantize(self, x, scale, rounding, overflow, keys, limit):
+        return super()._fake_quantize(x, scale, rounding, overflow, keys, None)
+
+
+@mutant("fake_quantize must be quantize (stochastic)")
+class DrawsItsOwnNumbers(Sound):
+    def _fake_quantize(self, x, scale, rounding, overflow, keys, limit):
+        keys = None if keys is None else keys.flip(0)
+        return super()._fake_quantize(x, scale, rounding, overflow, keys, limit)
+
+
+@mutant("spacing must be the same in a large tensor")
+class SpacesLargeTensorsByTheirValues(Sound):
+    def _spacing(self, x):
+        return super()._spacing(self._quantize(x, "nearest_even", "saturate", None) if len(x) > 4000 else x)
+
+
 @mutant("nearest_even must give the nearest value")
 class MidpointsInFloat16(Sound):
     def _quantize(self, x, rounding, overflow, uniform):

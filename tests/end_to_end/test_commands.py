@@ -2,18 +2,22 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 
 import pytest
+import torch
 
 from altgrad_core.cli import _guarded, app, run_app
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.hookspecs import KINDS
+from altgrad_core.lookup import get_format
 from altgrad_core.registry import discover
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -118,8 +122,9 @@ def test_a_wrong_command_line_exits_with_2(altgrad, tokens):
     assert err
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    command = [sys.executable, "-c", "from altgrad_core.cli import altgrad; altgrad()", "plugins"]
+@pytest.mark.parametrize("tokens", [["plugins"], ["formats"], ["formats", "BF16", "--json"]])
+def test_a_reader_that_leaves_early_is_no_error(tokens):
+    command = [sys.executable, "-c", "from altgrad_core.cli import altgrad; altgrad()", *tokens]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -198,6 +203,152 @@ def test_what_show_prints_can_be_pasted_into_an_experiment(altgrad, entry, tmp_p
     assert entry.name in json.dumps(cell.experiment.plain())
     written = tomllib.loads(snippet)
     assert set(written) <= {"quantize", "optimizer", "data", "monitor", "fallback"}
+
+
+# --- altgrad formats ---------------------------------------------------------------------------------
+
+
+def row_of(name, out):
+    (row,) = [
+        line.split() for line in out.splitlines() if line.split()[:1] == [name] and line.split()[1].isdigit()
+    ]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("E0M7", "E0M7 8 0 7 0 finite 1-2^-7 2^-7 255 uniform"),
+        ("E1M6", "E1M6 8 1 6 0 finite 3.96875 2^-5 2 255 uniform"),
+        ("E2M5", "E2M5 8 2 5 1 finite 7.875 2^-5 1 255"),
+        ("E3M4", "E3M4 8 3 4 1 finite 124 0.0625 1 255"),
+        ("E4M3", "E4M3 8 4 3 7 fn 448 2^-9 2^-6 253"),
+        ("E5M2", "E5M2 8 5 2 15 ieee 57344 2^-16 2^-14 247"),
+        ("E6M1", "E6M1 8 6 1 31 finite 1.5*2^32 2^-31 2^-30 255"),
+        ("E7M0", "E7M0 8 7 0 63 finite 2^64 2^-62 2^-62 255"),
+        ("E2M1", "E2M1 4 2 1 1 finite 6 0.5 1 15"),
+        ("BF16", "BF16 16 8 7 127 ieee 255*2^120 2^-133 2^-126 65279"),
+    ],
+)
+def test_a_formats_row_has_its_layout_its_range_and_its_size(altgrad, name, row, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert row_of(name, altgrad("formats")[1]) == row.split()
+
+
+def test_the_table_says_which_formats_are_one_grid(altgrad, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = altgrad("formats")[1]
+    assert "one grid" in out
+    assert "E1M6 = E0M7 x 4, E1M14 = E0M15 x 4, E5M10 = FP16, E8M7 = BF16\n" in out
+
+
+def test_the_table_fits_a_terminal_of_80_columns(altgrad, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, altgrad("formats")[1].splitlines())) <= 80
+
+
+def test_the_table_lists_every_installed_format(altgrad):
+    listing = json.loads(altgrad("formats", "--json")[1])
+    names = {one["name"] for one in (*listing["formats"], *listing["families"])}
+    assert names == {entry.name for entry in discover().of_kind("format")}
+    assert listing["failed"] == {}
+    (family,) = listing["families"]
+    assert family["name"] == "ExMy"
+    assert [one["name"] for one in family["options"]] == [
+        "exponent_bits",
+        "mantissa_bits",
+        "bias",
+        "specials",
+    ]
+
+
+NARROW = [entry.name for entry in discover().of_kind("format") if (entry.component.bits or 16) <= 8]
+
+
+@pytest.mark.parametrize("name", [*NARROW, "BF16"])
+def test_a_formats_values_in_json_are_those_that_its_codes_decode_to(altgrad, name):
+    page = json.loads(altgrad("formats", name, "--json")[1])
+    format = get_format(name)
+    values, found = zip(*((one["value"], one["code"]) for one in page["values"]), strict=True)
+    assert list(values) == format.values.tolist()
+    assert (
+        format.encode(format.values).tolist()
+        == torch.tensor(found).to(format.encode(format.values).dtype).tolist()
+    )
+    special = page["special_codes"]
+    assert len(found) + sum(map(len, special.values())) == 2**format.bits
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("E4M3", "-0 80; NaN 7f, ff"),
+        ("E5M2", "-0 80; inf 7c, fc; NaN 7d..7f, fd..ff"),
+        ("E7M0", "-0 80"),
+        ("BF16", "-0 8000; inf 7f80, ff80; NaN 7f81..7fff, ff81..ffff"),
+    ],
+)
+def test_a_formats_page_names_its_special_codes(altgrad, name, line):
+    assert f"  special codes    {line}\n" in altgrad("formats", name)[1]
+
+
+def test_a_formats_page_lists_its_values_by_binade_with_their_codes(altgrad, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = altgrad("formats", "E4M3")[1].splitlines()
+    assert "  2^-6   08..0f     8     9    10    11    12    13    14    15  x 2^-9" in lines
+    assert "  2^0    38..3f     1 1.125  1.25 1.375   1.5 1.625  1.75 1.875" in lines
+    assert "  2^8    78..7e   256   288   320   352   384   416   448" in lines
+    assert "negative values mirror them: 81 = -2^-9 to fe = -448" in lines
+
+
+def test_a_format_by_its_numbers_is_a_table_as_in_a_file(altgrad):
+    code, out, _ = altgrad("formats", "{exponent_bits = 4, mantissa_bits = 3, bias = 7}")
+    assert code == 0
+    assert out.startswith("E4M3(bias=7): ")
+    assert "  largest          480\n" in out
+
+
+@pytest.mark.parametrize("name", ["FP32", "none"])
+def test_fp32_is_explained(altgrad, name):
+    code, out, _ = altgrad("formats", name)
+    assert (code, "leave it alone" in out.replace("\n", " ")) == (0, True)
+    assert "leave it alone" in json.loads(altgrad("formats", name, "--json")[1])["meaning"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("E4M33", "no format named 'E4M33' is installed; did you mean 'E4M3'?"),
+        ("E4M5", "; try: altgrad formats '{exponent_bits = 4, mantissa_bits = 5}'"),
+        ("ExMy", '; try: altgrad formats \'{plugin = "ExMy", exponent_bits = 4, mantissa_bits = 5, spec'),
+        ("{exponent_bits = 4", "is no inline TOML table such as {exponent_bits = 4, mantissa_bits = 5"),
+        ("{exponent_bits = 4}", "mantissa_bits: is required and missing"),
+        ("{exponent_bits = 12, mantissa_bits = 5}", "E12M5 has 18 bits with its sign; a format has 3 to 16"),
+        ("", "no format named '' is installed; there are: "),
+    ],
+)
+def test_what_is_no_format_is_the_users_mistake(altgrad, name, message):
+    code, out, err = altgrad("formats", name)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_the_way_out_of_an_error_is_a_format(altgrad):
+    err = altgrad("formats", "E4M5")[2]
+    assert altgrad("formats", err.split("'")[-2])[1].startswith("E4M5(bias=7): ")
+
+
+def test_show_points_to_the_values_of_a_format(altgrad):
+    assert "  values  altgrad formats E4M3\n" in altgrad("show", "E4M3")[1]
+    values = next(line for line in altgrad("show", "ExMy")[1].splitlines() if line.startswith("  values"))
+    assert altgrad(*shlex.split(values)[2:])[0] == 0
+
+
+def test_the_pictures_are_plain_characters_where_the_output_has_no_others():
+    command = [sys.executable, "-c", "from altgrad_core.cli import altgrad; altgrad()", "formats", "E2M1"]
+    done = in_a_process(*command, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout.isascii(), done.stderr) == (0, True, "")
 
 
 # --- altgrad-run --check -----------------------------------------------------------------------------
