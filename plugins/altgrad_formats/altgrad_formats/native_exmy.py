@@ -35,7 +35,8 @@ class NativeExMy:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._constants = torch.tensor(constants(layout), dtype=torch.int32)
+        numbers = constants(layout) if in_reach(layout, "nearest_even") else []
+        self._constants = torch.tensor(numbers, dtype=torch.int32)
 
     def serves(self, x: Tensor, rounding: str = "nearest_even") -> bool:
         """Whether there is a loop for this tensor and rounding, and a compiler to make it."""

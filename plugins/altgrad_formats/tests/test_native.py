@@ -184,3 +184,9 @@ def test_a_compiled_file_is_kept_and_another_source_is_another_file(tmp_path, mo
         assert loops.answer() == answer
     assert len(list((tmp_path / "cache" / "native").iterdir())) == 2
     native.library.cache_clear()
+
+
+@pytest.mark.parametrize(("exponent_bits", "mantissa_bits", "bias"), [(0, 7, -121), (8, 2, 130), (5, 2, -90)])
+def test_a_layout_out_of_reach_of_the_loops_still_rounds(exponent_bits, mantissa_bits, bias):
+    format = ExMy(exponent_bits, mantissa_bits, bias)
+    assert torch.equal(format.quantize(format.values.repeat(100)), format.values.repeat(100))
