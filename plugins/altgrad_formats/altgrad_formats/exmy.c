@@ -138,26 +138,29 @@ void quantize(const float *x, float *out, int64_t rows, int64_t columns, const f
     }
 }
 
-/* The pattern of the largest |x|; that of a NaN, if there is one. */
-static int32_t largest_magnitude(const float *x, int64_t n) {
+/* Writes the codes of n values below the end of the format, or any others with `whole`: those past the end, inf
+   and NaN, take as many instructions as all the rest. Returns the pattern of the largest |x|, a NaN's included. */
+INLINE int32_t codes_of(const float *restrict x, int32_t *restrict codes, int64_t n, Layout k, const int whole) {
     int32_t largest = 0;
     _Pragma("omp simd reduction(max : largest)")
     for (int64_t i = 0; i < n; i++) {
-        int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+        int32_t b = bits_of(x[i]), magnitude = b & 0x7FFFFFFF, code = nearest_even(magnitude, k);
+        int32_t sign = (b >> 31) & k.sign;
         largest = magnitude > largest ? magnitude : largest;
+        if (whole) {
+            code = code > k.largest ? k.largest : code;
+            code = magnitude == 0x7F800000 ? k.infinity : code;
+            code = magnitude > 0x7F800000 ? k.nan : code | sign;
+        } else
+            code |= sign;
+        codes[i] = code;
     }
     return largest;
 }
 
-static void codes_of(const float *restrict x, int32_t *restrict codes, int64_t n, Layout k) {
-    _Pragma("omp simd")
-    for (int64_t i = 0; i < n; i++) {
-        int32_t b = bits_of(x[i]), magnitude = b & 0x7FFFFFFF, code = nearest_even(magnitude, k);
-        code = code > k.largest ? k.largest : code;
-        code = magnitude == 0x7F800000 ? k.infinity : code;
-        code |= b < 0 ? k.sign : 0;
-        codes[i] = magnitude > 0x7F800000 ? k.nan : code;
-    }
+static int32_t codes_of_any(const float *x, int32_t *codes, int64_t n, Layout k) {
+    int32_t largest = codes_of(x, codes, n, k, 0);
+    return largest > bits_of(value_of(k.largest, k)) ? codes_of(x, codes, n, k, 1) : largest;
 }
 
 static void values_of(const int32_t *restrict codes, float *restrict x, int64_t n, Layout k) {
@@ -182,9 +185,8 @@ static void values_of(const int32_t *restrict codes, float *restrict x, int64_t 
         _Pragma("omp parallel for schedule(static) reduction(max : largest) if (n > PIECE)")            \
         for (int64_t at = 0; at < n; at += SMALL) {                                                     \
             const int64_t m = n - at < SMALL ? n - at : SMALL;                                          \
-            int32_t codes[SMALL], seen = largest_magnitude(x + at, m);                                  \
+            int32_t codes[SMALL], seen = codes_of_any(x + at, codes, m, k);                             \
             largest = seen > largest ? seen : largest;                                                  \
-            codes_of(x + at, codes, m, k);                                                              \
             _Pragma("omp simd") for (int64_t i = 0; i < m; i++) out[at + i] = (type)codes[i];           \
         }                                                                                               \
         return largest > 0x7F800000;                                                                    \
