@@ -54,70 +54,77 @@ static inline float uniform(uint32_t i, Keys keys) {
     return (float)(int32_t)(i >> 8) * 0x1p-24f;
 }
 
-static inline float limited(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+static inline float limited(float x, float low, float high) {
+    x = x < low ? low : x; /* one after the other: two instructions instead of nine */
+    return x > high ? high : x;
+}
 
 static inline int is_power_of_two(float s) {
     int32_t b = bits_of(s);
     return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
 }
 
+/* What happens at the ends: values saturate; they do and are limited; they become something else, or are limited. */
+enum { SATURATED, LIMITED, REPLACED };
+
 /* What one rounding needs. */
 typedef struct {
     Layout layout;
     Keys keys;
     float low, high; /* limits of the rounded value */
-    float beyond;    /* what rounds past the largest value becomes */
-    float largest;   /* the largest finite value, and where stochastic rounding cuts its input */
-    float cut;
-    int plain;       /* beyond is the largest value, and there are no limits */
+    float largest;   /* the largest finite value */
+    float beyond;    /* what rounds past it becomes */
+    int32_t cut;     /* bits of the magnitude at which stochastic rounding cuts its input */
+    int ends;        /* what happens there */
     int stochastic;
 } Rounding;
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE float rounded_nearest(float v, const Rounding *r, const int plain) {
+INLINE float rounded_nearest(float v, const Rounding *r, const int ends) {
     int32_t b = bits_of(v), code = nearest_even(b & 0x7FFFFFFF, r->layout), end = r->layout.largest;
     float q = value_of(code > end ? end : code, r->layout);
-    if (!plain) q = code > end ? r->beyond : q;
+    if (ends == REPLACED) q = code > end ? r->beyond : q;
     return float_of(bits_of(q) | (b & INT32_MIN));
 }
 
-INLINE float rounded_stochastic(float v, uint32_t i, const Rounding *r, const int plain) {
+INLINE float rounded_stochastic(float v, uint32_t i, const Rounding *r, const int ends) {
     const int32_t to_ulp = (23 - r->layout.shift) << 23;
-    int32_t b = bits_of(v);
-    float a = float_of(b & 0x7FFFFFFF);
-    a = a > r->cut ? r->cut : a;
-    int32_t binade = bits_of(a) & 0x7F800000;
+    int32_t b = bits_of(v), magnitude = b & 0x7FFFFFFF;
+    magnitude = magnitude > r->cut ? r->cut : magnitude;
+    int32_t binade = magnitude & 0x7F800000;
     int32_t ulp = (binade > r->layout.normal ? binade : r->layout.normal) - to_ulp;
-    float y = a * float_of(0x7F000000 - ulp); /* a / ulp, exactly: a power of two */
+    float y = float_of(magnitude) * float_of(0x7F000000 - ulp); /* over ulp, exactly: a power of two */
     float whole = floorf(y);
     whole += uniform(i, r->keys) < y - whole ? 1.0f : 0.0f;
     float q = whole * float_of(ulp);
-    if (!plain) q = q > r->largest ? r->beyond : q;
+    if (ends == REPLACED) q = q > r->largest ? r->beyond : q;
     return float_of(bits_of(q) | (b & INT32_MIN));
 }
 
-/* rounded(x * s) / s, whose division by a power of two is a multiplication: the same bits, sooner. */
-INLINE void piece(const float *x, float *out, int64_t begin, int64_t end, float s, const Rounding *rounding,
-                  const int stochastic, const int plain, const int power_of_two) {
+/* rounded(x * s) / s of n elements, the first of which is the `first` of the stream of random numbers. A division
+   by a power of two is a multiplication: the same bits, sooner. */
+INLINE void piece(const float *x, float *out, int32_t n, uint32_t first, float s, const Rounding *rounding,
+                  const int stochastic, const int ends, const int power_of_two) {
     const Rounding r = *rounding;
     const float inverse = 1.0f / s;
     _Pragma("omp simd")
-    for (int64_t i = begin; i < end; i++) {
+    for (int32_t i = 0; i < n; i++) {
         float v = x[i] * s;
-        float q = stochastic ? rounded_stochastic(v, (uint32_t)i, &r, plain) : rounded_nearest(v, &r, plain);
-        if (!plain) q = limited(q, r.low, r.high);
+        float q = stochastic ? rounded_stochastic(v, first + (uint32_t)i, &r, ends) : rounded_nearest(v, &r, ends);
+        if (ends != SATURATED) q = limited(q, r.low, r.high);
         q = power_of_two ? q * inverse : q / s;
         out[i] = v != v ? v : q;
     }
 }
 
-static void any_piece(const float *x, float *out, int64_t begin, int64_t end, float s, const Rounding *r) {
-#define IN_CASE(stochastic_, plain_, power_)                                                            \
-    if (r->stochastic == stochastic_ && r->plain == plain_ && is_power_of_two(s) == power_)             \
-        piece(x, out, begin, end, s, r, stochastic_, plain_, power_);
-    IN_CASE(0, 0, 0) IN_CASE(0, 0, 1) IN_CASE(0, 1, 0) IN_CASE(0, 1, 1)
-    IN_CASE(1, 0, 0) IN_CASE(1, 0, 1) IN_CASE(1, 1, 0) IN_CASE(1, 1, 1)
+static void any_piece(const float *x, float *out, int32_t n, uint32_t first, float s, const Rounding *r) {
+#define IN_CASE(stochastic_, ends_, power_)                                                             \
+    if (r->stochastic == stochastic_ && r->ends == ends_ && is_power_of_two(s) == power_)               \
+        piece(x, out, n, first, s, r, stochastic_, ends_, power_);
+#define IN_CASES(stochastic_, power_)                                                                   \
+    IN_CASE(stochastic_, SATURATED, power_) IN_CASE(stochastic_, LIMITED, power_) IN_CASE(stochastic_, REPLACED, power_)
+    IN_CASES(0, 0) IN_CASES(0, 1) IN_CASES(1, 0) IN_CASES(1, 1)
 }
 
 /* rows x columns values, one scale a row: limited(rounded(x * scale)) / scale.
@@ -127,14 +134,14 @@ void quantize(const float *x, float *out, int64_t rows, int64_t columns, const f
     const int64_t across = (columns + PIECE - 1) / PIECE, pieces = rows * across;
     Rounding r = {.layout = *layout, .low = low, .high = high, .beyond = beyond, .stochastic = keys != 0};
     r.largest = value_of(layout->largest, *layout);
-    r.cut = beyond == r.largest ? r.largest : value_of(layout->largest + 1, *layout);
-    r.plain = beyond == r.largest && low == -INFINITY && high == INFINITY;
+    r.ends = beyond != r.largest ? REPLACED : low == -INFINITY && high == INFINITY ? SATURATED : LIMITED;
+    r.cut = bits_of(beyond == r.largest ? r.largest : value_of(layout->largest + 1, *layout));
     if (keys) r.keys = (Keys){keys[0], keys[1]};
     _Pragma("omp parallel for schedule(static) if (rows * columns > PIECE)")
     for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t row = piece / across, at = row * columns, begin = at + (piece % across) * PIECE;
-        const int64_t end = begin + PIECE < at + columns ? begin + PIECE : at + columns;
-        any_piece(x, out, begin, end, scale[row], &r);
+        const int64_t row = piece / across, begin = row * columns + (piece % across) * PIECE;
+        const int64_t rest = (row + 1) * columns - begin;
+        any_piece(x + begin, out + begin, (int32_t)(rest < PIECE ? rest : PIECE), (uint32_t)begin, scale[row], &r);
     }
 }
 
