@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from altgrad_core.native import BlockLoops
 from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
 from altgrad_core.table_rounding import TableRounding
 from altgrad_core.table_rounding import wide as wide
@@ -33,6 +34,7 @@ OVERFLOWS = ("saturate", "ieee")
 NAN_RUNG = -(2**31)
 """The rung of NaN: no format has it, and `from_rung` maps it back to NaN."""
 
+_UNSIGNED = (torch.uint32, torch.uint64)  # more than int32 holds
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -168,6 +170,9 @@ class Format:
         _check_choice("overflow", overflow, OVERFLOWS)
         if (keys is None) == (rounding == "stochastic"):
             raise ValueError(f"stochastic rounding, and no other, takes keys; rounding={rounding!r}")
+        _check_pair("keys", keys, torch.int32)
+        _check_pair("limit", limit, None)
+        keys = None if keys is None else keys.contiguous()
         return self._fake_quantize(_working(x), scale, rounding, overflow, keys, limit).to(x.dtype)
 
     @torch.no_grad()
@@ -201,8 +206,8 @@ class Format:
         """
         if rungs.dtype == torch.bool or rungs.is_complex():
             raise TypeError(f"from_rung needs integers or whole floats, not {rungs.dtype}")
-        if not rungs.is_floating_point() and rungs.dtype != torch.int64:
-            rungs = rungs.to(torch.int32)
+        if not rungs.is_floating_point() and rungs.dtype not in (torch.int32, torch.int64):
+            rungs = rungs.to(torch.int64 if rungs.dtype in _UNSIGNED else torch.int32)
         nan = rungs == NAN_RUNG
         if rungs.is_floating_point():
             nan |= rungs.isnan()
@@ -232,6 +237,15 @@ class Format:
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"decode needs integer codes, not {codes.dtype}")
         return self._decode(codes)
+
+    def block_loops(self) -> BlockLoops | None:
+        """Return the format's arithmetic as C functions, for loops that do more than rounding in one pass.
+
+        None where there are none: no compiler, or a format that they do not cover.
+        """
+        if type(self)._quantize is Format._quantize:  # else the arithmetic is a subclass's own
+            return self._table.block_loops()
+        return None
 
     # --- the arithmetic, here by table: what a format with structure overrides -----------------------
     # x is float32 or float64; every method returns a new tensor.
@@ -335,8 +349,8 @@ def nan_where_(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _working(x: Tensor) -> Tensor:
-    """Return x as float32, or float64 if it is that, without its graph."""
-    return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+    """Return x as float32, or float64 if it is that, without its graph and not as a negative view."""
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().resolve_neg()
 
 
 def _given(generator: torch.Generator | None) -> torch.Generator:
@@ -355,6 +369,12 @@ def _check_uniform(x: Tensor, uniform: Tensor, generator: torch.Generator | None
             f"uniform is {uniform.dtype} of shape {tuple(uniform.shape)};"
             f" expected torch.float32 of x's shape {tuple(x.shape)}"
         )
+
+
+def _check_pair(name: str, given: Tensor | None, dtype: torch.dtype | None) -> None:
+    if given is not None and (given.shape != (2,) or (dtype and given.dtype != dtype)):
+        expected = f"{dtype} of shape (2,)" if dtype else "shape (2,)"
+        raise ValueError(f"`{name}` is {given.dtype} of shape {tuple(given.shape)}; expected {expected}")
 
 
 def _check_floating(x: Tensor) -> None:

@@ -26,8 +26,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from altgrad_core.cache_folder import default_cache
 from altgrad_core.kernels import VARIABLE
@@ -35,18 +37,55 @@ from altgrad_core.kernels import VARIABLE
 FEWEST_ELEMENTS = 1024
 """Below this a call costs more than it saves."""
 
+
+@attrs.frozen(kw_only=True)
+class BlockLoops:
+    """A format's arithmetic as C functions for the loops of others, which call them on a block at a time.
+
+    Addresses of functions of float32 blocks that stay in a core's cache, n elements each, in one thread:
+
+        rungs     (const float *x, int32_t *rungs, int32_t n, const void *context)
+        values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
+        spacings  (const float *x, float *spacings, int32_t n, const void *context)
+        quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
+                   const uint32_t *keys, const void *context), as `Format.fake_quantize`, saturating: element i
+                   takes the number first + i of the keys' stream; keys NULL: to nearest even
+
+    They give the bits of `Format.rung`, `from_rung`, `spacing` and `fake_quantize`; the rung of NaN may be
+    anything. `context` is the address of what they need, `owner` keeps it alive.
+    """
+
+    rungs: int
+    values: int
+    spacings: int
+    quantize: int
+    context: int
+    owner: object = attrs.field(repr=False)
+
+
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC")
 _PATIENCE = 120  # seconds for a compiler, on a machine that is busy
 
 
 def serves(x: Tensor) -> bool:
     """Whether a loop in C may be called on this tensor: a plain float32 one of a CPU, outside of a trace."""
+    return x.dtype == torch.float32 and plain(x)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a C function may read this tensor's memory, and it is large enough to be worth it.
+
+    Not while somebody records or transforms what is done to it: torch.compile, torch.jit.trace, torch.func,
+    and dispatch modes, which would see nothing, or find no memory.
+    """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
         and x.numel() >= FEWEST_ELEMENTS
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_in_torch_dispatch_mode()
     )
 
 
@@ -56,6 +95,18 @@ def one_a_row(scale: Tensor | None, x: Tensor) -> bool:
         return True
     rows = scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1)
     return rows and scale.dtype == torch.float32 and scale.device == x.device
+
+
+def block_loops(loops: ctypes.CDLL, context: Tensor, owner: object = None) -> BlockLoops:
+    """Return the functions `block_rungs`, ... of a compiled file, for the context that a tensor holds."""
+    names = "rungs", "values", "spacings", "quantize"
+    addresses = {name: entry(loops, f"block_{name}") for name in names}
+    return BlockLoops(**addresses, context=context.data_ptr(), owner=(context, owner))
+
+
+def entry(loops: ctypes.CDLL, name: str) -> int:
+    """Return the address of a function of a compiled file."""
+    return ctypes.cast(getattr(loops, name), ctypes.c_void_p).value or 0
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:
@@ -75,7 +126,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     for compiler in dict.fromkeys(compilers):
         for extra in ("-fopenmp",), ():
             try:
-                return ctypes.CDLL(str(_compiled(source, compiler, (*_FLAGS, *extra))))
+                return _loaded(source, compiler, (*_FLAGS, *extra))
             except (OSError, subprocess.SubprocessError) as error:
                 reason = f"{compiler} cannot compile {source.name}: {_said(error)}"
     warnings.warn(f"formats stay eager, which is slower: {reason}", RuntimeWarning, stacklevel=2)
@@ -93,32 +144,51 @@ def _said(error: Exception) -> str:
     return next((line for line in lines if "error:" in line), lines[0])
 
 
-def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
-    """Return the shared object of a source, compiled now unless the cache has it."""
+def _loaded(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the shared object of a source, from the cache if it has it whole, else compiled now."""
     identity = "\n".join((source.read_text(), compiler, *flags, _processor(), torch.__version__))
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _folder()
-    if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            parts = Path(scratch, "part.o"), Path(scratch, "whole.so")
-            compile_ = [compiler, *flags, "-c", str(source), "-o", str(parts[0])]
-            link = [compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"]  # finds torch's OpenMP
-            for command in (compile_, link):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
-            os.replace(parts[1], folder / name)  # whole or not at all, whoever else compiles it now
-    return folder / name
+    with tempfile.TemporaryDirectory(prefix="altgrad-native-") as scratch:
+        folder = _folder() or Path(scratch)
+        if not _whole(folder / name):
+            _compile(source, compiler, flags, folder / name)
+        return ctypes.CDLL(str(folder / name))  # which stays in memory when the file is gone
 
 
-def _folder() -> Path:
-    """Return the cache's folder for compiled loops, or a temporary one where that cannot be written."""
+def _compile(source: Path, compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Compile a source to a shared object with its digest behind it, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        parts = Path(scratch, "part.o"), Path(scratch, "whole.so")
+        compile_ = [compiler, *flags, "-c", str(source), "-o", str(parts[0])]
+        link = [compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"]  # finds torch's OpenMP
+        for command in (compile_, link):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
+        with parts[1].open("r+b") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(parts[1], path)  # whoever else compiles it now
+
+
+def _whole(path: Path) -> bool:
+    """Whether a compiled file is what was written: loading one that was cut short kills the process."""
     try:
-        folder = default_cache() / "native"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        content = path.read_bytes()
     except OSError:
-        pass  # a read-only home: compile for this process alone
-    return Path(tempfile.mkdtemp(prefix="altgrad-native-"))
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
+def _folder() -> Path | None:
+    """Return the cache's folder for compiled loops; None where it cannot be written."""
+    folder = default_cache() / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None  # a read-only home: compile for this process alone
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _processor() -> str:

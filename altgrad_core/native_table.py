@@ -37,9 +37,7 @@ def serves(x: Tensor) -> bool:
 
 def decodes(codes: Tensor) -> bool:
     """Whether there is a loop for these codes."""
-    large = codes.numel() >= native.FEWEST_ELEMENTS and codes.device.type == "cpu"
-    plain = type(codes) is Tensor and not torch.compiler.is_compiling()
-    return plain and large and codes.dtype == torch.uint8 and _loops() is not None
+    return codes.dtype == torch.uint8 and native.plain(codes) and _loops() is not None
 
 
 def slots(thresholds: Tensor) -> Tensor:
@@ -76,7 +74,7 @@ def stochastic_cells(
     """Return the int32 cells of stochastic rounding by the stream of `keys`; see table.c."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.int32)
-    addresses = (native.address(one) for one in (values, gaps, keys.contiguous()))
+    addresses = [native.address(one) for one in (values, gaps, keys)]
     cells_of = native.address(x), native.address(out), x.numel(), native.address(slots), last
     _in_use().stochastic_cells(*cells_of, *addresses)
     return out
@@ -86,7 +84,7 @@ def quantize(x: Tensor, scale: Tensor | None, limit: Tensor | None, slots: Tenso
     """Return x rounded as `Format.fake_quantize` says; scale: None, 0-d, or (..., 1) for rows of x."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    scales = torch.ones(1) if scale is None else scale.contiguous()
+    scales = torch.ones(1, device="cpu") if scale is None else scale.contiguous()
     low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
     sizes = scales.numel(), x.numel() // scales.numel()
     addresses = [native.address(one) for one in (scales, slots, outputs)]
@@ -103,6 +101,23 @@ def decode(codes: Tensor, values: Tensor) -> Tensor:
     pointers = native.address(codes), native.address(out)
     _in_use().decode(*pointers, codes.numel(), native.address(values), len(values))
     return out
+
+
+def block_loops(
+    nearest: Tensor, inward: Tensor, outputs: Tensor, values: Tensor, gaps: Tensor, zero: int
+) -> native.BlockLoops | None:
+    """Return the loops over blocks; None without a compiler.
+
+    nearest, inward: the slots of rounding to nearest even and toward zero. outputs: of the cells, saturated.
+    values, gaps: of the cells, float64. zero: number of values below zero.
+    """
+    loops = _loops()
+    if loops is None:
+        return None
+    counts = torch.tensor([len(values) - 2, zero], dtype=torch.int32)
+    tables = nearest, inward, outputs, values, gaps, counts
+    context = torch.tensor([table.data_ptr() for table in tables], dtype=torch.int64)
+    return native.block_loops(loops, context, owner=tables)
 
 
 def _in_use() -> ctypes.CDLL:

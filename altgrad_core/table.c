@@ -82,3 +82,53 @@ void decode(const uint8_t *codes, float *out, int64_t n, const float *values, in
     _Pragma("omp parallel for schedule(static) if (n > PIECE)")
     for (int64_t i = 0; i < n; i++) out[i] = codes[i] < count ? values[codes[i]] : NAN;
 }
+
+/* Blocks, for the loops of others (altgrad_core.native.BlockLoops): n values of one thread. */
+typedef struct {
+    const Slot *nearest, *inward; /* slots of rounding to nearest even, and toward zero */
+    const float *outputs;         /* of the cells, saturated */
+    const double *values, *gaps;  /* of the cells; gaps[c] lies below cell c */
+    const int32_t *counts;        /* of the values, and of those below zero */
+} Table;
+
+static inline int32_t inside(int32_t cell, int32_t count) { return cell < 1 ? 1 : cell > count ? count : cell; }
+
+void block_rungs(const float *x, int32_t *rungs, int32_t n, const void *context) {
+    const Table t = *(const Table *)context;
+    const int32_t count = t.counts[0], zero = t.counts[1];
+    for (int32_t i = 0; i < n; i++) rungs[i] = inside(cell_of(x[i], t.nearest), count) - 1 - zero;
+}
+
+void block_values(const int32_t *rungs, float *x, int32_t n, const void *context) {
+    const Table t = *(const Table *)context;
+    const int32_t count = t.counts[0], zero = t.counts[1];
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t cell = (int64_t)rungs[i] + 1 + zero;
+        x[i] = t.outputs[cell < 1 ? 1 : cell > count ? count : cell];
+    }
+}
+
+void block_spacings(const float *x, float *spacings, int32_t n, const void *context) {
+    const Table t = *(const Table *)context;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t cell = inside(cell_of(x[i], t.inward), t.counts[0]);
+        const double gap = t.gaps[x[i] < 0 ? cell : cell + 1];
+        spacings[i] = x[i] != x[i] ? x[i] : (float)gap;
+    }
+}
+
+void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,
+                    const uint32_t *keys, const void *context) {
+    const Table t = *(const Table *)context;
+    for (int32_t i = 0; i < n; i++) {
+        const float v = x[i] * s;
+        if (keys) {
+            const int32_t cell = cell_of(v, t.inward), below = v < 0;
+            const double above = fabs((double)v - t.values[cell]), gap = t.gaps[below ? cell : cell + 1];
+            const int32_t outward = uniform(first + (uint32_t)i, keys[0], keys[1]) * gap < above;
+            const float q = copysignf(t.outputs[below ? cell - outward : cell + outward], v), r = q < low ? low : q;
+            out[i] = (v != v ? v : r > high ? high : r) / s;
+        } else
+            out[i] = rounded(v, t.nearest, t.outputs, low, high) / s;
+    }
+}

@@ -93,6 +93,15 @@ class TableRounding:
         table = self._outputs("saturate", codes, torch.float32)
         return torch.where(valid, table[codes.clamp(0, len(self.values) - 1) + 1], torch.nan)
 
+    def block_loops(self) -> native.BlockLoops | None:
+        """Return the loops in C over blocks; None where values lie too close, or without a compiler."""
+        like = torch.empty(native.FEWEST_ELEMENTS)
+        slots = [self._slots(like, rounding) for rounding in ("nearest_even", "toward_zero")]
+        if not all(len(one) for one in slots):
+            return None
+        cells = self._cells(), self._gaps(like.device)
+        return native_table.block_loops(*slots, self._outputs("saturate", like), *cells, self.zero)
+
     # --- cells ---------------------------------------------------------------------------------------
 
     def _of_cells(self, cell: Tensor, overflow: str, x: Tensor) -> Tensor:

@@ -216,3 +216,47 @@ ENCODE(encode_bytes, uint8_t)
 ENCODE(encode_words, int16_t)
 DECODE(decode_bytes, uint8_t)
 DECODE(decode_words, uint16_t)
+
+/* Blocks, for the loops of others (altgrad_core.native.BlockLoops): n values of one thread, format given by
+   `layout`. Rungs of NaN may be anything. */
+void block_rungs(const float *restrict x, int32_t *restrict rungs, int32_t n, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    _Pragma("omp simd")
+    for (int32_t i = 0; i < n; i++) {
+        int32_t b = bits_of(x[i]), code = nearest_even(b & 0x7FFFFFFF, k), sign = b >> 31;
+        code = code > k.largest ? k.largest : code;
+        rungs[i] = (code ^ sign) - sign;
+    }
+}
+
+void block_values(const int32_t *restrict rungs, float *restrict x, int32_t n, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    _Pragma("omp simd")
+    for (int32_t i = 0; i < n; i++) {
+        int32_t rung = rungs[i], sign = rung >> 31, magnitude = (rung ^ sign) - sign;
+        float value = value_of(magnitude > k.largest ? k.largest : magnitude, k);
+        x[i] = float_of(bits_of(value) | (sign & INT32_MIN));
+    }
+}
+
+void block_spacings(const float *restrict x, float *restrict spacings, int32_t n, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    const int32_t to_ulp = (23 - k.shift) << 23, top = bits_of(value_of(k.largest, k)) & 0x7F800000;
+    _Pragma("omp simd")
+    for (int32_t i = 0; i < n; i++) {
+        int32_t binade = bits_of(x[i]) & 0x7F800000;
+        binade = binade > top ? top : binade;
+        float ulp = float_of((binade > k.normal ? binade : k.normal) - to_ulp);
+        spacings[i] = x[i] != x[i] ? x[i] : ulp;
+    }
+}
+
+void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,
+                    const uint32_t *keys, const void *layout) {
+    Rounding r = {.layout = *(const Layout *)layout, .low = low, .high = high, .stochastic = keys != 0};
+    r.beyond = r.largest = value_of(r.layout.largest, r.layout);
+    r.cut = bits_of(r.largest);
+    r.ends = low == -INFINITY && high == INFINITY ? SATURATED : LIMITED;
+    if (keys) r.keys = (Keys){keys[0], keys[1]};
+    any_piece(x, out, n, first, s, &r);
+}

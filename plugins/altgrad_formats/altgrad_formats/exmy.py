@@ -114,6 +114,9 @@ class ExMy(Format):
         """The smallest positive value."""
         return float(2.0**self._lowest_unit)
 
+    def block_loops(self) -> native.BlockLoops | None:
+        return self._native.block_loops()
+
     # --- the arithmetic of `Format`, overridden ------------------------------------------------------
 
     def _fake_quantize(

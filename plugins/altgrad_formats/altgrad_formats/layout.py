@@ -31,7 +31,8 @@ def default_bias(exponent_bits: int, mantissa_bits: int) -> int:
     named = NAMED.get(f"E{exponent_bits}M{mantissa_bits}")
     if named is not None:
         return named.bias
-    return (1 << (exponent_bits - 1)) - 1 if exponent_bits > 0 else 0
+    whole = isinstance(exponent_bits, int)  # what is not, the layout refuses
+    return (1 << (exponent_bits - 1)) - 1 if whole and exponent_bits > 0 else 0
 
 
 @attrs.frozen
@@ -107,6 +108,10 @@ class Layout:
         return mantissa + (1 << self.mantissa_bits), unit + field - 1
 
     def _check_fields(self) -> None:
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, int):
+                raise ValueError(f"{name}={given!r} is not a whole number")
         if self.specials not in SPECIALS:
             raise ValueError(f"specials={self.specials!r} is not one of {', '.join(map(repr, SPECIALS))}")
         if self.exponent_bits < 0 or self.mantissa_bits < 0:

@@ -53,7 +53,7 @@ class NativeExMy:
         """Return x rounded as `Format.fake_quantize` says; scale: None, 0-d, or (..., 1) for rows of x."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        scales = torch.ones(1) if scale is None else scale.contiguous()
+        scales = torch.ones(1, device="cpu") if scale is None else scale.contiguous()
         low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
         rows = scales.numel()
         _loops_in_use().quantize(
@@ -65,7 +65,7 @@ class NativeExMy:
             low,
             high,
             beyond,
-            native.address(None if keys is None else keys.contiguous()),
+            native.address(keys),
             native.address(self._constants),
         )
         return out
@@ -81,15 +81,13 @@ class NativeExMy:
     def decodes(self, codes: Tensor) -> bool:
         """Whether there is a loop for codes of this type and size."""
         expected = torch.uint8 if self._layout.bits <= 8 else torch.int16
-        large = codes.numel() >= native.FEWEST_ELEMENTS and codes.device.type == "cpu"
-        plain = type(codes) is Tensor and not torch.compiler.is_compiling()
-        return (
-            in_reach(self._layout, "nearest_even")
-            and large
-            and plain
-            and codes.dtype == expected
-            and _loops() is not None
-        )
+        right = codes.dtype == expected and in_reach(self._layout, "nearest_even")
+        return right and native.plain(codes) and _loops() is not None
+
+    def block_loops(self) -> native.BlockLoops | None:
+        """Return the loops over blocks, for any rounding; None out of reach or without a compiler."""
+        loops = _loops() if in_reach(self._layout, "stochastic") else None
+        return None if loops is None else native.block_loops(loops, self._constants)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of codes that `decodes`."""

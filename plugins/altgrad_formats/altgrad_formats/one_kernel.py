@@ -52,12 +52,15 @@ def constants(layout: Layout) -> list[int]:
 def in_reach(layout: Layout, rounding: str) -> bool:
     """Whether the arithmetic on float32's bits is exact for this layout, and there is one for the rounding.
 
-    It is if codes are float32 patterns and no spacing exceeds 1; stochastic rounding also needs spacings that
-    are normal float32.
+    It is if codes are float32 patterns and the smallest spacing is at most 1; stochastic rounding also needs
+    spacings that are normal float32 and have a normal reciprocal, up to the value after the largest.
     """
     unit = layout.lowest_exponent - layout.mantissa_bits  # exponent of the smallest spacing
     exact = layout.lowest_exponent >= 1 - FLOAT32_BIAS and unit <= 0
-    return exact and (rounding == "nearest_even" or (rounding == "stochastic" and unit > -FLOAT32_BIAS))
+    if rounding != "stochastic":
+        return exact and rounding == "nearest_even"
+    top = layout.split(layout.largest_code + 1)[1]  # exponent of the spacing after the largest value
+    return exact and unit > -FLOAT32_BIAS and top < FLOAT32_BIAS
 
 
 def quantized(

@@ -38,6 +38,7 @@ def ideal_stiffness(weight: Tensor, format: Format, scale: Tensor | float) -> Te
     """
     mantissa_bits = _mantissa_bits(format, "ideal")
     wide = _wide(weight)
+    wide = wide.clamp(-torch.finfo(wide.dtype).max, torch.finfo(wide.dtype).max)  # inf has no exponent
     binade = wide / (2 * torch.frexp(wide).mantissa)
     stiffness = torch.where(wide == 0, 1.0, binade * 2.0**-mantissa_bits)
     return representable_(stiffness, weight.dtype)

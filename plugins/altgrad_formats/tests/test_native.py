@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from altgrad_core import native
 from altgrad_core.random_bits import stream_key_tensor, uniform
@@ -190,3 +191,77 @@ def test_a_compiled_file_is_kept_and_another_source_is_another_file(tmp_path, mo
 def test_a_layout_out_of_reach_of_the_loops_still_rounds(exponent_bits, mantissa_bits, bias):
     format = ExMy(exponent_bits, mantissa_bits, bias)
     assert torch.equal(format.quantize(format.values.repeat(100)), format.values.repeat(100))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF", None])
+def test_a_damaged_file_in_the_cache_is_compiled_anew(tmp_path, monkeypatch, damage):
+    source = tmp_path / "answer.c"
+    source.write_text("int answer(void) { return 42; }")
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    assert native.library(source).answer() == 42
+    (made,) = (tmp_path / "cache" / "native").iterdir()
+    whole = made.read_bytes()
+    made.unlink()  # a new file: the old one is in memory
+    made.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    native.library.cache_clear()
+    assert native.library(source).answer() == 42
+    assert made.stat().st_size == len(whole)
+    native.library.cache_clear()
+
+
+def test_without_a_cache_that_can_be_written_nothing_is_left_behind(tmp_path, monkeypatch):
+    source = tmp_path / "answer.c"
+    source.write_text("int answer(void) { return 43; }")
+    (tmp_path / "file").write_text("no folder can be made here")
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    native.library.cache_clear()
+    assert native.library(source).answer() == 43
+    assert not list(tmp_path.glob("altgrad-native-*"))
+    native.library.cache_clear()
+
+
+def test_a_transform_of_torch_func_sees_the_arithmetic():
+    format, x = ExMy(4, 3, 7, "fn"), patterns(2040)[:2048].nan_to_num(0.0).view(2, 1024)
+    for method in (format.quantize, format.rung, format.spacing):
+        assert torch.equal(torch.func.vmap(method)(x), method(x))
+
+
+def test_a_recorded_rounding_rounds_what_it_is_given():
+    format, x = ExMy(4, 3, 7, "fn"), torch.linspace(-3, 3, 2048)
+    recorded = make_fx(lambda t: format.quantize(t))(torch.zeros(2048))
+    assert torch.equal(recorded(x), format.quantize(x))
+
+
+@pytest.mark.parametrize("layout", [(8, 0, 127, "ieee"), (7, 0, 1, "finite"), (8, 0, 130, "fn")])
+@pytest.mark.parametrize("overflow", ["saturate", "ieee"])
+def test_the_topmost_spacings_of_float32_round_in_large_tensors_as_in_small_ones(layout, overflow):
+    format, x = ExMy(*layout), torch.tensor([3.4e38, 3e38, 2e38, 1.3e38])
+    large = format.fake_quantize(x.repeat(500), rounding="stochastic", overflow=overflow, keys=KEYS)
+    parts = uniform((1, 2, 3), 2000)
+    small = torch.cat(
+        [
+            format.quantize(x, "stochastic", overflow=overflow, uniform=parts[at : at + 4])
+            for at in range(0, 2000, 4)
+        ]
+    )
+    assert torch.equal(large.nan_to_num(7.0), small.nan_to_num(7.0))
+
+
+def test_a_negative_view_is_read_as_negative():
+    format, x = ExMy(4, 3, 7, "fn"), torch.linspace(-3, 3, 2048)
+    assert torch.equal(format.quantize(torch._neg_view(x)), format.quantize(-x))
+    assert torch.equal(format.encode(torch._neg_view(x[:9])), format.encode(-x[:9]))
+
+
+def test_keys_that_are_no_pair_of_int32_are_refused():
+    x, format = torch.zeros(2000), ExMy(4, 3, 7, "fn")
+    spaced = torch.stack((KEYS, KEYS), dim=1).view(-1)[::2]
+    by_spaced = format.fake_quantize(x + 0.3, rounding="stochastic", keys=spaced)
+    assert torch.equal(by_spaced, format.fake_quantize(x + 0.3, rounding="stochastic", keys=KEYS))
+    for bad in (KEYS.long(), KEYS[:1]):
+        with pytest.raises(ValueError, match="`keys` is"):
+            format.fake_quantize(x, rounding="stochastic", keys=bad)
+    with pytest.raises(ValueError, match="`limit` is"):
+        format.fake_quantize(x, limit=torch.ones(3))
