@@ -48,8 +48,8 @@ class BlockLoops:
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
         spacings  (const float *x, float *spacings, int32_t n, const void *context)
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
-                   const uint32_t *keys, const void *context), as `Format.fake_quantize`, saturating: element i
-                   takes the number first + i of the keys' stream; keys NULL: to nearest even
+                   const uint32_t *keys, const void *context), as `Format.fake_quantize`, saturating:
+                   element i takes the number first + i of the keys' stream; keys NULL: to nearest even
 
     They give the bits of `Format.rung`, `from_rung`, `spacing` and `fake_quantize`; the rung of NaN may be
     anything. `context` is the address of what they need, `owner` keeps it alive.

@@ -110,7 +110,8 @@ class Layout:
     def _check_fields(self) -> None:
         for name in ("exponent_bits", "mantissa_bits", "bias"):
             given = getattr(self, name)
-            if isinstance(given, bool) or not isinstance(given, int):
+            whole = isinstance(given, int) and not isinstance(given, bool)
+            if not whole:
                 raise ValueError(f"{name}={given!r} is not a whole number")
         if self.specials not in SPECIALS:
             raise ValueError(f"specials={self.specials!r} is not one of {', '.join(map(repr, SPECIALS))}")

@@ -84,7 +84,8 @@ def test_blocks_give_the_values_of_rungs_and_clamp_beyond_the_ends(format, loops
 def test_blocks_give_the_spacing_of_the_format_and_nan_for_nan(format, loops, x):
     x = torch.cat((x, torch.tensor([torch.nan])))
     found = called(loops.spacings, loops, x, torch.empty_like(x))
-    assert torch.equal(found[:-1], format.spacing(x[:-1])) and bool(found[-1].isnan())
+    assert torch.equal(found[:-1], format.spacing(x[:-1]))
+    assert bool(found[-1].isnan())
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
