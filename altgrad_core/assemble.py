@@ -16,6 +16,7 @@ from altgrad_core.experiment_file import Cell
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.layer_recipes import LayerRecipes
+from altgrad_core.lookup import format_or_none
 from altgrad_core.model import GPT
 from altgrad_core.options import Choice
 from altgrad_core.recipe import Recipe, recipe_from
@@ -55,10 +56,10 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     tokens = _tokens(experiment, registry)
     model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
     frozen = _freeze(model, experiment)
-    layers = _quantize(model, experiment, registry, _autocast(experiment, device))
+    _quantize(model, experiment, registry, _autocast(experiment, device))
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
     optimizer = _optimizer(model, experiment, registry)
-    storage = _storage(model, optimizer, experiment, layers)
+    storage = _storage(model, optimizer, experiment, registry)
     monitors = _watched(experiment.monitor, registry)
     policies = _watched(experiment.fallback, registry)
     _check_needs(monitors, policies)
@@ -125,12 +126,10 @@ def _autocast(experiment: Experiment, device: str) -> bool:
     return experiment.train.dtype == "bf16" or (experiment.train.dtype == "auto" and device == "cuda")
 
 
-def _quantize(
-    model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool
-) -> dict[str, rules.LayerPlan]:
+def _quantize(model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool) -> None:
     quantize = experiment.quantize
     if quantize is None:
-        return {}
+        return
     linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
     planned = rules.plan(quantize, linears, rules.tied_layers(experiment.model), registry)
     chosen = {
@@ -148,7 +147,6 @@ def _quantize(
             for recipe in (layer.weights, layer.activations, layer.gradients):
                 _refuse_inexact(recipe)
     quantize_layers(model, chosen, derived_seed(experiment.seed, "gradients"))
-    return planned
 
 
 def _refuse_inexact(recipe: Recipe | None) -> None:
@@ -197,21 +195,29 @@ def _storage(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     experiment: Experiment,
-    layers: dict[str, rules.LayerPlan],
+    registry: Registry,
 ) -> GridStorage | None:
-    """Put the weights that the plan wants there on their grids, unless the optimizer does so itself."""
+    """Put the weights that the plan wants there on their grids, unless the optimizer does so itself.
+
+    Raises UsageError where the optimizer has no moment for storage_rounding = "eco".
+    """
     wanted = [
         parameter for parameter in model.parameters() if parameter.requires_grad and _wants_grid(parameter)
     ]
     if not wanted or experiment.quantize is None or getattr(optimizer, "stores_on_grid", False):
         return None
-    return store_on_grid(
-        optimizer,
-        rounding=experiment.quantize.storage_rounding,
-        generator=_generator(experiment, "storage"),
-        bound=experiment.quantize.bound,
-        scale_mode=_scale_mode(experiment),
-    )
+    residual = experiment.quantize.residual_format
+    try:
+        return store_on_grid(
+            optimizer,
+            rounding=experiment.quantize.storage_rounding,
+            generator=_generator(experiment, "storage"),
+            bound=experiment.quantize.bound,
+            scale_mode=_scale_mode(experiment),
+            residual_format=residual if isinstance(residual, str) else format_or_none(residual, registry),
+        )
+    except ValueError as error:
+        raise UsageError(f"[quantize]: {error}") from error
 
 
 def _wants_grid(parameter: nn.Parameter) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from altgrad_core import rules, shapes
+from altgrad_core.options import written
 from altgrad_core.structuring import Problem
 
 
@@ -14,6 +15,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the problems between the sections of an experiment that are right by themselves."""
     yield from _listed_twice(sections)
     yield from _quantize(sections)
+    yield from _storage_rounding(sections)
     if "model" in sections and "data" in sections:
         yield from _rules(sections)
         yield from _freeze(sections)
@@ -33,6 +35,19 @@ def _quantize(sections: Mapping[str, Any]) -> Iterator[Problem]:
     quantize = sections.get("quantize")
     for problem in quantize.conflicts() if quantize is not None else ():
         yield Problem(("quantize", *problem.path), str(problem))
+
+
+def _storage_rounding(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """An optimizer whose options name `storage_roundings` rounds by itself, and by those alone."""
+    quantize, optimizer = sections.get("quantize"), sections.get("optimizer")
+    taken = getattr(getattr(optimizer, "options", None), "storage_roundings", None)
+    if quantize is None or optimizer is None or taken is None or quantize.storage_rounding in taken:
+        return
+    yield Problem(
+        ("quantize", "storage_rounding"),
+        f'"{quantize.storage_rounding}" does not go with {optimizer.plugin}, which lands on the grid by '
+        f"itself; use {' or '.join(map(written, taken))}, or another optimizer",
+    )
 
 
 def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:

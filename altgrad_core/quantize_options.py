@@ -131,8 +131,14 @@ class QuantizeOptions(ScaleOptions):
         "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
         default="master",
     )
-    storage_rounding: Literal["nearest_even", "stochastic"] = option(
-        "how grid weights are rounded after a step", default="nearest_even"
+    storage_rounding: Literal["nearest_even", "stochastic", "error_feedback", "eco"] = option(
+        "how grid weights are rounded after a step; error_feedback: to nearest, the residual is added before "
+        "the next; eco: to nearest, the residual goes into the first moment",
+        default="nearest_even",
+    )
+    residual_format: Literal["same"] | FormatChoice = option(
+        "format of the residuals, in spacings of their weight; same: the weight's own; error_feedback only",
+        default="same",
     )
     bound: float = option(
         "limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0)
@@ -160,6 +166,12 @@ class QuantizeOptions(ScaleOptions):
             yield FieldError(
                 "scale_mode",
                 f'"{self.mode}" does not go with storage = "{self.storage}"; leave it out, or use "initial"',
+            )
+        if self.residual_format != "same" and self.storage_rounding != "error_feedback":
+            yield FieldError(
+                "residual_format",
+                f'goes with storage_rounding = "error_feedback", not "{self.storage_rounding}"; set that, or '
+                "leave it out",
             )
         yield from self._conflicts(self.mode)
         yield from self._off_the_grid()

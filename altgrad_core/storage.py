@@ -2,8 +2,9 @@
 
 `store_on_grid(optimizer)` snaps the quantised weights once and adds a hook after each step: scale, round,
 bound. There is no float32 master then: an update below half a spacing is lost under `nearest_even`, and
-arrives on average under `stochastic`. `GridScales` is the part that GridOptim shares, which lands on the
-grid by itself.
+arrives on average under `stochastic`. Two more ways round to nearest and give the residual back:
+`error_feedback` keeps it and adds it before the next step, `eco` puts it into the optimizer's first moment.
+`GridScales` is the part that GridOptim shares, which lands on the grid by itself.
 
 Rounding draws are a pure function of (seed, step, tensor, element): see `random_bits`.
 """
@@ -11,137 +12,30 @@ Rounding draws are a pure function of (seed, step, tensor, element): see `random
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from altgrad_core import scaling
+from altgrad_core.error_compensation import ErrorCompensation
+from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
+from altgrad_core.grid_scales import GridScales as GridScales
+from altgrad_core.grid_scales import rms_of
+from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.recipe import refuse_off_grid
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
+"""The roundings that leave nothing behind; an optimizer that lands on the grid by itself has these."""
+
+COMPENSATED = ("error_feedback", "eco")
+"""Rounding to nearest, with the residual given back; behind other optimizers only."""
+
 SCALE_MODES = ("adaptive", "initial")
-
-
-class GridScales:
-    """The scales of grid-stored weights as they train, and the bound on the weights.
-
-    scales: 0-d float32 tensors, written in place when a scale moves.
-    fitted: which scales are fitted to the weights now; the others (1, or static) stay as they are.
-    adaptive: which of those follow the weights afterwards.
-    bound: limit on |w| as a multiple of the tensor's float32 rms at construction; 0 means none.
-    may_move: whether any scale is adaptive.
-
-    The state is device tensors of shape (n,): exponents k, whether a positive amax was seen, the initial
-    rms, and the number of scale changes.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        formats: Sequence[Format],
-        scales: Sequence[Tensor],
-        *,
-        fitted: Sequence[bool],
-        adaptive: Sequence[bool],
-        bound: float = 0.0,
-        margins: Sequence[float] | None = None,
-        shrink_early: bool = False,
-    ) -> None:
-        device = weights[0].device
-        if any(scale.dim() for scale in scales):
-            raise ValueError(
-                "a weight on the grid has one scale, these have one per channel or block: "
-                'quantize_model(..., granularity="tensor")'
-            )
-        self.scales = list(scales)
-        self.bound = bound
-        self.shrink_early = shrink_early
-        self._fitted = torch.tensor(list(fitted), device=device)
-        moving = [one and other for one, other in zip(fitted, adaptive, strict=True)]
-        self._adaptive = torch.tensor(moving, device=device)
-        self.may_move = any(moving)
-        self._margins = list(margins or [1.0] * len(self.scales))
-        self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
-        amax = scaling.amax(weights)
-        self.rms = _rms(weights)
-        self.seen = scaling.usable(amax)
-        self.exponents = torch.zeros(len(self.scales), dtype=torch.int32, device=device)
-        for (format, margin), at in self._kinds.items():
-            self.exponents[at] = scaling.fitted_exponent(amax[at], format, margin).to(torch.int32)
-        self.rescales = torch.zeros_like(self.exponents)
-        self._write()
-
-    def adapt(self, amax: Tensor) -> None:
-        """Move the scales after an update whose unrounded weights have this amax, (n,); 0: not updated."""
-        if not self.may_move:
-            return
-        moved = self.exponents.clone()
-        for (format, margin), at in self._kinds.items():
-            moved[at] = scaling.adapted(
-                self.exponents[at], self.seen[at], amax[at], format, margin, self.shrink_early
-            )
-        moved = torch.where(self._adaptive, moved, self.exponents)
-        self.rescales += moved != self.exponents
-        self.seen |= scaling.usable(amax)
-        self.exponents.copy_(moved)
-        self._write()
-
-    def limits(self) -> Tensor | None:
-        """Return the lowest and the largest grid value within each weight's bound; None: no bound.
-
-        (n, 2) float32, times the scale. A weight whose initial rms is 0 has no bound: the format's ends.
-        """
-        if not self.bound:
-            return None
-        multiples = torch.where(self.rms > 0, self.bound * self.rms, math.inf) * torch.stack(self.scales)
-        limits = torch.stack((-multiples, multiples), dim=1)
-        for (format, _), at in self._kinds.items():
-            limits[at] = format.quantize(limits[at], rounding="toward_zero")
-        return limits
-
-    def take_over(self, other: GridScales, places: Mapping[int, int]) -> None:
-        """Take up the state of weights that `other` has kept: its place to the place here."""
-        if places:
-            theirs, mine = list(places), list(places.values())
-            for key, own in self.state_dict().items():
-                own[mine] = other.state_dict()[key][theirs]
-            self._write()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state; the scales themselves are the quantisers' and follow from the exponents."""
-        return {"exponents": self.exponents, "seen": self.seen, "rms": self.rms, "rescales": self.rescales}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, mine in self.state_dict().items():
-            if state[key].shape != mine.shape:
-                raise ValueError(f"the saved scales are of {len(state[key])} weights, these are {len(mine)}")
-            mine.copy_(state[key])
-        self._write()
-
-    def _write(self) -> None:
-        """Set the fitted scales to 2^k, in place."""
-        powers = scaling.power_of_two(self.exponents)
-        current = torch.stack(self.scales).to(powers.device)
-        torch._foreach_copy_(self.scales, list(torch.where(self._fitted, powers, current).unbind()))
-
-
-@torch.no_grad()
-def _rms(weights: Sequence[Tensor]) -> Tensor:
-    """Return each tensor's root mean square, (n,) float32; by float64: no square overflows."""
-    return torch.stack([weight.double().square().mean().sqrt().float() for weight in weights])
-
-
-def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:
-    """Return where each distinct kind stands: kind to a 1-d index tensor."""
-    found: dict[Any, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(index)
-    return {kind: torch.tensor(indices, device=device) for kind, indices in found.items()}
 
 
 class GridStorage:
@@ -154,11 +48,19 @@ class GridStorage:
         weights: the Parameters on the grid, in the order of their random streams.
         scales: their `GridScales`; `scales.rescales` counts changes of scale.
         watched: set to a mapping from Parameter to its value before the step, and the next step leaves the
-            update before rounding in `intended`, keyed alike.
+            update before rounding in `intended`, keyed alike. Residuals are no part of an update.
+        feedback: the residuals that `error_feedback` keeps; None under other roundings.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, rounding: str, seed: int, bound: float, scale_mode: str
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        rounding: str,
+        seed: int,
+        bound: float,
+        scale_mode: str,
+        residual_format: Format | str | None = "same",
     ) -> None:
         self.optimizer = optimizer
         self.weights = _grid_weights(optimizer)
@@ -171,6 +73,12 @@ class GridStorage:
         for quantizer in quantizers:
             refuse_off_grid(quantizer.recipe)
         self._formats = [quantizer.format for quantizer in quantizers]
+        self.feedback = self._compensation = None
+        if rounding == "error_feedback":
+            self.feedback = ErrorFeedback(self.weights, self._formats, residual_format)
+        elif rounding == "eco":
+            self._compensation = ErrorCompensation(optimizer, self.weights, self._formats)
+        self._begun = False
         self.scales = GridScales(
             [weight.detach() for weight in self.weights],
             self._formats,
@@ -188,7 +96,7 @@ class GridStorage:
 
     def _hook(self) -> None:
         self._hooks = (
-            self.optimizer.register_step_pre_hook(_refuse_closure),
+            self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         )
 
@@ -197,36 +105,75 @@ class GridStorage:
         self._hook()
 
     @torch.no_grad()
+    def _before_step(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Give the residuals back; once only, where a step has failed half way."""
+        if self._released():
+            return
+        _refuse_closure(args, keywords)
+        if self.feedback is not None and not self._begun:
+            self._give_back(self.feedback)
+            self.watched = {weight: weight.detach().clone() for weight in self.watched}
+
+    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         """Scale, round, bound; nothing more once the model has been dequantised."""
-        if any(quantizer_of(weight) is None for weight in self.weights):
+        if self._released():
             for hook in self._hooks:
                 hook.remove()
             return
+        if self.feedback is not None and not self._begun:  # a step that calls its superclass's ends twice
+            self._give_back(self.feedback)
+        self._begun = False
         self.intended = {weight: weight - before for weight, before in self.watched.items()}
         if self.scales.may_move:
             self.scales.adapt(scaling.amax([weight.detach() for weight in self.weights]))
-        self._round(self.rounding)
+        self._round("stochastic" if self.rounding == "stochastic" else "nearest_even")
         self.counter += 1
+
+    def _give_back(self, feedback: ErrorFeedback) -> None:
+        """Add the residuals to the weights that are on their grids."""
+        for index, weight in enumerate(self.weights):
+            weight.add_(feedback.residual(index, weight, self.scales.scales[index]))
+        self._begun = True
+
+    def _released(self) -> bool:
+        """Whether the model has been dequantised."""
+        return any(quantizer_of(weight) is None for weight in self.weights)
 
     @torch.no_grad()
     def _round(self, rounding: str) -> None:
-        limits = self.scales.limits()
-        bounds = [None] * len(self.weights) if limits is None else list(limits.unbind())
+        """Round every weight to its grid and limit it there, and put its residual where it belongs."""
+        limits, bounds = self.scales.limits(), self.scales.bounds()
+        keeper = self.feedback or self._compensation
         for index, (weight, format) in enumerate(zip(self.weights, self._formats, strict=True)):
             stream = (self.seed, self.counter, index)
             keys = stream_key_tensor(stream, weight.device) if rounding == "stochastic" else None
-            scale, limit = self.scales.scales[index], bounds[index]
-            weight.copy_(format.fake_quantize(weight.detach(), scale, rounding, keys=keys, limit=limit))
+            scale, limit = self.scales.scales[index], None if limits is None else limits[index]
+            unrounded = weight.detach()
+            rounded = format.fake_quantize(unrounded, scale, rounding, keys=keys, limit=limit)
+            residual = None if keeper is None else _within(unrounded, bounds, index) - rounded
+            weight.copy_(rounded)
+            if keeper is not None and residual is not None:
+                keeper.keep(index, weight, scale, residual)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return scales, initial rms, seed and counter: all that a resume needs beside the weights."""
-        return {"scales": self.scales.state_dict(), "seed": self.seed, "counter": self.counter}
+        """Return all that a resume needs beside the weights."""
+        state = {"scales": self.scales.state_dict(), "seed": self.seed, "counter": self.counter}
+        return state if self.feedback is None else {**state, "residuals": self.feedback.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; the weights themselves are loaded with the model."""
+        """Take up a saved state; the weights themselves are loaded with the model.
+
+        Raises ValueError for a state of other weights, or of other residuals.
+        """
+        if ("residuals" in state) != (self.feedback is not None):
+            saved = "has residuals" if "residuals" in state else "has no residuals"
+            raise ValueError(f"the saved state {saved}, storage rounding here is {self.rounding!r}")
         self.scales.load_state_dict(state["scales"])
+        if self.feedback is not None:
+            self.feedback.load_state_dict(state["residuals"])
         self.seed, self.counter = state["seed"], state["counter"]
+        self._begun = False
 
 
 def store_on_grid(
@@ -236,20 +183,31 @@ def store_on_grid(
     *,
     bound: float = 0.0,
     scale_mode: str = "adaptive",
+    residual_format: Any = "same",
 ) -> GridStorage:
     """Keep the optimizer's quantised weights on their grids from here on, and return what keeps them.
 
     The weights are snapped now, always to nearest even, under a scale fitted to them. After each step they
-    are rounded by `rounding` ("nearest_even" or "stochastic") under a scale that follows them ("adaptive")
-    or stays ("initial"), and limited to `bound` times their initial rms (0: not at all). Other parameters,
-    and weights whose rule says storage="master", are left alone.
+    are rounded by `rounding` under a scale that follows them ("adaptive") or stays ("initial"), and limited
+    to `bound` times their initial rms (0: not at all). Other parameters, and weights whose rule says
+    storage="master", are left alone.
 
+    rounding: "nearest_even"; "stochastic"; "error_feedback": nearest, the residual is added back before the
+        next step; "eco": nearest, the residual goes into the first moment of Adam, AdamW, SGD with momentum,
+        or an optimizer that has `momentum_of` (see `error_compensation.Momentum`).
+    residual_format: what error feedback stores residuals in: "same" (each as its weight), a format by name,
+        table or itself, or "FP32", which makes the run that of float32 masters.
     generator: one seed is drawn from it now; None means seed 0. Steps with a closure are refused.
     Raises ValueError: no quantised weight, an unknown rounding or scale mode, an optimizer that lands on the
-    grid by itself, weights stored already, a granularity or scale rule that a grid cannot have.
+    grid by itself or has no moment for "eco", weights stored already, a granularity or scale rule that a grid
+    cannot have.
     """
-    if rounding not in STORAGE_ROUNDINGS:
-        raise ValueError(f"storage rounding is one of {', '.join(STORAGE_ROUNDINGS)}, not {rounding!r}")
+    if rounding not in (*STORAGE_ROUNDINGS, *COMPENSATED):
+        names = ", ".join((*STORAGE_ROUNDINGS, *COMPENSATED))
+        raise ValueError(f"storage rounding is one of {names}, not {rounding!r}")
+    same = isinstance(residual_format, str) and residual_format == "same"
+    if not same and rounding != "error_feedback":
+        raise ValueError(f"residual_format is for rounding='error_feedback', not {rounding!r}; leave it out")
     if scale_mode not in SCALE_MODES:
         raise ValueError(
             f"the scale mode of grid storage is one of {', '.join(SCALE_MODES)}, not {scale_mode!r}"
@@ -258,8 +216,14 @@ def store_on_grid(
         raise ValueError(f"bound is a multiple of the initial rms, 0 or more, not {bound!r}")
     if getattr(optimizer, "stores_on_grid", False):
         raise ValueError(f"{type(optimizer).__name__} keeps its weights on the grid by itself")
+    chosen = "same" if same else format_or_none(residual_format)
     return GridStorage(
-        optimizer, rounding=rounding, seed=draw_seed(generator), bound=bound, scale_mode=scale_mode
+        optimizer,
+        rounding=rounding,
+        seed=draw_seed(generator),
+        bound=bound,
+        scale_mode=scale_mode,
+        residual_format=chosen,
     )
 
 
@@ -275,7 +239,7 @@ class MasterBound:
         if not (math.isfinite(bound) and bound > 0):
             raise ValueError(f"bound is a multiple of the initial rms, more than 0, not {bound!r}")
         self.weights = list(weights)
-        rms = _rms(self.weights)
+        rms = rms_of(self.weights)
         self.limits = torch.where(rms > 0, bound * rms, math.inf)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -291,7 +255,12 @@ class MasterBound:
         self.limits.copy_(state["limits"])
 
 
-def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _within(weight: Tensor, bounds: Tensor | None, index: int) -> Tensor:
+    """Return the weight limited to its bound, as a float32 master is: no residual lies beyond."""
+    return weight if bounds is None else torch.minimum(torch.maximum(weight, -bounds[index]), bounds[index])
+
+
+def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(given is not None for given in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
         raise ValueError(
             "grid storage works after the whole step, a closure would see unrounded weights: "

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from altgrad_core.format import Format
+from altgrad_core.grid_scales import GridScales
 from altgrad_core.groups import param_groups
 from altgrad_core.rules import Rule
-from altgrad_core.storage import GridScales, MasterBound, store_on_grid
+from altgrad_core.storage import MasterBound, store_on_grid
 from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])
@@ -335,6 +336,35 @@ def test_the_bound_of_masters_is_saved():
     assert weight.tolist() == [[1, 1]]
 
 
+# --- a format fine enough makes no difference -----------------------------------------------------------
+
+
+def _final_losses(format, rounding, lr):
+    """The loss after training, for each of four seeds: of a float32 model where there is no format."""
+    found = []
+    for seed in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(6, 16, bias=False), nn.GELU(), nn.Linear(16, 4, bias=False))
+        if format is not None:
+            quantize_model(model, format)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        if format is not None:
+            store_on_grid(optimizer, rounding, generator(seed))
+        found.append(sum(train(model, optimizer, 200, start=1000 * seed)[-20:]) / 20)
+    return torch.tensor(found)
+
+
+def test_bf16_with_stochastic_rounding_trains_as_float32_does_within_the_spread_of_seeds(table):
+    exact, stochastic, nearest = (
+        _final_losses(format, rounding, lr=3e-4)
+        for format, rounding in ((None, ""), (table("BF16"), "stochastic"), (table("BF16"), "nearest_even"))
+    )
+    spread = exact.std()
+    assert (stochastic - exact).abs().max() < 0.2 * spread
+    assert (nearest - exact).abs().max() > 0.2 * spread, "updates of 3e-4 are below half a spacing"
+
+
 # --- what is left alone ---------------------------------------------------------------------------------
 
 
@@ -576,7 +606,7 @@ def test_an_optimizer_that_lands_on_the_grid_itself_is_refused(uniform):
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ({"rounding": "up"}, "one of nearest_even, stochastic, not 'up'"),
+        ({"rounding": "up"}, "one of nearest_even, stochastic, error_feedback, eco, not 'up'"),
         ({"scale_mode": "current"}, "one of adaptive, initial, not 'current'"),
         ({"bound": -1.0}, "0 or more, not -1.0"),
         ({"bound": math.inf}, "not inf"),

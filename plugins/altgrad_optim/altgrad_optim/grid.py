@@ -39,7 +39,8 @@ from altgrad_core.format import Format, bounded
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
-from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS, GridScales
+from altgrad_core.grid_scales import GridScales
+from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
 from altgrad_optim import GridOptimOptions
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (

@@ -1,0 +1,141 @@
+"""The scales of grid-stored weights, and the bound on the weights: what every way of storing shares.
+
+One power of two per weight maps it onto its format. As weights train, the scale follows their largest
+magnitude with hysteresis (`scaling.adapted`), so that they do not leave their grid at every fluctuation. The
+bound keeps weights from running away; it is the same for all optimizers, so that arms of a comparison differ
+in geometry and not in who may grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad_core import scaling
+from altgrad_core.format import Format
+
+
+class GridScales:
+    """The scales of grid-stored weights as they train, and the bound on the weights.
+
+    scales: 0-d float32 tensors, written in place when a scale moves.
+    fitted: which scales are fitted to the weights now; the others (1, or static) stay as they are.
+    adaptive: which of those follow the weights afterwards.
+    bound: limit on |w| as a multiple of the tensor's float32 rms at construction; 0 means none.
+    may_move: whether any scale is adaptive.
+
+    The state is device tensors of shape (n,): exponents k, whether a positive amax was seen, the initial
+    rms, and the number of scale changes.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        formats: Sequence[Format],
+        scales: Sequence[Tensor],
+        *,
+        fitted: Sequence[bool],
+        adaptive: Sequence[bool],
+        bound: float = 0.0,
+        margins: Sequence[float] | None = None,
+        shrink_early: bool = False,
+    ) -> None:
+        device = weights[0].device
+        if any(scale.dim() for scale in scales):
+            raise ValueError(
+                "a weight on the grid has one scale, these have one per channel or block: "
+                'quantize_model(..., granularity="tensor")'
+            )
+        self.scales = list(scales)
+        self.bound = bound
+        self.shrink_early = shrink_early
+        self._fitted = torch.tensor(list(fitted), device=device)
+        moving = [one and other for one, other in zip(fitted, adaptive, strict=True)]
+        self._adaptive = torch.tensor(moving, device=device)
+        self.may_move = any(moving)
+        self._margins = list(margins or [1.0] * len(self.scales))
+        self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
+        amax = scaling.amax(weights)
+        self.rms = rms_of(weights)
+        self.seen = scaling.usable(amax)
+        self.exponents = torch.zeros(len(self.scales), dtype=torch.int32, device=device)
+        for (format, margin), at in self._kinds.items():
+            self.exponents[at] = scaling.fitted_exponent(amax[at], format, margin).to(torch.int32)
+        self.rescales = torch.zeros_like(self.exponents)
+        self._write()
+
+    def adapt(self, amax: Tensor) -> None:
+        """Move the scales after an update whose unrounded weights have this amax, (n,); 0: not updated."""
+        if not self.may_move:
+            return
+        moved = self.exponents.clone()
+        for (format, margin), at in self._kinds.items():
+            moved[at] = scaling.adapted(
+                self.exponents[at], self.seen[at], amax[at], format, margin, self.shrink_early
+            )
+        moved = torch.where(self._adaptive, moved, self.exponents)
+        self.rescales += moved != self.exponents
+        self.seen |= scaling.usable(amax)
+        self.exponents.copy_(moved)
+        self._write()
+
+    def limits(self) -> Tensor | None:
+        """Return the lowest and the largest grid value within each weight's bound; None: no bound.
+
+        (n, 2) float32, times the scale. A weight whose initial rms is 0 has no bound: the format's ends.
+        """
+        bounds = self.bounds()
+        if bounds is None:
+            return None
+        multiples = bounds * torch.stack(self.scales)
+        limits = torch.stack((-multiples, multiples), dim=1)
+        for (format, _), at in self._kinds.items():
+            limits[at] = format.quantize(limits[at], rounding="toward_zero")
+        return limits
+
+    def bounds(self) -> Tensor | None:
+        """Return the bound on |w| in weight units, (n,) float32, inf where there is none; None: no bound."""
+        return torch.where(self.rms > 0, self.bound * self.rms, math.inf) if self.bound else None
+
+    def take_over(self, other: GridScales, places: Mapping[int, int]) -> None:
+        """Take up the state of weights that `other` has kept: its place to the place here."""
+        if places:
+            theirs, mine = list(places), list(places.values())
+            for key, own in self.state_dict().items():
+                own[mine] = other.state_dict()[key][theirs]
+            self._write()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state; the scales themselves are the quantisers' and follow from the exponents."""
+        return {"exponents": self.exponents, "seen": self.seen, "rms": self.rms, "rescales": self.rescales}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for key, mine in self.state_dict().items():
+            if state[key].shape != mine.shape:
+                raise ValueError(f"the saved scales are of {len(state[key])} weights, these are {len(mine)}")
+            mine.copy_(state[key])
+        self._write()
+
+    def _write(self) -> None:
+        """Set the fitted scales to 2^k, in place."""
+        powers = scaling.power_of_two(self.exponents)
+        current = torch.stack(self.scales).to(powers.device)
+        torch._foreach_copy_(self.scales, list(torch.where(self._fitted, powers, current).unbind()))
+
+
+@torch.no_grad()
+def rms_of(weights: Sequence[Tensor]) -> Tensor:
+    """Return each tensor's root mean square, (n,) float32; by float64: no square overflows."""
+    return torch.stack([weight.double().square().mean().sqrt().float() for weight in weights])
+
+
+def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:
+    """Return where each distinct kind stands: kind to a 1-d index tensor."""
+    found: dict[Any, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return {kind: torch.tensor(indices, device=device) for kind, indices in found.items()}
