@@ -80,7 +80,7 @@ def plain(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.numel() >= FEWEST_ELEMENTS

@@ -96,11 +96,12 @@ class TableRounding:
     def block_loops(self) -> native.BlockLoops | None:
         """Return the loops in C over blocks; None where values lie too close, or without a compiler."""
         like = torch.empty(native.FEWEST_ELEMENTS)
-        slots = [self._slots(like, rounding) for rounding in ("nearest_even", "toward_zero")]
-        if not all(len(one) for one in slots):
+        nearest, inward = self._slots(like, "nearest_even"), self._slots(like, "toward_zero")
+        if not (len(nearest) and len(inward)):
             return None
         cells = self._cells(), self._gaps(like.device)
-        return native_table.block_loops(*slots, self._outputs("saturate", like), *cells, self.zero)
+        outputs = self._outputs("saturate", like)
+        return native_table.block_loops(nearest, inward, outputs, *cells, self.zero)
 
     # --- cells ---------------------------------------------------------------------------------------
 
