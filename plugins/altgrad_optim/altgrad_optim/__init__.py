@@ -1,4 +1,4 @@
-"""Optimizers for AltGrad: torch's AdamW, ManifoldAdamW, GridOptim.
+"""Optimizers for AltGrad: torch's AdamW, ManifoldAdamW, GridOptim, Madam, RiemannianAdam.
 
 This module is light: options and registration. The optimizer classes are imported when they are asked for.
 """
@@ -15,7 +15,10 @@ from altgrad_core.options import FieldError, StiffnessChoice, above, at_least, o
 
 if TYPE_CHECKING:
     from altgrad_optim.grid import GridOptim as GridOptim
+    from altgrad_optim.grid_manifold import GridManifold as GridManifold
+    from altgrad_optim.madam import Madam as Madam
     from altgrad_optim.manifold import ManifoldAdamW as ManifoldAdamW
+    from altgrad_optim.riemannian_adam import RiemannianAdam as RiemannianAdam
 
 PLACEMENTS = {"gradient": (1.0, 0.0), "update": (0.0, 1.0), "both": (1.0, 1.0)}
 """Placement to the exponents (p, q) of delta w = -lr * S^q * Adam(S^p * g)."""
@@ -107,6 +110,45 @@ class GridOptimOptions:
     rung_clip: float = option("largest move in one step", unit="rungs", default=10.0, validator=above(0))
 
 
+@attrs.frozen(kw_only=True)
+class MadamOptions:
+    """Multiplicative updates; the bound on |w| is [quantize]'s, and the paper's is 3."""
+
+    lr: float = option("share of |w| per unit of direction", default=0.01, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    beta: float = option("decay of the second moment's average", default=0.999, validator=within(0, 1))
+    clip: float = option("limit on the normalised gradient", default=10.0, validator=above(0))
+    betas: tuple[float, float] = option(
+        _BETAS + " (unquantised parameters)", default=(0.9, 0.95), validator=within(0, 1)
+    )
+    eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
+    weight_decay: float = option(_DECAY, default=0.0, validator=at_least(0))
+    decay_lr: float = option(
+        "rate of the decay, since lr is not in weight units", default=1e-3, validator=at_least(0)
+    )
+
+
+@attrs.frozen(kw_only=True)
+class RiemannianAdamOptions:
+    """geoopt's RiemannianAdam on the manifold of the format's grid; needs altgrad-optim[geoopt]."""
+
+    lr: float = option("learning rate", unit="ULPs per step", default=0.1, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    stiffness: StiffnessChoice = option(
+        "a stiffness formula, or a table with options; the metric is 1/S^2", default=StiffnessChoice("grid")
+    )
+    max_stiffness: float = option("S is clamped to it", unit="weight units", default=1e6, validator=above(0))
+    retraction: Literal["add", "grid"] = option(
+        "where a step ends: at w + u, or at the grid value nearest to it", default="add"
+    )
+    betas: tuple[float, float] = option(_BETAS, default=(0.9, 0.95), validator=within(0, 1))
+    eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
+    weight_decay: float = option(_DECAY, default=0.1, validator=at_least(0))
+    decay_lr: float = option(
+        "rate of the decay, since lr is not in weight units", default=1e-3, validator=at_least(0)
+    )
+
+
 @hookimpl
 def altgrad_optimizers() -> list[Component]:
     return [
@@ -130,10 +172,30 @@ def altgrad_optimizers() -> list[Component]:
             options=GridOptimOptions,
             target="altgrad_optim.grid:build",
         ),
+        Component(
+            name="Madam",
+            summary="multiplicative updates, a step proportional to |w|: a rival without the grid",
+            options=MadamOptions,
+            target="altgrad_optim.madam:build",
+            source="arXiv 2006.14560; on a logarithmic format LNS-Madam, arXiv 2106.13914",
+        ),
+        Component(
+            name="RiemannianAdam",
+            summary="geoopt's, with metric 1/S^2: the reference of ManifoldAdamW's placement both",
+            options=RiemannianAdamOptions,
+            target="altgrad_optim.riemannian_adam:build",
+            source="geoopt; arXiv 1810.00760",
+        ),
     ]
 
 
-_LAZY = {"GridOptim": "altgrad_optim.grid", "ManifoldAdamW": "altgrad_optim.manifold"}
+_LAZY = {
+    "GridManifold": "altgrad_optim.grid_manifold",
+    "GridOptim": "altgrad_optim.grid",
+    "Madam": "altgrad_optim.madam",
+    "ManifoldAdamW": "altgrad_optim.manifold",
+    "RiemannianAdam": "altgrad_optim.riemannian_adam",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -39,13 +39,20 @@ def adamw_direction(
 ) -> Tensor:
     """Update the moments in place and return Adam's direction (m/c1) / (sqrt(v)/sqrt(c2) + eps).
 
-    gradient, m, v: of one shape and dtype. step counts from 1. Arithmetic in their dtype.
+    gradient, m, v: of one shape and dtype. step counts from 1. Arithmetic in their dtype, one rounding an
+    operation, in the order of steps.c: lerp_ and addcmul_ would contract two of them.
     """
     first, second = betas
-    m.lerp_(gradient, 1 - first)
-    v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    denominator = (v.sqrt() / math.sqrt(1 - second**step)).add_(eps)
-    return m.div(denominator).div_(1 - first**step)
+    over_c1, over_root_c2 = corrections(step, betas)
+    m.add_((gradient - m).mul_(1 - first))
+    v.mul_(second).add_((gradient * gradient).mul_(1 - second))
+    return m.div(v.sqrt().mul_(over_root_c2).add_(eps)).mul_(over_c1)
+
+
+def corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:
+    """Return what Adam's bias corrections multiply by in step t: 1/(1 - b1^t) and 1/sqrt(1 - b2^t)."""
+    first, second = betas
+    return 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
 
 
 def moments(

@@ -27,7 +27,7 @@ with a learning rate meant for weight units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.lookup import get_stiffness
-from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions
-from altgrad_optim.adamw import adamw_direction, moments, plain_step
+from altgrad_core.stiffness import grid_stiffness
+from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions, native_steps
+from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -130,10 +131,10 @@ class ManifoldAdamW(GeometryOptimizer):
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
             if borrowed is not None:
-                gridded = [(weight, borrowed, 1.0) for weight in plain if weight.dim() >= 2]
+                unit = torch.ones(())  # the formula fits its own scale
+                gridded = [(weight, borrowed, unit) for weight in plain if weight.dim() >= 2]
                 plain = [weight for weight in plain if weight.dim() < 2]
-            for weight, format, scale in gridded:
-                self._update(group, weight, format, scale)
+            self._update(group, gridded)
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
@@ -154,11 +155,72 @@ class ManifoldAdamW(GeometryOptimizer):
         """Return the learning rate of the group's parameters with a geometry."""
         return float(group["lr"]) if group.get("sets_lr") else super().grid_lr(group)
 
-    def _update(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor | float) -> None:
-        state = self.state[weight]
-        moments(state, weight, "exp_avg", "exp_avg_sq")
-        state["step"] += 1
-        p, q, lr = group["p"], group["q"], self.grid_lr(group)
+    def _update(self, group: dict[str, Any], gridded: Sequence[tuple[Tensor, Format, Tensor]]) -> None:
+        """Take the step of a group's weights that have a grid: those that can, in one call in C."""
+        moves = []
+        for weight, format, scale in gridded:
+            state = self.state[weight]
+            moments(state, weight, "exp_avg", "exp_avg_sq")
+            state["step"] += 1
+            move = self._move(group, weight, format, scale)
+            if move is None:
+                self._update_in_passes(group, weight, format, scale)
+            else:
+                moves.append(move)
+        if moves:
+            native_steps.manifold_steps(
+                moves,
+                betas=group["betas"],
+                eps=group["eps"],
+                powers=(group["p"], group["q"]),
+                normalize=group["normalize"],
+                max_stiffness=group["max_stiffness"],
+            )
+
+    def _move(
+        self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor
+    ) -> native_steps.ManifoldMove | None:
+        """Return a weight's step for the loops in C; None where there is none for it."""
+        state, powers = self.state[weight], (group["p"], group["q"])
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        blocks = native_steps.blocks(format)
+        known = all(power in native_steps.POWERS for power in powers)
+        if blocks is None or not known or not native_steps.serves(weight, weight.grad, first, second):
+            return None
+        stiffness = None
+        if any(powers) and not self._is_spacing:
+            stiffness = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
+        return native_steps.ManifoldMove(
+            weight=weight,
+            gradient=weight.grad,
+            first_moment=first,
+            second_moment=second,
+            stiffness=stiffness,
+            format=blocks,
+            scale=scale,
+            corrections=corrections(int(state["step"]), group["betas"]),
+            lr=self.grid_lr(group),
+            decay=self._kept(group),
+        )
+
+    @property
+    def _is_spacing(self) -> bool:
+        """Whether the stiffness is the spacing of the weight's own format, which the loops in C know."""
+        formula = getattr(self.stiffness, "formula", self.stiffness)
+        current = getattr(self.stiffness, "refresh", "step") == "step"
+        return formula is grid_stiffness and current and getattr(self.stiffness, "of_format", None) is None
+
+    def _kept(self, group: dict[str, Any]) -> float:
+        """Return what decay leaves of a weight in one step."""
+        in_weight_units = not group["q"] or group["normalize"] != "none"
+        rate = self.grid_lr(group) if in_weight_units else group["decay_lr"] * schedule_factor(group)
+        return float(1 - rate * group["weight_decay"])
+
+    def _update_in_passes(
+        self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor
+    ) -> None:
+        """Do in torch what steps.c does, with the same bits."""
+        state, p, q = self.state[weight], group["p"], group["q"]
         stiffness = (
             self._stiffness_at(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
         )
@@ -168,9 +230,7 @@ class ManifoldAdamW(GeometryOptimizer):
         )
         if stiffness is not None and q:
             direction *= normalized(powered(stiffness, q), group["normalize"])
-        in_weight_units = not q or group["normalize"] != "none"
-        rate = lr if in_weight_units else group["decay_lr"] * schedule_factor(group)
-        weight.mul_(1 - rate * group["weight_decay"]).sub_(direction.mul_(lr))
+        weight.mul_(self._kept(group)).sub_(direction.mul_(self.grid_lr(group)))
 
     def _stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
         """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
@@ -192,17 +252,21 @@ def _refuse_late_start(steps: int) -> None:
 
 
 def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
-    """Return S^exponent; exact for the exponents 0 and 1."""
+    """Return S^exponent; exact for 0 and 1, rounded once for -1 and 1/2, twice for -1/2."""
     if exponent == 0:
         return 1.0
-    return stiffness if exponent == 1 else stiffness.pow(exponent)
+    if exponent == 1:
+        return stiffness
+    if abs(exponent) == 0.5:
+        return stiffness.sqrt() if exponent > 0 else stiffness.sqrt().reciprocal_()
+    return stiffness.reciprocal() if exponent == -1 else stiffness.pow(exponent)
 
 
 def normalized(powers: Tensor | float, normalize: str) -> Tensor | float:
     """Return S^q over its rms, mean or max over the tensor (float64 accumulation), in S's dtype."""
     if normalize == "none" or not isinstance(powers, Tensor):
         return powers
-    return powers / NORMALIZERS[normalize](powers).to(powers.dtype)
+    return powers * (1 / NORMALIZERS[normalize](powers)).to(powers.dtype)
 
 
 def exponents(placement: Any) -> tuple[float, float]:

@@ -144,7 +144,7 @@ def test_a_placement_is_read_by_name_or_as_a_table():
 
 def test_the_shop_window_knows_its_optimizers():
     names = [component.name for component in altgrad_optim.altgrad_optimizers()]
-    assert names == ["AdamW", "ManifoldAdamW", "GridOptim"]
+    assert names == ["AdamW", "ManifoldAdamW", "GridOptim", "Madam", "RiemannianAdam"]
     assert altgrad_optim.GridOptim is GridOptim
     with pytest.raises(AttributeError, match="has no attribute 'Lion'"):
         _ = altgrad_optim.Lion

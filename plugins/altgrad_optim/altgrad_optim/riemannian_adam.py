@@ -1,0 +1,187 @@
+"""RiemannianAdam: geoopt's optimizer on the manifold of each weight's grid.
+
+Riemannian Adam (Becigneul and Ganea, arXiv 1810.00760) as geoopt implements it, on `GridManifold`. With
+weight decay or without, it takes the steps of ManifoldAdamW under `placement="both", normalize="none"`,
+computed by other people's code: the reference that shows that `both` is Adam under the metric 1/S^2.
+
+Its first moment is that of the Riemannian gradient S^2*g, transported with the weight; ManifoldAdamW keeps
+that of S*g. In float32 S^2*g vanishes where S is below about 2^-63, and the weight then stands still.
+
+geoopt's own weight decay is coupled: it is added to the gradient, in place. So geoopt works on clones with
+its decay at 0, and the decoupled decay follows as a second retraction, from where the step ended, by
+-decay_lr*weight_decay*w, with w from before the step; the momentum is transported along.
+
+When not to use it: for anything but the comparison. ManifoldAdamW does the same, faster, with normalised
+steps and every option. With `retraction="grid"` a step below half a spacing is lost, as under nearest
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad_core.format import Format
+from altgrad_core.groups import grid_of
+from altgrad_core.hookspecs import OptimizerInputs, Stiffness
+from altgrad_core.lookup import get_stiffness
+from altgrad_optim import RiemannianAdamOptions
+from altgrad_optim.adamw import moments, plain_step
+from altgrad_optim.base import (
+    GeometryOptimizer,
+    evaluated,
+    not_negative,
+    plain_lr,
+    positive,
+    refuse_bad,
+    refuse_betas,
+    schedule_factor,
+    split_by_grid,
+)
+
+
+class RiemannianAdam(GeometryOptimizer):
+    """geoopt's RiemannianAdam; see the module's text. Parameters without a grid: AdamW at `other_lr`.
+
+    lr: ULPs per step.
+    stiffness, max_stiffness, retraction: the manifold's, see `GridManifold`.
+    weight_decay: decoupled, at the rate `decay_lr` (following the schedule): lr is not in weight units.
+    Raises UsageError where geoopt is not installed; ValueError on options out of range, and for a stiffness
+    with `of_format` or `refresh = "never"`, which is no metric on the weight's own grid.
+    """
+
+    _own = ("stiffness",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        stiffness: Any = "grid",
+        max_stiffness: float = 1e6,
+        retraction: str = "add",
+        other_lr: float = 1e-3,
+        decay_lr: float = 1e-3,
+    ) -> None:
+        from altgrad_optim.grid_manifold import RETRACTIONS  # says what to install where geoopt is missing
+
+        refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
+        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
+        refuse_bad(max_stiffness=(max_stiffness, positive))
+        refuse_betas(betas)
+        if retraction not in RETRACTIONS:
+            raise ValueError(f"Invalid retraction value: {retraction!r}; use one of {', '.join(RETRACTIONS)}")
+        self.stiffness: Stiffness = get_stiffness(stiffness)
+        _refuse_borrowed(self.stiffness)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "max_stiffness": max_stiffness,
+                "retraction": retraction,
+                "other_lr": other_lr,
+                "decay_lr": decay_lr,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take one step; returns the closure's loss, None without one."""
+        loss = evaluated(closure)
+        for group in self.param_groups:
+            gridded, plain = split_by_grid(group)
+            for weight, format, scale in gridded:
+                self._move(group, weight, self._manifold(group, format, scale))
+            plain_step(self, group, plain, plain_lr(group))
+        return loss
+
+    def _move(self, group: dict[str, Any], weight: Tensor, manifold: Any) -> None:
+        state = self.state[weight]
+        moments(state, weight, "exp_avg", "exp_avg_sq")
+        point = geoopt_step(weight, manifold, state, self.grid_lr(group), group["betas"], group["eps"])
+        state["step"] += 1
+        if group["weight_decay"]:
+            rate = group["decay_lr"] * schedule_factor(group) * group["weight_decay"]
+            ended = manifold.retr(point, -rate * weight)
+            state["exp_avg"].copy_(manifold.transp(point, ended, state["exp_avg"]))
+            point = ended
+        weight.copy_(point)
+
+    def _manifold(self, group: dict[str, Any], format: Format, scale: Tensor) -> Any:
+        from altgrad_optim.grid_manifold import GridManifold
+
+        given = {key: group[key] for key in ("max_stiffness", "retraction")}
+        return GridManifold(format, scale, self.stiffness, **given)
+
+    @torch.no_grad()
+    def invariants(self) -> Mapping[str, Tensor]:
+        """Return how many weights break what the manifold promises, by check, 0-d; empty without a grid.
+
+        See `grid_manifold.invariants`; a monitor can report the counts as they are.
+        """
+        from altgrad_optim.grid_manifold import invariants
+
+        found = [
+            invariants(self._manifold(group, *grid), weight)
+            for group in self.param_groups
+            for index, weight in enumerate(group["params"])
+            if (grid := grid_of(group, index)) is not None
+        ]
+        return {name: torch.stack([one[name] for one in found]).sum() for name in (found[0] if found else ())}
+
+
+def geoopt_step(
+    weight: Tensor,
+    manifold: Any,
+    state: Mapping[str, Any],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Return where geoopt's RiemannianAdam takes a weight; the moments in `state` are updated in place.
+
+    Weight, gradient and step count stay as they are.
+    """
+    import geoopt
+
+    point = geoopt.ManifoldParameter(weight.detach().clone(), manifold=manifold)
+    point.grad = None if weight.grad is None else weight.grad.clone()
+    optimizer = geoopt.optim.RiemannianAdam([point], lr=lr, betas=betas, eps=eps)
+    # a float32 step count would make the bias corrections float32
+    optimizer.state[point] = {**state, "step": int(state["step"])}
+    optimizer.step()
+    return point.detach()
+
+
+def _refuse_borrowed(stiffness: Stiffness) -> None:
+    if getattr(stiffness, "of_format", None) is not None or getattr(stiffness, "refresh", "step") == "never":
+        raise ValueError(
+            "RiemannianAdam takes the metric of each weight's own grid where the weight is now, not "
+            'of_format or refresh = "never"; ManifoldAdamW with placement = "both" and normalize = "none" '
+            "has both"
+        )
+
+
+def build(options: RiemannianAdamOptions, inputs: OptimizerInputs) -> RiemannianAdam:
+    """Return the optimizer of an experiment."""
+    return RiemannianAdam(
+        inputs.groups,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        stiffness=options.stiffness.build(inputs.registry),
+        max_stiffness=options.max_stiffness,
+        retraction=options.retraction,
+        other_lr=options.other_lr,
+        decay_lr=options.decay_lr,
+    )

@@ -1,0 +1,326 @@
+/* Optimizer steps on a CPU, one call for all tensors of a group, each of weight, gradient and moments read once.
+
+   What a step is, is said by the torch code beside it (manifold.py, grid.py); here are the same operations in the
+   same order, so the same bits (sums over a tensor apart, which are taken in float64). A format's arithmetic comes
+   as functions over blocks (altgrad_core.native.BlockLoops), which are small enough to stay in a core's first
+   cache. Sums are taken by pieces in a fixed order: the same with any number of threads.
+
+   Nothing here may be contracted or reassociated: compile with -ffp-contract=off and without -ffast-math. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PIECE 2048 /* elements of a block; a thread takes one at a time */
+
+typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
+typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
+typedef void (*Spacings)(const float *, float *, int32_t, const void *);
+
+#define EACH for (int32_t i = 0; i < n; i++)
+#define SIMD _Pragma("omp simd")
+
+static inline float limited(float x, float low, float high) {
+    x = x < low ? low : x; /* NaN stays NaN */
+    return x > high ? high : x;
+}
+
+/* --- Adam's direction ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float first, second; /* 1 - beta1, and beta2 */
+    float rest;          /* 1 - beta2 */
+    float eps;
+} Moments;
+
+/* What the bias corrections make of a step: 1 / (1 - beta1^t), and 1 / sqrt(1 - beta2^t). */
+typedef struct {
+    float first, second;
+} Correction;
+
+/* Updates the moments by the gradient g and returns Adam's direction; see adamw.py. */
+static inline float direction(float g, float *m, float *v, Moments k, Correction c) {
+    *m = *m + (g - *m) * k.first;
+    *v = *v * k.second + (g * g) * k.rest;
+    return *m / (sqrtf(*v) * c.second + k.eps) * c.first;
+}
+
+/* --- ManifoldAdamW ------------------------------------------------------------------------------------------- */
+
+enum { ONE, IDENTITY, ROOT, INVERSE_ROOT, INVERSE }; /* S^0, S^1, S^(1/2), S^(-1/2), S^(-1) */
+enum { NONE, RMS, MEAN, MAX };
+
+typedef struct {
+    Moments moments;
+    int32_t gradient_power, update_power, normalize;
+    float max_stiffness, smallest; /* S is clamped to the first; a spacing below the second is that */
+} Manifold;
+
+typedef struct {
+    float *w;
+    const float *g;
+    float *m, *v;
+    const float *stiffness; /* S of each weight; NULL: the spacing of the format */
+    Spacings spacings;
+    const void *context;
+    const float *scale;
+    int64_t n;
+} Weight;
+
+typedef struct {
+    double first, second; /* the bias corrections */
+    double lr;
+    double decay; /* w is multiplied by it */
+} Step;
+
+static void stiffness_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, float *s) {
+    if (t->stiffness) {
+        memcpy(s, t->stiffness + at, (size_t)n * sizeof(float));
+    } else {
+        const float scale = *t->scale;
+        float scaled[PIECE];
+        SIMD EACH scaled[i] = t->w[at + i] * scale;
+        t->spacings(scaled, s, n, t->context);
+        SIMD EACH s[i] = limited(s[i] / scale, o->smallest, 3.4028234663852886e38f);
+    }
+    SIMD EACH s[i] = s[i] > o->max_stiffness ? o->max_stiffness : s[i];
+}
+
+static void powered(const float *s, float *out, int32_t n, int32_t power) {
+    if (power == IDENTITY) memcpy(out, s, (size_t)n * sizeof(float));
+    if (power == ROOT) SIMD EACH out[i] = sqrtf(s[i]);
+    if (power == INVERSE_ROOT) SIMD EACH out[i] = 1.0f / sqrtf(s[i]);
+    if (power == INVERSE) SIMD EACH out[i] = 1.0f / s[i];
+}
+
+static double summed(const float *s, int32_t n, int32_t normalize) {
+    double sum[8] = {0}; /* eight at a time, then one after the other: a fixed order */
+    if (normalize == MAX) {
+        double largest = s[0];
+        EACH largest = !(s[i] <= largest) ? s[i] : largest;
+        return largest;
+    }
+    for (int32_t i = 0; i + 8 <= n; i += 8)
+        for (int32_t j = 0; j < 8; j++) {
+            const double x = s[i + j];
+            sum[j] += normalize == RMS ? x * x : x;
+        }
+    for (int32_t i = n - n % 8; i < n; i++) sum[i % 8] += normalize == RMS ? (double)s[i] * s[i] : s[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+/* 1 over the rms, mean or largest of S^q, from the pieces' sums. */
+static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t normalize) {
+    double whole = parts[0];
+    for (int64_t i = 1; i < pieces; i++) {
+        if (normalize == MAX)
+            whole = !(parts[i] <= whole) ? parts[i] : whole;
+        else
+            whole += parts[i];
+    }
+    if (normalize == RMS) return (float)(1.0 / sqrt(whole / (double)n));
+    return (float)(1.0 / (normalize == MEAN ? whole / (double)n : whole));
+}
+
+static void manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o, float norm) {
+    const Moments k = o->moments;
+    const Correction c = {(float)step->first, (float)step->second};
+    const float lr = (float)step->lr, decay = (float)step->decay;
+    float s[PIECE], power[PIECE], gradient[PIECE], move[PIECE];
+    float *w = t->w + at, *m = t->m + at, *v = t->v + at;
+    const float *g = t->g + at;
+    if (o->gradient_power || o->update_power) stiffness_of(t, at, n, o, s);
+    if (o->gradient_power) {
+        powered(s, power, n, o->gradient_power);
+        SIMD EACH gradient[i] = g[i] * power[i];
+        g = gradient;
+    }
+    SIMD EACH move[i] = direction(g[i], &m[i], &v[i], k, c);
+    if (o->update_power) {
+        powered(s, power, n, o->update_power);
+        SIMD EACH move[i] = move[i] * (power[i] * norm);
+    }
+    SIMD EACH w[i] = w[i] * decay - move[i] * lr;
+}
+
+/* One step of every weight. parts: room for the pieces of the largest one. */
+void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, double *parts) {
+    _Pragma("omp parallel")
+    for (int64_t each = 0; each < count; each++) {
+        const Weight t = weights[each];
+        const int64_t pieces = (t.n + PIECE - 1) / PIECE;
+        float norm = 1.0f;
+        if (o->normalize && o->update_power) {
+            _Pragma("omp for schedule(static)")
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t at = piece * PIECE;
+                const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
+                float s[PIECE], power[PIECE];
+                stiffness_of(&t, at, n, o, s);
+                powered(s, power, n, o->update_power);
+                parts[piece] = summed(power, n, o->normalize);
+            }
+            norm = over_norm(parts, pieces, t.n, o->normalize);
+        }
+        _Pragma("omp for schedule(static)")
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t at = piece * PIECE;
+            manifold_piece(&t, &steps[each], at, (int32_t)(t.n - at < PIECE ? t.n - at : PIECE), o, norm);
+        }
+    }
+}
+
+/* --- GridOptim ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Moments moments;
+    float momentum, clip;
+    int32_t adam; /* Adam's direction, else the velocity */
+} Grid;
+
+typedef struct {
+    float *w;
+    const float *g;
+    float *m, *v; /* moments; without Adam m is the velocity */
+    float *intended; /* -r is left here, unless it is NULL */
+    Rungs rungs;
+    Values values;
+    Spacings spacings;
+    const void *context;
+    const float *scale;
+    const uint32_t *keys;
+    int64_t n;
+} Member;
+
+typedef struct {
+    double first, second;          /* Adam's bias corrections */
+    double lr, decay;              /* the decay is coupled without Adam */
+    double low, high;              /* limits of the values, scaled units */
+    double least_rung, most_rung;  /* of the format */
+    double quiet_low, quiet_high;  /* the scale stays where low < amax <= high, weight units */
+} Move;
+
+typedef struct {
+    int64_t flips, updates; /* weights that changed, and elements with a gradient */
+    double amax;            /* of the weights before limit and rounding, weight units */
+    int64_t past;           /* whether one was pushed past the end */
+} Landing;
+
+static inline float uniform(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
+    i = (i + first) * 0xED5AD4BBu;
+    i = (i ^ i >> 15) * 0xAC4C1B51u + second;
+    i = (i ^ i >> 15) * 0x31848BABu;
+    return (float)(int32_t)(i >> 8) * 0x1p-24f;
+}
+
+typedef struct {
+    int32_t amax; /* bits of the largest magnitude, of a NaN if there is one */
+    int32_t past;
+    int64_t updates;
+} Seen;
+
+static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n, const Grid *o, float *target) {
+    const Moments k = o->moments;
+    const Correction c = {(float)move->first, (float)move->second};
+    const float lr = (float)move->lr, decay = (float)move->decay, scale = *t->scale, clip = o->clip;
+    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
+    const uint32_t first = t->keys[0], second = t->keys[1], begin = (uint32_t)at;
+    float scaled[PIECE], spacing[PIECE], r[PIECE];
+    int32_t rungs[PIECE];
+    const float *w = t->w + at, *g = t->g + at;
+    float *m = t->m + at, *v = t->v + at;
+    SIMD EACH scaled[i] = w[i] * scale;
+    t->rungs(scaled, rungs, n, t->context);
+    if (o->adam) {
+        SIMD EACH r[i] = direction(g[i], &m[i], &v[i], k, c) * lr;
+        if (decay != 0) {
+            t->spacings(scaled, spacing, n, t->context);
+            SIMD EACH r[i] = r[i] + scaled[i] / spacing[i] * decay;
+        }
+    } else {
+        const float momentum = o->momentum;
+        if (decay != 0)
+            SIMD EACH m[i] = m[i] * momentum + (g[i] + w[i] * decay);
+        else
+            SIMD EACH m[i] = m[i] * momentum + g[i];
+        SIMD EACH r[i] = m[i] * lr;
+    }
+    SIMD EACH r[i] = limited(r[i], -clip, clip);
+    if (t->intended) SIMD EACH t->intended[at + i] = -r[i];
+    int32_t past = 0, updates = 0;
+    _Pragma("omp simd reduction(max : past) reduction(+ : updates)")
+    EACH {
+        const int32_t lost = r[i] != r[i] || scaled[i] != scaled[i];
+        const float magnitude = lost ? 0.0f : fabsf(r[i]), whole = floorf(magnitude);
+        const float up = uniform(begin + (uint32_t)i, first, second) < magnitude - whole ? 1.0f : 0.0f;
+        const int32_t steps = (int32_t)(whole + up), rung = rungs[i] - (r[i] < 0 ? -steps : steps);
+        const int32_t beyond = (rung < least || rung > most) && !lost;
+        past = beyond > past ? beyond : past;
+        updates += g[i] != 0;
+        rungs[i] = rung < least ? least : rung > most ? most : rung;
+    }
+    t->values(rungs, target, n, t->context);
+    int32_t amax = 0; /* as bits, which order magnitudes, NaN above all */
+    _Pragma("omp simd reduction(max : amax)")
+    EACH {
+        const float value = r[i] != r[i] || scaled[i] != scaled[i] ? NAN : target[i], size = fabsf(value);
+        int32_t bits;
+        memcpy(&bits, &size, sizeof(bits));
+        target[i] = value;
+        amax = bits > amax ? bits : amax;
+    }
+    return (Seen){amax, past, updates};
+}
+
+/* Moves weights by whole rungs, from the first'th on, until one whose scale may have to change: that one's unrounded
+   values, in scaled units, are left in `target`, and its number is returned; `count` if all have landed.
+   target: room for the largest weight. */
+int64_t grid_steps(int64_t first, int64_t count, const Member *members, const Move *moves, const Grid *o,
+                   float *target, Landing *landings) {
+    int64_t stopped = count, updates = 0, flips = 0;
+    int32_t amax = 0, past = 0;
+    _Pragma("omp parallel")
+    for (int64_t each = first; each < count; each++) {
+        const Member t = members[each];
+        const Move move = moves[each];
+        const int64_t pieces = (t.n + PIECE - 1) / PIECE;
+        _Pragma("omp single")
+        updates = flips = amax = past = 0;
+        _Pragma("omp for schedule(static) reduction(max : amax, past) reduction(+ : updates)")
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t at = piece * PIECE;
+            const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
+            const Seen seen = grid_piece(&t, &move, at, n, o, target + at);
+            amax = seen.amax > amax ? seen.amax : amax;
+            past = seen.past > past ? seen.past : past;
+            updates += seen.updates;
+        }
+        float size, scale = *t.scale;
+        memcpy(&size, &amax, sizeof(size));
+        size = size / scale;
+        const int quiet = !past && size > move.quiet_low && size <= move.quiet_high;
+        if (quiet) {
+            const float low = (float)move.low, high = (float)move.high;
+            _Pragma("omp for schedule(static) reduction(+ : flips)")
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t at = piece * PIECE;
+                const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
+                int32_t changed = 0;
+                _Pragma("omp simd reduction(+ : changed)")
+                EACH {
+                    const float value = limited(target[at + i], low, high) / scale;
+                    changed += value != t.w[at + i];
+                    t.w[at + i] = value;
+                }
+                flips += changed;
+            }
+        }
+        _Pragma("omp single")
+        {
+            landings[each] = (Landing){flips, updates, size, past};
+            if (!quiet) stopped = each;
+        }
+        if (!quiet) break;
+    }
+    return stopped;
+}
