@@ -10,13 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
+
+_SLACK = 2.0**-20  # of a range that need not be exact: whatever is outside is worked out
+
+
+class HostScale(NamedTuple):
+    """What a step on a CPU needs of a scale, as numbers."""
+
+    limits: tuple[float, float]
+    """The lowest and the largest grid value within the bound, times the scale; infinite without a bound."""
+    quiet: tuple[float, float]
+    """The scale stays as it is where low < amax <= high, of weights before rounding."""
 
 
 class GridScales:
@@ -58,6 +69,7 @@ class GridScales:
         self._adaptive = torch.tensor(moving, device=device)
         self.may_move = any(moving)
         self._margins = list(margins or [1.0] * len(self.scales))
+        self._host: list[HostScale] | None = None
         self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
         amax = scaling.amax(weights)
         self.rms = rms_of(weights)
@@ -97,6 +109,38 @@ class GridScales:
             limits[at] = format.quantize(limits[at], rounding="toward_zero")
         return limits
 
+    def on_host(self, index: int) -> HostScale:
+        """Return what a step on a CPU needs of a weight's scale; waits for another device."""
+        if self._host is None:
+            limits = self.limits()
+            rows = [(-math.inf, math.inf)] * len(self.scales) if limits is None else limits.tolist()
+            quiet = self._quiet()
+            self._host = [
+                HostScale(limits=(low, high), quiet=one) for (low, high), one in zip(rows, quiet, strict=True)
+            ]
+        return self._host[index]
+
+    def _quiet(self) -> list[tuple[float, float]]:
+        """Return for each weight a range (low, high] of amax in which `adapt` surely leaves its scale."""
+        kinds = {index: kind for kind, at in self._kinds.items() for index in at.tolist()}
+        columns = (one.tolist() for one in (self._adaptive, self.seen, self.exponents))
+        return [
+            self._quiet_range(*kinds[index], exponent, seen) if adaptive else (-1.0, math.inf)
+            for index, (adaptive, seen, exponent) in enumerate(zip(*columns, strict=True))
+        ]
+
+    def _quiet_range(self, format: Format, margin: float, exponent: int, seen: bool) -> tuple[float, float]:
+        if not seen:
+            return math.inf, math.inf  # none: the first positive amax sets the scale
+        unit = math.ldexp(1.0, -exponent)
+        slack = 0.0 if margin == 1.0 else _SLACK  # a quotient by a power of two is exact
+        high = format.largest * unit / margin * (1 - slack)
+        low = format.largest * unit / 4 / margin * (1 + slack)
+        if not self.shrink_early:  # then the scale shrinks only for what rounds past the largest value
+            gap = float(format.spacing(torch.tensor([format.largest], dtype=torch.float64))[0])
+            high = max(high, (format.largest + gap / 2) * unit * (1 - _SLACK))
+        return low, high
+
     def bounds(self) -> Tensor | None:
         """Return the bound on |w| in weight units, (n,) float32, inf where there is none; None: no bound."""
         return torch.where(self.rms > 0, self.bound * self.rms, math.inf) if self.bound else None
@@ -122,6 +166,7 @@ class GridScales:
 
     def _write(self) -> None:
         """Set the fitted scales to 2^k, in place."""
+        self._host = None
         powers = scaling.power_of_two(self.exponents)
         current = torch.stack(self.scales).to(powers.device)
         torch._foreach_copy_(self.scales, list(torch.where(self._fitted, powers, current).unbind()))

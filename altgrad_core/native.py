@@ -79,14 +79,17 @@ def plain(x: Tensor) -> bool:
     and dispatch modes, which would see nothing, or find no memory.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        not recording()
         and type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.numel() >= FEWEST_ELEMENTS
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not is_in_torch_dispatch_mode()
     )
+
+
+def recording() -> bool:
+    """Whether somebody records what is done to tensors, so that a C function would do it unseen."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_in_torch_dispatch_mode()
 
 
 def one_a_row(scale: Tensor | None, x: Tensor) -> bool:

@@ -63,10 +63,14 @@ def stream_keys(key: Key) -> tuple[int, int]:
     """
     state = 0
     for name, part in zip(("seed", "step", "tensor"), key, strict=True):
-        if not 0 <= part < 2**63:
-            raise ValueError(f"the {name} of a random stream is in [0, 2^63), not {part!r}")
-        state = _split_mix(state ^ part)
+        state = _next_state(state, name, part)
     return _signed32(state), _signed32(state >> 32)
+
+
+def _next_state(state: int, name: str, part: int) -> int:
+    if not 0 <= part < 2**63:
+        raise ValueError(f"the {name} of a random stream is in [0, 2^63), not {part!r}")
+    return _split_mix(state ^ part)
 
 
 def _xor_shift_(x: Tensor, shift: int) -> None:
@@ -111,6 +115,14 @@ def uniform(key: Key, shape: int | Sequence[int], device: torch.device | str | N
 def stream_key_tensor(key: Key, device: torch.device | str | None = None) -> Tensor:
     """Return `stream_keys` as (2,) int32, for kernels: a new key then needs no new compilation."""
     return torch.tensor(stream_keys(key), dtype=torch.int32, device=device)
+
+
+def stream_key_table(seed: int, step: int, tensors: Sequence[int]) -> Tensor:
+    """Return `stream_key_tensor` of (seed, step, tensor) for several tensors, (n, 2), on the CPU."""
+    common = _next_state(_next_state(0, "seed", seed), "step", step)
+    states = [_next_state(common, "tensor", tensor) for tensor in tensors]
+    rows = [(_signed32(state), _signed32(state >> 32)) for state in states]
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 2)
 
 
 def uniform_like(x: Tensor, keys: Tensor) -> Tensor:

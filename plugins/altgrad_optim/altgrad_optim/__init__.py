@@ -6,7 +6,7 @@ This module is light: options and registration. The optimizer classes are import
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
@@ -89,6 +89,9 @@ class ManifoldAdamWOptions:
 @attrs.frozen(kw_only=True)
 class GridOptimOptions:
     """Updates in whole rungs of the format's grid."""
+
+    storage_roundings: ClassVar[tuple[str, ...]] = ("nearest_even", "stochastic")
+    """What [quantize] storage_rounding may be: it rounds again after a change of scale only, by itself."""
 
     step_scale: float = option(
         "rungs per unit of direction; with normalize = adam, rungs per step",

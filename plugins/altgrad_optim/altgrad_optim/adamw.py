@@ -46,7 +46,16 @@ def adamw_direction(
     over_c1, over_root_c2 = corrections(step, betas)
     m.add_((gradient - m).mul_(1 - first))
     v.mul_(second).add_((gradient * gradient).mul_(1 - second))
-    return m.div(v.sqrt().mul_(over_root_c2).add_(eps)).mul_(over_c1)
+    return m.div(root(v).mul_(over_root_c2).add_(eps)).mul_(over_c1)
+
+
+def root(x: Tensor) -> Tensor:
+    """Return the square root, rounded once.
+
+    torch's own on a CPU is up to one unit in the last place off (MKL's vector library); by way of float64 a
+    float32 one is right.
+    """
+    return x.double().sqrt_().to(x.dtype) if x.dtype == torch.float32 and x.is_cpu else x.sqrt()
 
 
 def corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:

@@ -27,22 +27,22 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from altgrad_core import scaling
+from altgrad_core import native, scaling
 from altgrad_core.format import Format, bounded
+from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
-from altgrad_core.random_bits import draw_seed, stream_key_tensor
-from altgrad_core.grid_scales import GridScales
+from altgrad_core.random_bits import draw_seed, stream_key_table, stream_key_tensor
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
-from altgrad_optim import GridOptimOptions
-from altgrad_optim.adamw import adamw_direction, moments, plain_step
+from altgrad_optim import GridOptimOptions, native_steps
+from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -180,13 +180,91 @@ class GridOptim(GeometryOptimizer):
         landings: dict[int, _Landing] = {}
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
-            for weight in (weight for weight, *_ in gridded if weight in self._index):
-                landings[self._index[weight]] = self._move(group, self._members[self._index[weight]])
+            moving = [self._members[self._index[weight]] for weight, *_ in gridded if weight in self._index]
             plain += [weight for weight, *_ in gridded if weight not in self._index]
+            in_one_pass = self._in_one_pass(group, moving)
+            self._land_in_one_pass(group, in_one_pass)
+            for member in (member for member in moving if member.index not in in_one_pass):
+                landings[member.index] = self._move(group, member)
             plain_step(self, group, plain, plain_lr(group))
         self._land(landings)
+        self._count()
         self.counter += 1
         return loss
+
+    def _in_one_pass(self, group: dict[str, Any], moving: Sequence[Member]) -> dict[int, native.BlockLoops]:
+        """Return which of the weights the loops in C move: index to the loops of its format."""
+        if group["rounding"] != "rung" or not native_steps.available():
+            return {}
+        blocks, found = native_steps.Blocks(), {}
+        for member in moving:
+            state = self._started(group, member.weight)
+            loops = None if member.master else blocks.of(member.format)
+            if loops is not None and native_steps.reads(member.weight, member.weight.grad, *state):
+                found[member.index] = loops
+        return found
+
+    def _started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
+        """Return the weight's moments, or its velocity, made at its first step."""
+        names = ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
+        moments(self.state[weight], weight, *names)
+        return [self.state[weight][name] for name in names]
+
+    def _land_in_one_pass(self, group: dict[str, Any], loops: dict[int, native.BlockLoops]) -> None:
+        """Move and land weights by the loops in C; a scale that may have to change is looked at here."""
+        if not loops:
+            return
+        keys = stream_key_table(self.seed, self.counter, list(loops))
+        moving = [self._members[index] for index in loops]
+        steps = native_steps.GridSteps(
+            [self._native_move(group, *each) for each in zip(moving, loops.values(), keys, strict=True)],
+            betas=group["betas"],
+            eps=group["eps"],
+            momentum=group["momentum"],
+            clip=group["rung_clip"],
+            adam=group["normalize"] == "adam",
+        )
+        place = steps.land(0)
+        while place < len(moving):
+            past_end = torch.tensor(steps.past_end(place))
+            self._land({moving[place].index: _Landing(steps.target(place), past_end)})
+            place = steps.land(place + 1)
+        for member, *counts in zip(moving, steps.flips.unbind(), steps.updates.unbind(), strict=True):
+            self.counts.setdefault(member.weight, (counts[0], counts[1]))
+
+    def _native_move(
+        self, group: dict[str, Any], member: Member, loops: native.BlockLoops, keys: Tensor
+    ) -> native_steps.GridMove:
+        """Return a weight's step for the loops in C."""
+        first, second = (*self._started(group, member.weight), None)[:2]
+        self.state[member.weight]["step"] += 1
+        step = int(self.state[member.weight]["step"])
+        if self.watch:
+            self.intended[member.weight] = torch.empty_like(member.weight)
+        on_host = self._scales_in_use().on_host(member.index)
+        return native_steps.GridMove(
+            weight=member.weight,
+            gradient=member.weight.grad,
+            first_moment=first,
+            second_moment=second,
+            intended=self.intended.get(member.weight),
+            format=loops,
+            scale=self._scale(member),
+            keys=keys,
+            corrections=corrections(step, group["betas"]),
+            lr=self.grid_lr(group),
+            decay=self._decay(group),
+            limits=on_host.limits,
+            rungs=member.rungs,
+            quiet=on_host.quiet,
+        )
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        """Return the factor of the decay: of w in the gradient, or under Adam of w in spacings."""
+        decay = float(group["weight_decay"])
+        if group["normalize"] == "none" or not decay:
+            return decay
+        return float(group["decay_lr"]) * schedule_factor(group) * decay
 
     def _move(self, group: dict[str, Any], member: Member) -> _Landing:
         """Compute where one weight goes, before scale and bound."""
@@ -202,33 +280,23 @@ class GridOptim(GeometryOptimizer):
 
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
-        state, decay, lr = self.state[weight], group["weight_decay"], self.grid_lr(group)
-        if group["normalize"] == "none":
-            moments(state, weight, "velocity")
-            state["step"] += 1
-            gradient = weight.grad.add(weight, alpha=decay) if decay else weight.grad
-            direction = state["velocity"].mul_(group["momentum"]).add_(gradient) * lr
+        state, decay, lr = self.state[weight], self._decay(group), self.grid_lr(group)
+        first, *second = self._started(group, weight)
+        state["step"] += 1
+        if not second:
+            gradient = weight.grad + weight * decay if decay else weight.grad
+            direction = first.mul_(group["momentum"]).add_(gradient) * lr
         else:
-            moments(state, weight, "exp_avg", "exp_avg_sq")
-            state["step"] += 1
-            direction = lr * adamw_direction(
-                weight.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                int(state["step"]),
-                group["betas"],
-                group["eps"],
-            )
+            step = int(state["step"])
+            direction = adamw_direction(weight.grad, first, *second, step, group["betas"], group["eps"]) * lr
             if decay:
-                rate = group["decay_lr"] * schedule_factor(group) * decay
                 scaled = weight * scale
-                direction.addcdiv_(scaled, format.spacing(scaled), value=rate)
+                direction.add_(scaled.div_(format.spacing(scaled)).mul_(decay))
         return direction.clamp_(-group["rung_clip"], group["rung_clip"])
 
     def _land(self, landings: dict[int, _Landing]) -> None:
         """Scale, round, bound, for the weights that move in this step."""
         if not landings:
-            self.flips, self.updates = torch.zeros_like(self.flips), torch.zeros_like(self.updates)
             return
         scales = self._scales_in_use()
         before = torch.stack(scales.scales)
@@ -249,8 +317,15 @@ class GridOptim(GeometryOptimizer):
             values = values.view_as(member.weight)
             self.counts[member.weight] = counted(*map(flat, (values, member.weight, member.weight.grad)))
             member.weight.copy_(values)
-        self.flips = torch.stack([flips for flips, _ in self.counts.values()]).sum()
-        self.updates = torch.stack([updates for _, updates in self.counts.values()]).sum()
+
+    def _count(self) -> None:
+        """Add up the flips and updates of the step's weights."""
+        if not self.counts:
+            self.flips, self.updates = torch.zeros_like(self.flips), torch.zeros_like(self.updates)
+            return
+        self.flips, self.updates = (
+            torch.stack(each).sum() for each in zip(*self.counts.values(), strict=True)
+        )
 
     def _rerounding_keys(self, member: Member) -> Tensor | None:
         """Return the random stream of the rounding after a change of scale; None: nearest even."""

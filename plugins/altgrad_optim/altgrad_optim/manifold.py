@@ -39,7 +39,7 @@ from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.lookup import get_stiffness
 from altgrad_core.stiffness import grid_stiffness
 from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions, native_steps
-from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step
+from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step, root
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -157,51 +157,32 @@ class ManifoldAdamW(GeometryOptimizer):
 
     def _update(self, group: dict[str, Any], gridded: Sequence[tuple[Tensor, Format, Tensor]]) -> None:
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
-        moves = []
+        p, q, lr, kept = group["p"], group["q"], self.grid_lr(group), self._kept(group)
+        fast = native_steps.available() and {p, q} <= native_steps.POWERS.keys()
+        blocks, by_spacing, moves = native_steps.Blocks(), self._is_spacing, []
         for weight, format, scale in gridded:
             state = self.state[weight]
             moments(state, weight, "exp_avg", "exp_avg_sq")
             state["step"] += 1
-            move = self._move(group, weight, format, scale)
-            if move is None:
+            memory = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
+            loops = blocks.of(format) if fast and native_steps.reads(*memory) else None
+            if loops is None:
                 self._update_in_passes(group, weight, format, scale)
-            else:
-                moves.append(move)
+                continue
+            stiffness = None
+            if (p or q) and not by_spacing:
+                stiffness = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
+            step = corrections(int(state["step"]), group["betas"])
+            moves.append(native_steps.ManifoldMove(*memory, stiffness, loops, scale, step, lr, kept))
         if moves:
             native_steps.manifold_steps(
                 moves,
                 betas=group["betas"],
                 eps=group["eps"],
-                powers=(group["p"], group["q"]),
+                powers=(p, q),
                 normalize=group["normalize"],
                 max_stiffness=group["max_stiffness"],
             )
-
-    def _move(
-        self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor
-    ) -> native_steps.ManifoldMove | None:
-        """Return a weight's step for the loops in C; None where there is none for it."""
-        state, powers = self.state[weight], (group["p"], group["q"])
-        first, second = state["exp_avg"], state["exp_avg_sq"]
-        blocks = native_steps.blocks(format)
-        known = all(power in native_steps.POWERS for power in powers)
-        if blocks is None or not known or not native_steps.serves(weight, weight.grad, first, second):
-            return None
-        stiffness = None
-        if any(powers) and not self._is_spacing:
-            stiffness = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
-        return native_steps.ManifoldMove(
-            weight=weight,
-            gradient=weight.grad,
-            first_moment=first,
-            second_moment=second,
-            stiffness=stiffness,
-            format=blocks,
-            scale=scale,
-            corrections=corrections(int(state["step"]), group["betas"]),
-            lr=self.grid_lr(group),
-            decay=self._kept(group),
-        )
 
     @property
     def _is_spacing(self) -> bool:
@@ -216,9 +197,7 @@ class ManifoldAdamW(GeometryOptimizer):
         rate = self.grid_lr(group) if in_weight_units else group["decay_lr"] * schedule_factor(group)
         return float(1 - rate * group["weight_decay"])
 
-    def _update_in_passes(
-        self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor
-    ) -> None:
+    def _update_in_passes(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> None:
         """Do in torch what steps.c does, with the same bits."""
         state, p, q = self.state[weight], group["p"], group["q"]
         stiffness = (
@@ -258,7 +237,7 @@ def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
     if exponent == 1:
         return stiffness
     if abs(exponent) == 0.5:
-        return stiffness.sqrt() if exponent > 0 else stiffness.sqrt().reciprocal_()
+        return root(stiffness) if exponent > 0 else root(stiffness).reciprocal_()
     return stiffness.reciprocal() if exponent == -1 else stiffness.pow(exponent)
 
 

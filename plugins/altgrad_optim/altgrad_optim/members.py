@@ -37,6 +37,12 @@ class Member:
         return self.quantizer is not None and self.quantizer.fitted
 
     @functools.cached_property
+    def rungs(self) -> tuple[int, int]:
+        """The format's lowest and largest rung."""
+        low, high = self.format.rung(self.format.values[[0, -1]]).tolist()
+        return low, high
+
+    @functools.cached_property
     def ends(self) -> Tensor:
         """The format's lowest and largest value, (2,) on the weight's device."""
         return self.format.values[[0, -1]].to(self.weight.device)

@@ -1,4 +1,4 @@
-"""The loops of steps.c, called for all tensors of a group at once: what an optimizer does on a CPU, in one pass.
+"""The loops of steps.c, called for all tensors of a group at once: an optimizer's step on a CPU in one pass.
 
 What goes in are tables, a row for each weight, of addresses (int64) and of numbers (float64): the structs of
 steps.c, whose fields are all eight bytes wide.
@@ -10,8 +10,8 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from altgrad_core import native
 from altgrad_core.format import Format
 
 _SOURCE = Path(__file__).with_name("steps.c")
-PIECE = 2048  # as in steps.c
+PIECE = 1024  # as in steps.c
 
 POWERS = {0.0: 0, 1.0: 1, 0.5: 2, -0.5: 3, -1.0: 4}
 """Exponents of the stiffness for which there are loops, to their numbers there."""
@@ -50,23 +50,36 @@ def _loops() -> ctypes.CDLL | None:
     loops = native.library(_SOURCE)
     if loops is not None:
         count = ctypes.c_int64
-        loops.manifold_steps.argtypes = [count, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS]
+        loops.manifold_steps.argtypes = [count, *[_ADDRESS] * 5]
         loops.grid_steps.argtypes = [count, count, *[_ADDRESS] * 5]
         loops.grid_steps.restype = count
     return loops
 
 
-def serves(weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether the loops take a weight, and its gradient and moments: float32, contiguous, on a CPU."""
-    given = [weight.detach(), *(other for other in others if other is not None)]
-    plain = all(x.dtype == torch.float32 and x.is_contiguous() and not x.is_neg() for x in given)
-    return plain and native.serves(given[0]) and _loops() is not None
+def available() -> bool:
+    """Whether the loops may be called now: they are compiled, and nobody records what is done to tensors."""
+    return not native.recording() and _loops() is not None
 
 
-@functools.cache
-def blocks(format: Format) -> native.BlockLoops | None:
-    """Return the loops of a format over blocks; None where it has none."""
-    return format.block_loops()
+def reads(*tensors: Tensor) -> bool:
+    """Whether the loops can read such tensors: float32, contiguous, on a CPU."""
+    return all(
+        x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg() and x.numel()
+        for x in tensors
+    )
+
+
+class Blocks:
+    """The loops of formats over blocks, by the format, looked up once each."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, native.BlockLoops | None] = {}
+
+    def of(self, format: Format) -> native.BlockLoops | None:
+        """Return the loops of a format that lives as long as this; None where it has none."""
+        if id(format) not in self._found:
+            self._found[id(format)] = format.block_loops()
+        return self._found[id(format)]
 
 
 def _moments(betas: tuple[float, float], eps: float) -> _Moments:
@@ -74,8 +87,7 @@ def _moments(betas: tuple[float, float], eps: float) -> _Moments:
     return _Moments(1 - first, second, 1 - second, eps)
 
 
-@attrs.frozen(kw_only=True)
-class ManifoldMove:
+class ManifoldMove(NamedTuple):
     """One weight's step of ManifoldAdamW: where everything is, and its numbers."""
 
     weight: Tensor
@@ -120,16 +132,14 @@ def manifold_steps(
         for one in moves
     ]
     numbers = [[*one.corrections, one.lr, one.decay] for one in moves]
-    pieces = 1 + max(one.weight.numel() for one in moves) // PIECE
+    largest = max(one.weight.numel() for one in moves)
     tables = _table(addresses, torch.int64), _table(numbers, torch.float64)
-    parts = torch.empty(pieces, dtype=torch.float64, device="cpu")
-    _in_use().manifold_steps(
-        len(moves), *map(native.address, tables), ctypes.byref(options), native.address(parts)
-    )
+    rooms = torch.empty(largest), torch.empty(1 + largest // PIECE, dtype=torch.float64)
+    outputs = map(native.address, rooms)
+    _in_use().manifold_steps(len(moves), *map(native.address, tables), ctypes.byref(options), *outputs)
 
 
-@attrs.frozen(kw_only=True)
-class GridMove:
+class GridMove(NamedTuple):
     """One weight's step of GridOptim: where everything is, and its numbers."""
 
     weight: Tensor
@@ -177,14 +187,13 @@ class GridSteps:
         ]
         self._tables = _table(addresses, torch.int64), _table(numbers, torch.float64)
         self._target = torch.empty(max(one.weight.numel() for one in self.moves), device="cpu")
-        self._landings = torch.zeros((len(self.moves), 4), dtype=torch.int64)
+        self._landings = torch.zeros((len(self.moves), 4), dtype=torch.int64, device="cpu")
 
     def land(self, first: int) -> int:
         """Step and land from the first'th weight on; return the number of the one that has not, or of all."""
-        tables = map(native.address, (*self._tables,))
+        inputs = [*map(native.address, self._tables), ctypes.byref(self._options)]
         outputs = map(native.address, (self._target, self._landings))
-        options = ctypes.byref(self._options)
-        return int(_in_use().grid_steps(first, len(self.moves), *tables, options, *outputs))
+        return int(_in_use().grid_steps(first, len(self.moves), *inputs, *outputs))
 
     def target(self, index: int) -> Tensor:
         """Return the unrounded values, in scaled units, of the weight that stopped `land`: its own copy."""

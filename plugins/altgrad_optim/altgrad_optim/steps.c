@@ -1,7 +1,7 @@
 /* Optimizer steps on a CPU, one call for all tensors of a group, each of weight, gradient and moments read once.
 
    What a step is, is said by the torch code beside it (manifold.py, grid.py); here are the same operations in the
-   same order, so the same bits (sums over a tensor apart, which are taken in float64). A format's arithmetic comes
+   same order, so the same bits (but for sums over a tensor, which are taken in float64 in another order). A format's arithmetic comes
    as functions over blocks (altgrad_core.native.BlockLoops), which are small enough to stay in a core's first
    cache. Sums are taken by pieces in a fixed order: the same with any number of threads.
 
@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PIECE 2048 /* elements of a block; a thread takes one at a time */
+#define PIECE 1024 /* elements of a block; a thread takes one at a time */
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
@@ -53,7 +53,7 @@ enum { NONE, RMS, MEAN, MAX };
 typedef struct {
     Moments moments;
     int32_t gradient_power, update_power, normalize;
-    float max_stiffness, smallest; /* S is clamped to the first; a spacing below the second is that */
+    float max_stiffness, smallest; /* S is at most the first; a spacing at least the second */
 } Manifold;
 
 typedef struct {
@@ -73,40 +73,56 @@ typedef struct {
     double decay; /* w is multiplied by it */
 } Step;
 
-static void stiffness_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, float *s) {
+static inline int is_power_of_two(float s) {
+    int32_t b;
+    memcpy(&b, &s, sizeof(b));
+    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
+}
+
+/* S^power of n weights, of which the first is number `at`. */
+static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, int32_t power, float *s) {
+    const float most = o->max_stiffness, least = o->smallest;
     if (t->stiffness) {
-        memcpy(s, t->stiffness + at, (size_t)n * sizeof(float));
+        const float *given = t->stiffness + at;
+        SIMD EACH s[i] = given[i] > most ? most : given[i];
     } else {
-        const float scale = *t->scale;
+        const float scale = *t->scale, inverse = 1.0f / scale;
+        const float *w = t->w + at;
         float scaled[PIECE];
-        SIMD EACH scaled[i] = t->w[at + i] * scale;
+        SIMD EACH scaled[i] = w[i] * scale;
         t->spacings(scaled, s, n, t->context);
-        SIMD EACH s[i] = limited(s[i] / scale, o->smallest, 3.4028234663852886e38f);
+        if (is_power_of_two(scale)) /* a division by it is a multiplication: the same bits, sooner */
+            SIMD EACH s[i] = limited(s[i] * inverse, least, most);
+        else
+            SIMD EACH s[i] = limited(s[i] / scale, least, most);
     }
-    SIMD EACH s[i] = s[i] > o->max_stiffness ? o->max_stiffness : s[i];
+    if (power == ROOT) SIMD EACH s[i] = sqrtf(s[i]);
+    if (power == INVERSE_ROOT) SIMD EACH s[i] = 1.0f / sqrtf(s[i]);
+    if (power == INVERSE) SIMD EACH s[i] = 1.0f / s[i];
 }
 
-static void powered(const float *s, float *out, int32_t n, int32_t power) {
-    if (power == IDENTITY) memcpy(out, s, (size_t)n * sizeof(float));
-    if (power == ROOT) SIMD EACH out[i] = sqrtf(s[i]);
-    if (power == INVERSE_ROOT) SIMD EACH out[i] = 1.0f / sqrtf(s[i]);
-    if (power == INVERSE) SIMD EACH out[i] = 1.0f / s[i];
-}
-
+/* What a piece gives to the norm: in float64 the sum of squares, or the sum; or the largest, NaN if there is one. */
 static double summed(const float *s, int32_t n, int32_t normalize) {
-    double sum[8] = {0}; /* eight at a time, then one after the other: a fixed order */
-    if (normalize == MAX) {
-        double largest = s[0];
-        EACH largest = !(s[i] <= largest) ? s[i] : largest;
-        return largest;
-    }
-    for (int32_t i = 0; i + 8 <= n; i += 8)
-        for (int32_t j = 0; j < 8; j++) {
-            const double x = s[i + j];
-            sum[j] += normalize == RMS ? x * x : x;
+    double sum = 0;
+    int32_t largest = 0; /* as bits, which order positive numbers, NaN above all */
+    if (normalize == RMS) {
+        _Pragma("omp simd reduction(+ : sum)")
+        EACH sum += (double)s[i] * (double)s[i];
+    } else if (normalize == MEAN) {
+        _Pragma("omp simd reduction(+ : sum)")
+        EACH sum += (double)s[i];
+    } else {
+        _Pragma("omp simd reduction(max : largest)")
+        EACH {
+            int32_t bits;
+            memcpy(&bits, &s[i], sizeof(bits));
+            largest = bits > largest ? bits : largest;
         }
-    for (int32_t i = n - n % 8; i < n; i++) sum[i % 8] += normalize == RMS ? (double)s[i] * s[i] : s[i];
-    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+        float size;
+        memcpy(&size, &largest, sizeof(size));
+        sum = size;
+    }
+    return sum;
 }
 
 /* 1 over the rms, mean or largest of S^q, from the pieces' sums. */
@@ -122,50 +138,57 @@ static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t n
     return (float)(1.0 / (normalize == MEAN ? whole / (double)n : whole));
 }
 
-static void manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o, float norm) {
+/* One step of n weights; p, q: S^p and S^q, where there are such. */
+static inline __attribute__((always_inline)) void
+manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o, const float *p,
+               const float *q, float norm, const int with_p, const int with_q) {
     const Moments k = o->moments;
     const Correction c = {(float)step->first, (float)step->second};
     const float lr = (float)step->lr, decay = (float)step->decay;
-    float s[PIECE], power[PIECE], gradient[PIECE], move[PIECE];
     float *w = t->w + at, *m = t->m + at, *v = t->v + at;
     const float *g = t->g + at;
-    if (o->gradient_power || o->update_power) stiffness_of(t, at, n, o, s);
-    if (o->gradient_power) {
-        powered(s, power, n, o->gradient_power);
-        SIMD EACH gradient[i] = g[i] * power[i];
-        g = gradient;
+    SIMD EACH {
+        float move = direction(with_p ? g[i] * p[i] : g[i], &m[i], &v[i], k, c);
+        if (with_q) move = move * (q[i] * norm);
+        w[i] = w[i] * decay - move * lr;
     }
-    SIMD EACH move[i] = direction(g[i], &m[i], &v[i], k, c);
-    if (o->update_power) {
-        powered(s, power, n, o->update_power);
-        SIMD EACH move[i] = move[i] * (power[i] * norm);
-    }
-    SIMD EACH w[i] = w[i] * decay - move[i] * lr;
 }
 
-/* One step of every weight. parts: room for the pieces of the largest one. */
-void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, double *parts) {
+static void any_manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o,
+                               const float *p, const float *q, float norm) {
+    if (p && q) manifold_piece(t, step, at, n, o, p, q, norm, 1, 1);
+    else if (p) manifold_piece(t, step, at, n, o, p, q, norm, 1, 0);
+    else if (q) manifold_piece(t, step, at, n, o, p, q, norm, 0, 1);
+    else manifold_piece(t, step, at, n, o, p, q, norm, 0, 0);
+}
+
+/* One step of every weight. powers, parts: room for S^q of the largest one, and for the sums of its pieces. */
+void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, float *powers,
+                    double *parts) {
     _Pragma("omp parallel")
     for (int64_t each = 0; each < count; each++) {
         const Weight t = weights[each];
         const int64_t pieces = (t.n + PIECE - 1) / PIECE;
+        const int with_p = o->gradient_power != ONE, with_q = o->update_power != ONE, whole = with_q && o->normalize;
         float norm = 1.0f;
-        if (o->normalize && o->update_power) {
+        if (whole) {
             _Pragma("omp for schedule(static)")
             for (int64_t piece = 0; piece < pieces; piece++) {
                 const int64_t at = piece * PIECE;
                 const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
-                float s[PIECE], power[PIECE];
-                stiffness_of(&t, at, n, o, s);
-                powered(s, power, n, o->update_power);
-                parts[piece] = summed(power, n, o->normalize);
+                powers_of(&t, at, n, o, o->update_power, powers + at);
+                parts[piece] = summed(powers + at, n, o->normalize);
             }
             norm = over_norm(parts, pieces, t.n, o->normalize);
         }
         _Pragma("omp for schedule(static)")
         for (int64_t piece = 0; piece < pieces; piece++) {
             const int64_t at = piece * PIECE;
-            manifold_piece(&t, &steps[each], at, (int32_t)(t.n - at < PIECE ? t.n - at : PIECE), o, norm);
+            const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
+            float p[PIECE], q[PIECE];
+            if (with_p) powers_of(&t, at, n, o, o->gradient_power, p);
+            if (with_q && !whole) powers_of(&t, at, n, o, o->update_power, q);
+            any_manifold_piece(&t, &steps[each], at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
         }
     }
 }

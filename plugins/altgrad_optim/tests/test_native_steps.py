@@ -1,0 +1,192 @@
+"""The loops in C against the same steps in torch, bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+
+import altgrad_core as altgrad
+from altgrad_core.format import Format
+from altgrad_core.stiffness import grid_stiffness
+from altgrad_optim import GridOptim, ManifoldAdamW, native_steps
+
+SHAPES = ((40, 50), (3000,), (7,), (65, 33))
+TABLE = Format(name="LOPSIDED", bits=4, values=[-8.0, -3.0, -1.0, -0.5, -0.125, 0, 0.1875, 0.25, 1, 2, 5, 6])
+
+
+@pytest.fixture(autouse=True)
+def loops():
+    if not native_steps.available():
+        pytest.skip("there is no C compiler here")
+
+
+@pytest.fixture
+def eagerly(monkeypatch):
+    def call(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(native_steps, "available", lambda: False)
+            return function()
+
+    return call
+
+
+@pytest.fixture(params=["E4M3", "E7M0", "E0M7", "E5M2", "LOPSIDED"])
+def format(request):
+    if request.param == "LOPSIDED":
+        return TABLE
+    try:
+        return altgrad.get_format(request.param)
+    except altgrad.NotFoundError:
+        pytest.skip("altgrad_formats is not installed")
+
+
+def weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [nn.Parameter(0.1 * torch.randn(shape, generator=generator)) for shape in SHAPES]
+    with torch.no_grad():
+        made[0][0, :4] = torch.tensor([0.0, -0.0, 1e-30, -3.0])
+    return made
+
+
+def trained(make, steps=6, growth=1.0, spoil=False):
+    """Return the weights after some steps, each with every state tensor, and the optimizer."""
+    own = weights()
+    optimizer = make(own)
+    generator = torch.Generator().manual_seed(7)
+    for step in range(steps):
+        for weight in own:
+            weight.grad = growth**step * torch.randn(weight.shape, generator=generator)
+            weight.grad.view(-1)[0] = torch.nan if spoil and step == 3 else 0.0
+        optimizer.step()
+    states = [value for weight in own for value in optimizer.state[weight].values()]
+    return [*(weight.detach() for weight in own), *states], optimizer
+
+
+def same(first, second):
+    return all(torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9)) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "both", (0.0, 0.5), (0.0, -0.5), (-1.0, 1.0), (0, 0)])
+@pytest.mark.parametrize("normalize", ["rms", "mean", "max", "none"])
+def test_manifold_steps_in_c_have_the_bits_of_those_in_torch(format, placement, normalize, eagerly):
+    def train():
+        def make(own):
+            options = {"lr": 1e-2, "weight_decay": 0.1, "placement": placement, "normalize": normalize}
+            return ManifoldAdamW([{"params": own, "format": format, "scale": 3.0}], **options)
+
+        return trained(make)[0]
+
+    fast, slow = train(), eagerly(train)
+    if normalize in ("max", "none"):
+        assert same(fast, slow)
+    for a, b in zip(fast, slow, strict=True):  # the norm's sum in another order, rounded to float32
+        torch.testing.assert_close(a, b, rtol=2.0**-22, atol=2.0**-22 * 1e-2)
+
+
+def test_a_stiffness_given_as_a_tensor_has_the_bits_of_those_in_torch(format, eagerly):
+    def stiffness(weight, format, scale):
+        return grid_stiffness(weight, format, scale) * 3  # not the core's own formula: no loop knows it
+
+    def train():
+        return trained(
+            lambda own: ManifoldAdamW(
+                [{"params": own, "format": format, "scale": 2.0}],
+                stiffness=stiffness,
+                placement="both",
+                normalize="max",
+                max_stiffness=0.1,
+            )
+        )[0]
+
+    assert same(train(), eagerly(train))
+
+
+def test_a_nan_gradient_makes_its_weight_nan_and_its_only(format):
+    after, _ = trained(
+        lambda own: ManifoldAdamW([{"params": own, "format": format}], normalize="none"), spoil=True
+    )
+    assert [int(weight.isnan().sum()) for weight in after[: len(SHAPES)]] == [1] * len(SHAPES)
+
+
+def quantized(own, format):
+    """A model of Linears whose weights are given ones."""
+    model = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in own)
+    for layer, weight in zip(model, own, strict=True):
+        layer.weight = nn.Parameter(weight.detach().reshape(1, -1).clone())
+    altgrad.quantize_model(model, format)
+    return model
+
+
+@pytest.mark.parametrize("normalize", ["adam", "none"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("bound", [0.0, 2.0])
+@pytest.mark.parametrize("storage_rounding", ["nearest_even", "stochastic"])
+@pytest.mark.parametrize("spoil", [False, True])
+def test_grid_steps_in_c_have_the_bits_of_those_in_torch(
+    format, normalize, decay, bound, storage_rounding, spoil, eagerly
+):
+    def train():
+        model = quantized(weights(), format)
+        generator = torch.Generator().manual_seed(1)
+        optimizer = GridOptim(
+            altgrad.param_groups(model),
+            step_scale=9.5,
+            normalize=normalize,
+            weight_decay=decay,
+            bound=bound,
+            storage_rounding=storage_rounding,
+            generator=generator,
+        )
+        optimizer.watch = True
+        draws, seen = torch.Generator().manual_seed(7), []
+        for step in range(8):
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=draws) * (1 if normalize == "adam" else 3)
+                weight.grad.view(-1)[0] = torch.nan if spoil and step == 5 else 0.0
+            optimizer.step()
+            counts = [one for weight in model.parameters() for one in optimizer.counts[weight]]
+            intended = [optimizer.intended[weight].clone() for weight in model.parameters()]
+            seen += [optimizer.flips.clone(), optimizer.updates.clone(), *map(torch.clone, counts), *intended]
+        states = [value for weight in model.parameters() for value in optimizer.state[weight].values()]
+        scales = list(optimizer.scales.state_dict().values())
+        return [*(weight.detach() for weight in model.parameters()), *states, *scales, *seen]
+
+    fast, slow = train(), eagerly(train)
+    assert same([x.double() for x in fast], [x.double() for x in slow])
+
+
+def test_scales_move_in_this_test_file(format):
+    """What the test above compares would be little if no scale moved."""
+    model = quantized(weights(), format)
+    optimizer = GridOptim(altgrad.param_groups(model), step_scale=9.5, normalize="adam")
+    draws = torch.Generator().manual_seed(7)
+    for _ in range(8):
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape, generator=draws)
+        optimizer.step()
+    assert int(optimizer.scales.rescales.sum()) > 0
+
+
+@pytest.mark.parametrize("make", [ManifoldAdamW, GridOptim])
+def test_the_number_of_threads_changes_no_bit(format, make):
+    def train():
+        return trained(lambda own: make([{"params": own, "format": format}], 0.1))[0]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = train()
+        torch.set_num_threads(2)
+        assert same(one, train())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_the_loops_cannot_read_take_the_same_step_in_torch(format):
+    def train(layout):
+        own = [nn.Parameter(layout(weights()[0].detach()))]
+        optimizer = ManifoldAdamW([{"params": own, "format": format}], normalize="none")
+        own[0].grad = layout(torch.randn(40, 50, generator=torch.Generator().manual_seed(2)))
+        optimizer.step()
+        return own[0].detach()
+
+    assert torch.equal(train(lambda x: x), train(lambda x: x.t().contiguous().t()))
