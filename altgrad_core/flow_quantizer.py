@@ -7,6 +7,11 @@ fixed over the micro-batches and enters their common amax at the end. Outside of
 forward (or backward) pass is a step of its own. Evaluation never changes it. An amax of zero, or none that
 is finite, enters no history.
 
+Activation checkpointing runs a forward pass again during the backward pass. Such a replay takes the scale of
+the Linear's latest training pass, and enters an amax only where that pass could not, for it ran without
+gradients (`use_reentrant=True`). Where a Linear runs twice before its replays, or is compiled and replayed,
+only `held_weights` around both passes keeps the scales alike.
+
 All state is tensors on the device, written in place: nothing synchronises, and a compiled model is not
 compiled again when it changes.
 """
@@ -20,6 +25,9 @@ from altgrad_core import scaling
 from altgrad_core.random_bits import Key, mix_, stream_key_tensor
 from altgrad_core.recipe import Recipe
 from altgrad_core.straight_through import gradient_through, straight_through
+
+_NO_BACKWARD = -1
+"""The autograd engine's task outside of any backward pass."""
 
 
 class FlowQuantizer:
@@ -43,23 +51,41 @@ class FlowQuantizer:
                 "'static'"
             )
         self.recipe = recipe
-        self.history = torch.zeros(recipe.amax_history, device=device)
+        self._held = False
+        self._stream = stream
+        self._start(device)
+        self._latest: tuple[Tensor, bool] | None = (
+            None  # the scale of a training pass, and whether it counted
+        )
+
+    def _start(self, device: torch.device) -> None:
+        """Make the state, with nothing seen yet."""
+        self.history = torch.zeros(self.recipe.amax_history, device=device)
         self.counter = torch.zeros((), dtype=torch.int32, device=device)
         self._running = torch.zeros((), device=device)
-        self._keys = stream_key_tensor(stream, device)
-        self._held = False
+        self._keys = stream_key_tensor(self._stream, device)
 
-    def quantized(self, x: Tensor, counts: bool) -> Tensor:
-        """Return Q(x), the gradient passing straight through; `counts`: whether this is training."""
-        with torch.no_grad():
-            scale = self._scale(x, counts)
-            quantized = self.recipe.quantize(x, scale, self._draws(counts))
-            passes = self.recipe.passes(x, scale)
-        return straight_through(x, quantized, passes)
+    def quantized(self, x: Tensor, training: bool, counts: bool = True) -> Tensor:
+        """Return Q(x), the gradient passing straight through.
+
+        training: whether this is a training pass; counts: whether histories advance in it.
+        """
+
+        def quantization(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            scale = self._replayable(x, counts) if training else self._scale(x, False)
+            keys = self._draws(training and counts)
+            return self.recipe.quantize(x, scale, keys), self.recipe.passes(x, scale, keys)
+
+        return straight_through(x, quantization)
 
     def through(self, y: Tensor, counts: bool) -> Tensor:
-        """Return y, whose gradient will come back quantised."""
-        return gradient_through(y, lambda gradient: self.quantized(gradient, counts))
+        """Return y, nobody else's, whose gradient will come back quantised."""
+
+        @torch.no_grad()
+        def quantized(gradient: Tensor) -> Tensor:
+            return self.recipe.quantize(gradient, self._scale(gradient, counts), self._draws(counts))
+
+        return gradient_through(y, quantized, owned=True)
 
     # --- the history ---------------------------------------------------------------------------------
 
@@ -77,6 +103,18 @@ class FlowQuantizer:
         if enter:
             self._push(self._running)
         self._running.zero_()
+
+    def _replayable(self, x: Tensor, counts: bool) -> Tensor:
+        """Return the scale of a training pass; within a backward pass, that of the pass it replays."""
+        if torch.compiler.is_compiling() or self.recipe.scale_mode != "delayed":
+            return self._scale(x, counts)
+        replayed = self._latest if torch._C._current_graph_task_id() != _NO_BACKWARD else None
+        scale = self._scale(x, counts and not (replayed and replayed[1]))
+        if replayed:
+            scale, counted = replayed
+            counts = counts or counted
+        self._latest = scale, counts
+        return scale
 
     def _scale(self, x: Tensor, counts: bool) -> Tensor:
         if self.recipe.scale_mode != "delayed" or not self.recipe.scaled or not x.numel():
@@ -122,7 +160,10 @@ class FlowQuantizer:
             mine.copy_(state[key])
 
     def to(self, device: torch.device) -> None:
-        """Move the state, when the model has moved."""
-        if device != self.history.device:
+        """Move the state, when the model has moved; from `meta`, where there is none, it starts anew."""
+        self._latest = None
+        if self.history.is_meta and device.type != "meta":
+            self._start(device)
+        elif device != self.history.device:
             self.history, self.counter = self.history.to(device), self.counter.to(device)
             self._running, self._keys = self._running.to(device), self._keys.to(device)

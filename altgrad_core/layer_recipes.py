@@ -13,7 +13,7 @@ from torch import nn
 
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantized_linear import is_conv1d
-from altgrad_core.recipe import Recipe, flow_recipe
+from altgrad_core.recipe import Recipe, flow_recipe, recipe_of
 from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
 
 
@@ -54,7 +54,7 @@ def shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[i
 
 def weight_recipe(format: Any, options: Mapping[str, Any]) -> Recipe | None:
     found = format_or_none(format)
-    return None if found is None else Recipe(format=found, **options)
+    return None if found is None else recipe_of(found, options)
 
 
 def chosen_by_format(

@@ -32,15 +32,22 @@ class Quantized(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        before = self.weight
+        super()._load_from_state_dict(*arguments, **keywords)
+        if self.quantizer is not None:
+            self.quantizer.detach(before)
+        self._follow()  # with assign=True the weight is another Parameter now, it may be on another device
+
+    def _follow(self) -> None:
+        """Let the quantisers follow the weight, which may be another, elsewhere."""
         for one in (self.quantizer, self.input_quantizer, self.gradient_quantizer):
             if one is not None:
                 one.to(self.weight.device)
         self._attach()
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
-        self._attach()  # with assign=True the weight is another Parameter now
 
     def _attach(self) -> None:
         if self.quantizer is not None:
@@ -50,14 +57,14 @@ class Quantized(nn.Module):
         return self.weight if self.quantizer is None else self.quantizer.quantized(self.weight)
 
     def _input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer.quantized(x, self._counts())
+        if self.input_quantizer is None:
+            return x
+        return self.input_quantizer.quantized(x, self.training, torch.is_grad_enabled())
 
     def _output(self, y: Tensor) -> Tensor:
-        return y if self.gradient_quantizer is None else self.gradient_quantizer.through(y, self._counts())
-
-    def _counts(self) -> bool:
-        """Whether this forward pass is training: only then do histories and random numbers advance."""
-        return self.training and torch.is_grad_enabled()
+        if self.gradient_quantizer is None:
+            return y
+        return self.gradient_quantizer.through(y, self.training and torch.is_grad_enabled())
 
 
 class QuantizedLinear(Quantized, nn.Linear):
@@ -68,6 +75,14 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._output(functional.linear(self._input(input), self._weight(), self.bias))
+
+
+def forward_only(module: nn.Module, inputs: Any) -> None:
+    """Do nothing, as a hook before a quantised Linear's forward pass.
+
+    Where there is a hook, `nn.TransformerEncoderLayer` calls its Linears; without one it evaluates by a fused
+    kernel, which reads their weights as they are.
+    """
 
 
 def described(module: Quantized) -> str:

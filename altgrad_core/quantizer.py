@@ -31,6 +31,7 @@ class WeightQuantizer:
         on_grid: True while something keeps the weight itself on the grid; the forward pass uses it as is.
         geometry: False where optimizers must treat the weight as an unquantised one (a tied head, or a wide
             format that a rule names): it is quantised in the forward pass alone.
+        unfitted: True where the scale has come from `meta`, without a value: the next use fits it.
         transposed: whether the weight is (in, out): channels and blocks run along the inputs in any case.
 
     Raises ValueError on a storage that is none, and on recipes that are not for weights: a forward pass
@@ -58,6 +59,7 @@ class WeightQuantizer:
         self.on_grid = False
         self.scale = torch.ones(())
         self.held: Tensor | None = None
+        self.unfitted = False
 
     @property
     def format(self) -> Format:
@@ -76,6 +78,11 @@ class WeightQuantizer:
         """Whether the scale follows from the weight; otherwise it is 1, or given."""
         return self.recipe.scaled and self.recipe.scale_mode != "static"
 
+    @property
+    def follows(self) -> bool:
+        """Whether the scale is to be fitted to the weight at its next use."""
+        return self.recipe.scale_mode == "current" or self.unfitted
+
     def attach(self, weight: Tensor) -> None:
         """Make the weight known as quantised by this quantiser."""
         setattr(weight, _ATTRIBUTE, self)
@@ -93,22 +100,30 @@ class WeightQuantizer:
         """Return what the forward pass uses: Q(weight), the gradient passing straight through."""
         if self.on_grid:
             return weight
-        held = self.quantize(weight) if self.held is None else self.held
-        return straight_through(weight, held, self.recipe.passes(weight, self.scale))
+
+        def quantization(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+            found = self.quantize(weight) if self.held is None else self.held.detach()
+            return found, self.recipe.passes(weight, self.scale)
+
+        return straight_through(weight, quantization)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> Tensor:
         """Return Q(weight), detached; under `current` scaling the scale follows the weight first."""
-        if self.recipe.scale_mode == "current":
+        if self.follows:
             self.refit(weight)
         return self.recipe.quantize(weight, self.scale)
 
     def refit(self, weight: Tensor) -> None:
         """Let the scale follow the weight."""
         self.scale.copy_(self._fitted(weight))
+        if self.unfitted:
+            self.unfitted = False
 
     def to(self, device: torch.device) -> None:
-        """Move the scale, when its weight has moved."""
+        """Move the scale, when its weight has moved; from `meta`, where it has no value, it starts as 1."""
+        if self.scale.is_meta and device.type != "meta":
+            self.scale, self.unfitted = torch.ones_like(self.scale, device=device), True
         self.scale = self.scale.to(device)
 
     def _fitted(self, weight: Tensor) -> Tensor:
@@ -122,9 +137,10 @@ def refit(pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
     alike: dict[Recipe, list[tuple[WeightQuantizer, Tensor]]] = {}
     for quantizer, weight in pairs:
         recipe = quantizer.recipe
-        if recipe.scale_mode != "current":
+        if not quantizer.follows:
             continue
-        if recipe.granularity == "tensor" and recipe.scaled and weight.numel():
+        alone = recipe.scale_mode != "current"  # fitted once: a weight that had no values before
+        if not alone and recipe.granularity == "tensor" and recipe.scaled and weight.numel():
             alike.setdefault(recipe, []).append((quantizer, weight))
         else:
             quantizer.refit(weight)

@@ -8,6 +8,7 @@ activation's amax history) is kept by `WeightQuantizer` and `FlowQuantizer`.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ from altgrad_core.format import OVERFLOWS, ROUNDINGS, Format
 from altgrad_core.lookup import format_or_none, get_format
 from altgrad_core.options import FormatChoice
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, conflicts
-from altgrad_core.registry import Registry
+from altgrad_core.registry import Registry, suggestion
+
+_INWARD = ("toward_zero", "up", "down")
+"""Roundings under which some finite numbers beyond an end do not overflow."""
 
 SCALE_MODES = ("current", "initial", "delayed", "static")
 
@@ -34,18 +38,22 @@ def _one_of(*choices: Any) -> Any:
     return validate
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _is_magnitude(_: Any, field: Any, value: float) -> None:
-    if not 0 <= value < math.inf:
+    if not (_is_number(value, numbers.Real) and 0 <= value < math.inf):
         raise ValueError(f"amax is a magnitude, 0 (none) or more, not {value!r}")
 
 
 def _is_head_room(_: Any, field: Any, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not (_is_number(value, numbers.Real) and 0 < value < math.inf):
         raise ValueError(f"margin is head room, a positive number that multiplies amax, not {value!r}")
 
 
 def _is_length(_: Any, field: Any, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not _is_number(value, int) or value < 1:
         raise ValueError(f"amax_history is how many steps the delayed scale looks back on, not {value!r}")
 
 
@@ -60,7 +68,8 @@ class Recipe:
     scale_rule: "fit", "ocp" or "exact": see `altgrad_core.scaling`.
     scale_mode: where amax comes from: "current" (this tensor, now), "initial" (a weight as it was first
         seen), "delayed" (the last `amax_history` steps; activations and gradients), "static" (`amax`).
-    margin: head room; amax is multiplied by it. clip_gradient: what saturated gets zero gradient.
+    margin: head room; amax is multiplied by it.
+    clip_gradient: what rounds past the largest value gets zero gradient; what rounds to it does not, nor NaN.
 
     BF16, FP16 and FP32 are never scaled. Raises ValueError, with the way out, on a value that is no choice
     and on options that contradict one another.
@@ -78,12 +87,21 @@ class Recipe:
     rounding: str = attrs.field(default="nearest_even", validator=_one_of(*ROUNDINGS))
     overflow: str = attrs.field(default="saturate", validator=_one_of(*OVERFLOWS))
     clip_gradient: bool = attrs.field(default=False, validator=_one_of(True, False))
-    ends: tuple[float, float] = attrs.field(init=False, repr=False, eq=False)
-    """The format's lowest and largest value."""
+    scaled: bool = attrs.field(init=False, repr=False, eq=False)
+    """Whether there is a scale other than 1."""
 
-    @ends.default
+    @scaled.default
+    def _(self) -> bool:
+        return scaling.scaled(self.format, self.granularity)
+
+    beyond: tuple[float, float] = attrs.field(init=False, repr=False, eq=False)
+    """The values that would come next at both ends of the format."""
+
+    @beyond.default
     def _(self) -> tuple[float, float]:
-        return float(self.format.values[0]), self.format.largest
+        ends = self.format.values[[0, -1]]
+        gaps = self.format.spacing(ends)
+        return float(ends[0] - gaps[0]), float(ends[1] + gaps[1])
 
     def __attrs_post_init__(self) -> None:
         for problem in conflicts(
@@ -95,11 +113,6 @@ class Recipe:
             margin=self.margin,
         ):
             raise ValueError(f"{problem.path[0]}: {problem}")
-
-    @property
-    def scaled(self) -> bool:
-        """Whether there is a scale other than 1."""
-        return scaling.scaled(self.format, self.granularity)
 
     @property
     def power_of_two(self) -> bool:
@@ -114,6 +127,8 @@ class Recipe:
         """
         if not self.scaled or not x.numel():
             return torch.ones((), device=x.device)
+        if not x.dim():  # one channel of one block
+            return self.scale_of(x.reshape(1), amax).reshape(())
         if self.scale_mode == "static":
             amax = torch.full((), self.amax, dtype=torch.float64, device=x.device)
         if amax is None:
@@ -134,12 +149,31 @@ class Recipe:
         return self.format.fake_quantize(x.detach(), scale, self.rounding, self.overflow, keys=keys)
 
     @torch.no_grad()
-    def passes(self, x: Tensor, scale: Tensor) -> Tensor | None:
-        """Return where a gradient passes: where x does not saturate; None: everywhere, unless clipped."""
+    def passes(self, x: Tensor, scale: Tensor, keys: Tensor | None = None) -> Tensor | None:
+        """Return where a gradient passes: where x does not saturate; None: everywhere, unless clipped.
+
+        x saturates if it rounds past an end with the values going on beyond, each a last gap from the next.
+        NaN does not.
+        """
         if not self.clip_gradient:
             return None
+        x = x if x.dtype == torch.float64 else x.float()
+        rounded = self.format.fake_quantize(x, scale, self.rounding, "ieee", keys=keys)
+        if self.rounding not in _INWARD:
+            return torch.isfinite(rounded) | x.isnan()
+        below, above = self.beyond  # what is cut off toward zero never overflows
         scaled = x * scale
-        return (scaled >= self.ends[0]) & (scaled <= self.ends[1])
+        return torch.isfinite(rounded) & (scaled > below) & (scaled < above) | x.isnan()
+
+
+def recipe_of(format: Any, options: Mapping[str, Any]) -> Recipe:
+    """Return the Recipe of a format and further options. Raises ValueError for an option it does not have."""
+    known = [field.name for field in attrs.fields(Recipe) if field.init]
+    for name in options:
+        if name not in known:
+            hint = suggestion(name, known) or f"; there are {', '.join(known)}"
+            raise ValueError(f"{name!r} is no option of a quantised tensor{hint}")
+    return Recipe(**{**options, "format": format})
 
 
 def refuse_off_grid(recipe: Recipe) -> None:
@@ -172,7 +206,7 @@ def flow_recipe(spec: Any, default: Recipe | None = None) -> Recipe | None:
     if default is not None and not options:
         return attrs.evolve(default, format=format)
     delayed = options.get("granularity", "tensor") == "tensor"
-    return Recipe(**{"format": format, "scale_mode": "delayed" if delayed else "current", **options})
+    return recipe_of(format, {"scale_mode": "delayed" if delayed else "current", **options})
 
 
 def recipe_from(

@@ -7,11 +7,12 @@ the scale. The rules:
             saturates;
     ocp     s = 2^(floor(log2 largest) - floor(log2 amax)), OCP Microscaling (MX) 1.0, section 6.3: up to
             twice `fit`, elements above the largest value saturate;
-    exact   s = largest/(amax*margin), no power of two: a control.
+    exact   s = largest/(amax*margin), no power of two: a control. Rounded toward zero to float32, so that
+            amax does not end an ulp past the largest value.
 
-k comes from exponents (frexp), never from a float32 quotient, which overflows for E7M0 and for BF16 at every
-real weight tensor. All scales are clamped to [2^-126, 2^126], where s and 1/s are both normal float32. Where
-there is no amax yet (nothing but zeros), s is 2^floor(log2 largest).
+k comes from exponents (float64's bits), never from a float32 quotient, which overflows for E7M0 and for BF16
+at every real weight tensor. All scales are clamped to [2^-126, 2^126], where s and 1/s are both normal
+float32. Where there is no amax yet (nothing but zeros), s is 2^floor(log2 largest).
 
 One scale serves a tensor, a channel (a row along the last dimension) or a block of the last dimension.
 `two_level` gives blocks a scale that is itself quantised, as in NVFP4.
@@ -23,6 +24,7 @@ their grid at every fluctuation. Everything is tensors on the tensor's device; n
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +39,15 @@ BLOCKS = (16, 32)
 LARGEST_EXPONENT = 126
 """|k| never exceeds this: 2^126 and 2^-126 are normal float32."""
 
-UNSCALED = ("BF16", "FP16", "FP32")
-"""Formats that cover the range of real tensors by themselves and always use s = 1."""
+UNSCALED = {
+    "BF16": (16, 2.0**-133, (2 - 2.0**-7) * 2.0**127),
+    "FP16": (16, 2.0**-24, 65504.0),
+}
+"""Formats that cover the range of real tensors by themselves, and always use s = 1: name to bits, smallest
+positive and largest value, which make the format whatever its name."""
+
+_MANTISSA_BITS = 52
+"""Of float64."""
 
 
 def amax(tensors: Sequence[Tensor]) -> Tensor:
@@ -74,9 +83,17 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def spread(per_block: Tensor, length: int, block: int) -> Tensor:
-    """Return what each block has, (..., blocks), for each of its elements: (..., length)."""
-    each = per_block.unsqueeze(-1).expand(*per_block.shape, block)
-    return each.reshape(*per_block.shape[:-1], per_block.shape[-1] * block)[..., :length]
+    """Return what each block has, (..., blocks), for each of its elements: (..., length).
+
+    A shorter last block is put behind the others, not cut out of a whole one: torch.compile gets that wrong.
+    """
+    whole, short = divmod(length, block)
+    each = per_block[..., :whole].unsqueeze(-1).expand(*per_block.shape[:-1], whole, block)
+    filled = each.reshape(*per_block.shape[:-1], whole * block)
+    if not short:
+        return filled
+    last = per_block[..., whole:].expand(*per_block.shape[:-1], short)
+    return torch.cat((filled, last), dim=-1) if whole else last.contiguous()
 
 
 # --- from amax to a scale -----------------------------------------------------------------------------
@@ -85,8 +102,10 @@ def spread(per_block: Tensor, length: int, block: int) -> Tensor:
 def scale(amax: Tensor, format: Format, rule: str = "fit", margin: float = 1.0) -> Tensor:
     """Return the scale of each amax under a rule: float32, of its shape. `ocp` knows no margin."""
     if rule == "exact":
-        ratio = format.largest / (amax.double() * margin)
-        found = _within_normal(ratio)
+        magnitude = amax.double() * margin
+        found = _within_normal(format.largest / magnitude)
+        past = found.double() * magnitude > format.largest
+        found = torch.where(past & (found > 2.0**-LARGEST_EXPONENT), _next_below(found), found)
     else:
         found = power_of_two(
             fit_exponent(amax, format, margin) if rule == "fit" else ocp_exponent(amax, format)
@@ -117,19 +136,32 @@ def _within_normal(scale: Tensor) -> Tensor:
     return scale.clamp(2.0**-LARGEST_EXPONENT, 2.0**LARGEST_EXPONENT).float()
 
 
+def _next_below(scale: Tensor) -> Tensor:
+    """Return the next smaller float32 of each positive one."""
+    return (scale.view(torch.int32) - 1).view(torch.float32)
+
+
 def ocp_exponent(amax: Tensor, format: Format) -> Tensor:
     """Return k of the `ocp` rule, clamped: int32, of amax's shape. Nonsense where amax is 0 or not finite."""
-    exponent = torch.frexp(amax.double()).exponent
-    k = math.frexp(format.largest)[1] - exponent
-    return k.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    k = (_bits(format.largest) >> _MANTISSA_BITS) - (_patterns(amax.double()) >> _MANTISSA_BITS)
+    return k.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int32)
 
 
 def fit_exponent(amax: Tensor, format: Format, margin: float = 1.0) -> Tensor:
     """Return k of the `fit` rule, clamped: int32, of amax's shape. Nonsense where amax is 0 or not finite."""
-    mantissa, exponent = torch.frexp(amax.double() * margin)
-    top, top_exponent = math.frexp(format.largest)
-    k = top_exponent - exponent - (mantissa > top).to(torch.int32)
-    return k.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    # patterns are exponent + mantissa in fixed point: a larger mantissa in amax borrows 1 from k
+    k = (_bits(format.largest) - _patterns(amax.double() * margin)) >> _MANTISSA_BITS
+    return k.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int32)
+
+
+def _patterns(x: Tensor) -> Tensor:
+    """Return the bit patterns of float64 numbers: int64, of their shape, in their order for x >= 0."""
+    return x.view(torch.int64)
+
+
+def _bits(x: float) -> int:
+    """Return the bit pattern of a float64 number."""
+    return int.from_bytes(struct.pack(">d", x))
 
 
 def empty_exponent(format: Format) -> int:
@@ -155,7 +187,7 @@ def fitted_exponent(amax: Tensor, format: Format, margin: float = 1.0) -> Tensor
 
 def scaled(format: Format, granularity: str = "tensor") -> bool:
     """Whether tensors in this format have a scale other than 1."""
-    return granularity != "none" and format.name not in UNSCALED
+    return granularity != "none" and (format.bits, format.smallest, format.largest) not in UNSCALED.values()
 
 
 def adapted(

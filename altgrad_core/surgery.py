@@ -8,7 +8,9 @@ before the surgery, deepcopy and torch.compile keep working. The quantisers' sta
 
 Chosen are modules whose class is exactly `nn.Linear`, or Hugging Face's `Conv1D` (a Linear with its weight
 transposed). Subclasses are left alone: some, such as the output projection of `nn.MultiheadAttention`, are
-used by others who read `weight` past their `forward`.
+used by others who read `weight` past their `forward`. `nn.TransformerEncoderLayer` does so in evaluation, to
+its `nn.Linear`s: a hook before each quantised one, and `use_nested_tensor = False` in an
+`nn.TransformerEncoder`, keep it from that.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from altgrad_core.layer_recipes import (
     shared_with_others,
     weight_recipe,
 )
-from altgrad_core.quantized_linear import Quantized, is_conv1d, quantized_class
+from altgrad_core.quantized_linear import Quantized, forward_only, is_conv1d, quantized_class
 from altgrad_core.quantized_linear import QuantizedLinear as QuantizedLinear
 from altgrad_core.quantizer import WeightQuantizer as WeightQuantizer
 from altgrad_core.quantizer import quantizer_of as quantizer_of
@@ -63,8 +65,8 @@ def quantize_model(
     options: fields of the weights' Recipe, such as `rounding`, `granularity`, `scale_mode`.
 
     Raises ValueError: both or neither of `format` and `rules`, a rule that matches no layer or has no format,
-    two formats for one Parameter, a model quantised already, a model without Linears, an unknown format or
-    option, options that contradict one another.
+    two formats for one Parameter, a Parameter that another model has quantised, a model quantised already, a
+    model without Linears, an unknown format or option, options that contradict one another.
     """
     if (format is None) == (rules is None):
         raise ValueError("give quantize_model either a format or rules=, not both and not neither")
@@ -88,6 +90,7 @@ def quantize_model(
 def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: int = 0) -> None:
     """Quantise the Linears named by module path, in place; `seed` is that of stochastic rounding."""
     _refuse_two_formats(model, chosen)
+    _refuse_anothers_weights(model, chosen)
     made = [
         (name, *_quantizers(model.get_submodule(name), layer, (seed, 0, 2 * index)))
         for index, (name, layer) in enumerate(chosen.items())
@@ -101,6 +104,14 @@ def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: 
         module.__class__ = quantized_class(module)
         module.quantizer = quantizer
         module.input_quantizer, module.gradient_quantizer = inputs, gradients
+        module.register_forward_pre_hook(forward_only)
+    for encoder in _encoders(model):
+        if encoder.use_nested_tensor and any(isinstance(one, Quantized) for one in encoder.modules()):
+            encoder.use_nested_tensor, encoder.nested_before_surgery = False, True
+
+
+def _encoders(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
 
 
 def _quantizers(
@@ -151,15 +162,46 @@ def _refuse_two_formats(model: nn.Module, chosen: Mapping[str, LayerRecipes]) ->
             )
 
 
+def _refuse_anothers_weights(model: nn.Module, chosen: Mapping[str, LayerRecipes]) -> None:
+    """Raise ValueError where a Linear's Parameter is quantised already, as that of another model."""
+    for name in chosen:
+        module: Any = model.get_submodule(name)
+        quantizer = quantizer_of(module.weight)
+        if quantizer is not None:
+            raise ValueError(
+                f"the weight of {name!r} is shared with another model, quantised already to "
+                f"{quantizer.format.name}; dequantize_model that one first, quantise both as one "
+                "(nn.ModuleList([a, b])), or give this one a copy of the weight"
+            )
+
+
 def dequantize_model(model: nn.Module) -> nn.Module:
-    """Undo `quantize_model` in place: the original classes; the weights as they are. Returns the model."""
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            if module.quantizer is not None:
-                module.quantizer.detach(module.weight)
-            del module.quantizer, module.input_quantizer, module.gradient_quantizer
-            module.__class__ = type(module).__mro__[2]
+    """Undo `quantize_model` in place: the original classes; the weights as they are. Returns the model.
+
+    Raises ValueError, and changes nothing, where somebody has changed the class of a quantised Linear.
+    """
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, Quantized)}
+    for name, layer in layers.items():
+        _refuse_another_class(name, layer)
+    for module in layers.values():
+        if module.quantizer is not None:
+            module.quantizer.detach(module.weight)
+        del module.quantizer, module.input_quantizer, module.gradient_quantizer
+        module.__class__ = type(module).__mro__[2]  # after the quantised class, and Quantized
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is forward_only]:
+            del module._forward_pre_hooks[key]
+    for encoder in _encoders(model):
+        if vars(encoder).pop("nested_before_surgery", False):
+            encoder.use_nested_tensor = True
     return model
+
+
+def _refuse_another_class(name: str, layer: Quantized) -> None:
+    if type(layer).__mro__[1] is not Quantized:
+        raise ValueError(
+            f"{name!r} is a {type(layer).__name__} now, not what quantize_model made it; undo that, then "
+            "dequantize_model (a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:

@@ -1,5 +1,6 @@
 """Activations and gradients: what a quantised Linear computes, and the histories of their scales."""
 
+import contextlib
 import copy
 import pickle
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from altgrad_core.flow_quantizer import FlowQuantizer
 from altgrad_core.random_bits import mix_, stream_key_tensor, stream_keys
@@ -120,6 +122,34 @@ def test_saturated_weights_get_no_gradient_where_it_is_clipped(e2m1):
     assert model[0].weight.grad.tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_an_activation_function_may_work_in_place(table, e4m3, x, granularity):
+    flow = {"format": e4m3, "granularity": granularity}
+    models = [seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))) for _ in range(2)]
+    models[0][1].inplace = True
+    for model in models:
+        quantize_model(model, e4m3, activations=flow, gradients={**flow, "format": table("E5M2")})
+        model(x).square().sum().backward()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_gradients_of_samples_add_up_to_that_of_the_batch(mlp, table, e4m3, x):
+    flow = {"format": e4m3, "granularity": "channel"}
+    quantize_model(mlp, e4m3, activations=flow, gradients={**flow, "format": table("E5M2")})
+    parameters = dict(mlp.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(mlp, parameters, (x,)).square().sum()
+
+    loss(parameters, x).backward()
+    whole = torch.func.grad(loss)(parameters, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for name, parameter in parameters.items():
+        assert torch.equal(whole[name], parameter.grad)
+        torch.testing.assert_close(each[name].sum(dim=0), parameter.grad)
+
+
 def test_with_every_format_fp32_the_outputs_and_gradients_are_the_untouched_models(mlp, x):
     plain = copy.deepcopy(mlp)
     quantize_model(mlp, "FP32", activations="FP32", gradients="none")
@@ -183,6 +213,28 @@ def test_while_weights_are_held_one_entry_of_all_micro_batches_is_made_at_the_en
     with held_weights(delayed):
         step(delayed, 0.5)
     assert history(delayed) == [0.5, 3.0, 8.0], "the maximum starts anew"
+
+
+def replayed(model, reentrant):
+    def forward(x):
+        return checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
+
+    return forward
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("held", [contextlib.nullcontext, held_weights])
+def test_activation_checkpointing_changes_neither_gradients_nor_histories(delayed, x, reentrant, held):
+    twin = copy.deepcopy(delayed)
+    for model, forward in ((twin, twin), (delayed, replayed(delayed, reentrant))):
+        for factor in (0.1, 1.0, 0.3):  # at 1.0 the scale of the forward pass is not that of what it has seen
+            with held(model):
+                forward(factor * x).square().sum().backward()
+    assert history(delayed) == history(twin)
+    assert len(history(twin)) == 3
+    assert history(delayed, "2.gradients") == history(twin, "2.gradients")
+    for one, other in zip(delayed.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_an_inner_context_leaves_the_entry_to_the_outer_one(delayed):

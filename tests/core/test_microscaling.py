@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from altgrad_core.recipe import Recipe
+from altgrad_core.straight_through import quantize_ste
 
 # name: exponent bits, mantissa bits, bias, largest value, exponent of the largest (OCP MX 1.0, table 1)
 ELEMENTS = {
@@ -151,3 +152,27 @@ def test_zeros_stay_zeros_under_every_scale(table):
     for options in (two_level, {"granularity": "block"}, {"granularity": "channel"}, {"scale_rule": "exact"}):
         recipe = Recipe(format=table("E2M1"), **options)
         assert torch.equal(quantized(torch.zeros(3, 40), recipe), torch.zeros(3, 40))
+
+
+MICROSCALED = {
+    "MXFP8": ("E4M3", {"scale_rule": "ocp"}),
+    "fit": ("E4M3", {"block": 16}),
+    "NVFP4": ("E2M1", {"block": 16, "block_scale": "E4M3"}),
+}
+
+
+@pytest.mark.slow  # compiling takes 5 s a width
+@pytest.mark.parametrize("width", [7, 33, 40])
+@pytest.mark.parametrize("kind", MICROSCALED)
+def test_compiled_blocks_are_those_of_eager_whatever_the_last_ones_length(table, kind, width):
+    name, options = MICROSCALED[kind]
+    if "block_scale" in options:
+        options = {**options, "block_scale": table(options["block_scale"])}
+    recipe = Recipe(format=table(name), granularity="block", **options)
+    x = torch.arange(1.0, width + 1).repeat(2, 1)
+
+    def q(x):
+        return quantize_ste(x, recipe)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(q, dynamic=False)(x), q(x))

@@ -8,7 +8,7 @@ import torch
 
 from altgrad_core.format import Format
 from altgrad_core.random_bits import stream_key_tensor, uniform
-from altgrad_core.recipe import Recipe, flow_recipe
+from altgrad_core.recipe import Recipe, flow_recipe, recipe_of
 
 LOPSIDED = Format(name="LOPSIDED", bits=3, values=[-1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
 
@@ -33,7 +33,11 @@ def e4m3(table):
         ({"clip_gradient": 1}, "clip_gradient=1 is not one of True, False"),
         ({"margin": 0.0}, "margin is head room, a positive number"),
         ({"margin": math.inf}, "margin is head room"),
+        ({"margin": "2"}, "margin is head room, a positive number that multiplies amax, not '2'"),
+        ({"margin": True}, "margin is head room"),
         ({"amax": -1.0}, "amax is a magnitude"),
+        ({"amax": "1"}, "amax is a magnitude"),
+        ({"amax_history": True}, "amax_history is how many steps"),
         ({"amax_history": 0}, "amax_history is how many steps"),
     ],
 )
@@ -67,6 +71,15 @@ def test_a_value_that_is_no_choice_is_refused(e4m3, options, reason):
 def test_options_that_contradict_one_another_are_refused_with_the_way_out(e4m3, options, reason):
     with pytest.raises(ValueError, match=reason):
         Recipe(format=e4m3, **options)
+
+
+def test_an_option_that_there_is_not_is_named_with_the_nearest(e4m3):
+    with pytest.raises(
+        ValueError, match="'granularty' is no option of a quantised tensor; did you mean 'gran"
+    ):
+        recipe_of(e4m3, {"granularty": "block"})
+    with pytest.raises(ValueError, match="'xyz' is no option of a quantised tensor; there are format, gran"):
+        flow_recipe({"format": e4m3, "xyz": 1})
 
 
 def test_a_recipe_needs_a_format():
@@ -172,11 +185,57 @@ def test_stochastic_rounding_takes_the_numbers_of_its_stream(e4m3):
     assert torch.equal(found == 1.125, uniform((1, 2, 3), (4, 5)) < 0.5)
 
 
-def test_a_gradient_passes_within_the_formats_own_ends():
-    recipe = Recipe(format=LOPSIDED, granularity="none", clip_gradient=True)
-    x = torch.tensor([-1.25, -1.0, 0.0, 3.0, 3.01])
-    assert recipe.passes(x, recipe.scale_of(x)).tolist() == [False, True, True, True, False]
+def passing(recipe, x, keys=None):
+    return recipe.passes(torch.tensor(x), torch.ones(()), keys).tolist()
+
+
+def test_a_gradient_passes_where_nothing_rounds_past_the_formats_own_ends():
+    recipe = Recipe(format=LOPSIDED, granularity="none", clip_gradient=True)  # next: -1.5 and 5
+    # ties at the ends go to the even rung: -1 is rung -2, and 3 is rung 3
+    assert passing(recipe, [-1.26, -1.25, 0.0, 3.0, 3.99, 4.0]) == [False, True, True, True, True, False]
+    x = torch.ones(1)
     assert attrs.evolve(recipe, clip_gradient=False).passes(x, recipe.scale_of(x)) is None
+
+
+def test_what_rounds_to_the_largest_value_keeps_its_gradient_as_does_nan(e4m3):
+    recipe = Recipe(format=e4m3, granularity="none", clip_gradient=True)
+    x = [450.0, 464.0, 464.1, -464.1, math.inf, -math.inf, math.nan]
+    assert passing(recipe, x) == [True, True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "expected"),
+    [
+        ("toward_zero", [False, True, True, False]),
+        ("up", [False, True, False, False]),
+        ("down", [False, False, True, False]),
+    ],
+)
+def test_what_is_rounded_inward_saturates_from_the_value_after_the_end(e4m3, rounding, expected):
+    recipe = Recipe(format=e4m3, granularity="none", clip_gradient=True, rounding=rounding)
+    assert passing(recipe, [-480.0, -479.0, 479.0, 480.0]) == expected
+
+
+def test_stochastic_rounding_saturates_where_it_went_past_the_end(e4m3):
+    recipe = Recipe(format=e4m3, granularity="none", clip_gradient=True, rounding="stochastic")
+    keys = stream_key_tensor((3, 0, 0))
+    went_up = uniform((3, 0, 0), 1000) < 0.25  # 456 is a quarter of the way from 448 to 480
+    assert passing(recipe, [456.0] * 1000, keys) == (~went_up).tolist()
+    assert 200 < went_up.sum() < 300
+
+
+def test_half_precision_does_not_overflow_while_it_is_asked_where_a_gradient_passes(table):
+    recipe = Recipe(format=table("E5M2"), clip_gradient=True)
+    x = torch.tensor([65504.0, 1.0], dtype=torch.float16)
+    assert recipe.passes(x, recipe.scale_of(x)).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("granularity", ["none", "tensor", "channel", "block"])
+def test_a_number_by_itself_is_one_block_of_one_channel(e4m3, granularity):
+    recipe, x = Recipe(format=e4m3, granularity=granularity), torch.tensor(0.3)
+    scale = recipe.scale_of(x)
+    assert scale.shape == ()
+    assert recipe.quantize(x, scale).item() == 0.3125
 
 
 # --- recipes of flows ---------------------------------------------------------------------------------

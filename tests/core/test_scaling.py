@@ -147,6 +147,11 @@ def test_formats_as_wide_as_real_tensors_are_not_scaled(table):
     assert not scaling.scaled(CODEBOOK, "none")
 
 
+def test_it_is_the_values_that_make_a_format_wide_not_its_name(table):
+    assert scaling.scaled(Format(name="BF16", bits=4, values=[-1.0, 0.0, 1.0, 2.0]))
+    assert not scaling.scaled(Format(name="ANOTHER", bits=16, values=table("BF16").values))
+
+
 # --- the scale that follows grid-stored weights -----------------------------------------------------
 
 
@@ -283,11 +288,28 @@ def test_ocp_is_fit_or_twice_fit(formats, amax):
 
 
 @pytest.mark.parametrize("amax", AMAXES)
-def test_exact_maps_amax_onto_the_largest_value_to_float32_rounding(formats, amax):
+def test_exact_is_the_largest_float32_at_which_amax_does_not_pass_the_largest_value(formats, amax):
     for format in formats:
-        quotient = Fraction(format.largest) / Fraction(floats(amax).item())
-        expected = float(max(Fraction(2) ** -126, min(Fraction(2) ** 126, quotient)))
-        assert scaling.scale(floats(amax), format, "exact").item() == floats(expected).item(), format
+        exactly, largest = Fraction(floats(amax).item()), Fraction(format.largest)
+        s = scaling.scale(floats(amax), format, "exact")
+        after = Fraction(torch.nextafter(s, floats(math.inf)).item())
+        assert exactly * Fraction(s.item()) <= largest or s.item() == 2.0**-126, format
+        assert exactly * after > largest or s.item() == 2.0**126, format
+
+
+def test_under_exact_no_amax_ends_an_ulp_past_the_largest_value(table):
+    e4m3 = table("E4M3")
+    amax = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) + 0.5
+    s = scaling.scale(amax, e4m3, "exact")
+    assert e4m3.quantize(amax * s, rounding="up", overflow="ieee").isfinite().all()
+    assert ((448 / amax.double()).float() * amax > 448).any(), "rounded to nearest, some would"
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(1e308, 2.0**-126), (1e-308, 2.0**126)])
+@pytest.mark.parametrize("rule", ["fit", "exact"])
+def test_a_margin_that_no_product_can_hold_is_clamped(table, rule, margin, expected):
+    amax = floats(1e-5, 3.0, 3e38) if margin > 1 else floats(1e-30, 1e-38, 2.0**-149)
+    assert scaling.scale(amax, table("E4M3"), rule, margin).tolist() == [expected] * 3
 
 
 @pytest.mark.parametrize("rule", scaling.RULES)

@@ -26,10 +26,26 @@ def test_forward_is_quantised_and_the_gradient_is_as_it_came(e2m1):
 
 
 def test_with_clipping_what_saturated_gets_zero_gradient_and_no_nan(e2m1):
-    x = leaf(6.0, 6.01, -100.0, 0.1)
+    x = leaf(6.0, 7.01, -100.0, 0.1)  # the next value would be 8
     y = quantize_ste(x, e2m1, granularity="none", clip_gradient=True)
     y.backward(torch.tensor([1.0, 2.0, torch.inf, 4.0]))
     assert x.grad.tolist() == [1.0, 0.0, 0.0, 4.0]
+
+
+def test_what_comes_out_may_be_changed_in_place(e2m1):
+    x = leaf(0.7, -2.4)
+    y = quantize_ste(x, e2m1, granularity="none").relu_()
+    assert y.tolist() == [0.5, 0.0]
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0, 0.0]
+
+
+def test_a_tensor_with_a_quantised_gradient_is_no_copy_and_torch_refuses_to_change_it(e2m1):
+    x = leaf(0.7, -2.4)
+    y = quantize_gradient(x, e2m1)
+    assert y.data_ptr() == x.data_ptr()
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        y.relu_()
 
 
 def test_the_scale_gets_no_gradient(e2m1):
@@ -127,3 +143,29 @@ def test_a_recipe_takes_no_further_options(e2m1):
 def test_a_gradient_has_no_gradient_to_clip(e2m1):
     with pytest.raises(ValueError, match="leave it out"):
         quantize_gradient(torch.ones(2), e2m1, clip_gradient=True)
+
+
+@pytest.mark.parametrize("function", [quantize_ste, quantize_gradient])
+def test_an_option_that_there_is_not_is_refused_by_name(e2m1, function):
+    with pytest.raises(ValueError, match=r"'granularty' is no option .* did you mean 'granularity'"):
+        function(torch.ones(2), e2m1, granularty="block")
+
+
+# --- transforms of torch.func -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_a_mapped_quantisation_is_that_of_each_sample_alone(e2m1, granularity):
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [9.0], [0.1]])
+    found = torch.func.vmap(lambda one: quantize_ste(one, e2m1, granularity=granularity))(x)
+    assert torch.equal(found, torch.stack([quantize_ste(one, e2m1, granularity=granularity) for one in x]))
+
+
+def test_gradients_of_samples_are_those_of_one_after_the_other(e2m1):
+    def loss(x):
+        seen = quantize_ste(x, e2m1, granularity="none", clip_gradient=True)
+        return quantize_gradient(seen, e2m1, granularity="none").square().sum()
+
+    x = torch.tensor([[0.7, -2.4, 5.1], [100.0, 0.1, -1.1]])
+    found = torch.func.vmap(torch.func.grad(loss))(x)
+    assert found.tolist() == [[1.0, -4.0, 6.0], [0.0, 0.0, -2.0]]  # 2*6 = 12 saturates at 6

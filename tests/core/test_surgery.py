@@ -257,6 +257,70 @@ def test_subclasses_of_linear_are_left_alone(x):
     assert list(quantized_layers(model)) == ["head"]
 
 
+# --- torch's transformers, which evaluate by a fused kernel past their Linears ---------------------------
+
+
+def transformer():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+
+SEQUENCES = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
+PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+def evaluated(model, **options):
+    with torch.no_grad():
+        return model(SEQUENCES, **options)
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_a_transformers_layer_evaluates_its_quantised_weights(copied):
+    model = seeded(transformer)
+    plain = evaluated(model)
+    model = copied(quantize_model(model, COARSE))
+    torch.testing.assert_close(evaluated(model), model(SEQUENCES).detach())
+    assert not torch.allclose(evaluated(model), plain, atol=1e-3)
+
+
+def test_linears_quantised_without_their_transformer_are_evaluated_quantised_too():
+    model = seeded(transformer)
+    quantize_model(nn.ModuleList([model.linear1, model.linear2]), COARSE)
+    torch.testing.assert_close(evaluated(model), model(SEQUENCES).detach())
+
+
+@pytest.mark.parametrize("activations", [None, COARSE])
+def test_an_encoder_evaluates_padded_sequences_quantised(activations):
+    model = seeded(lambda: nn.TransformerEncoder(transformer(), 2)).eval()
+    padding = {"src_key_padding_mask": PADDED}
+    plain = evaluated(model, **padding)
+    quantize_model(model, COARSE, activations=activations)
+    seen = evaluated(model, **padding)
+    torch.testing.assert_close(seen, model(SEQUENCES, **padding).detach())
+    assert not torch.allclose(seen[0], plain[0], atol=1e-3)
+
+
+def test_a_dequantized_transformer_evaluates_by_the_fused_kernel_again():
+    model = seeded(lambda: nn.TransformerEncoder(transformer(), 2)).eval()
+    before = [list(vars(module)) for module in model.modules()]
+    plain = evaluated(model, src_key_padding_mask=PADDED)
+    dequantize_model(quantize_model(model, COARSE))
+    assert torch.equal(evaluated(model, src_key_padding_mask=PADDED), plain)
+    assert [list(vars(module)) for module in model.modules()] == before
+    assert model.use_nested_tensor
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_of_others_stay_when_a_layer_is_dequantized(mlp, x):
+    seen = []
+    quantize_model(mlp, FINE)
+    mlp[0].register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    dequantize_model(mlp)(x)
+    assert seen == [mlp[0]]
+
+
+# --- what is quantised once -------------------------------------------------------------------------------
+
+
 def test_a_layer_that_the_model_calls_in_two_places_is_quantised_once():
     layer = nn.Linear(4, 4)
     model = quantize_model(nn.Sequential(layer, nn.ReLU(), layer), FINE)
@@ -280,6 +344,20 @@ def test_linears_that_share_a_parameter_cannot_have_two_formats():
     with pytest.raises(ValueError, match="'0' and '1' share one weight, which cannot be FINE and COARSE"):
         quantize_model(model, rules=[Rule("0", FINE), Rule("1", COARSE)])
     assert quantized_layers(model) == {}
+
+
+def test_a_parameter_that_another_model_has_quantised_is_refused_and_nothing_changes():
+    one, other = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    other[1].weight = one[0].weight
+    quantize_model(one, FINE)
+    with pytest.raises(
+        ValueError, match=r"the weight of '1' is shared with another model, .* to FINE; dequant"
+    ):
+        quantize_model(other, COARSE)
+    assert quantized_layers(other) == {}
+    assert quantizer_of(one[0].weight) is one[0].quantizer
+    quantize_model(nn.ModuleList([dequantize_model(one), other]), COARSE)
+    assert one[0].quantizer is other[1].quantizer
 
 
 def test_a_table_of_options_is_a_format(mlp):
@@ -331,7 +409,53 @@ def test_a_checkpoint_may_replace_the_parameters(mlp, x):
     before = mlp[0].weight
     mlp.load_state_dict(state, assign=True)
     assert mlp[0].weight is not before
+    assert quantizer_of(before) is None
     assert quantizer_of(mlp[0].weight) is mlp[0].quantizer
+
+
+# --- models made on `meta`, without values ----------------------------------------------------------------
+
+
+def on_meta(**options):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    flow = {"format": FINE}
+    return quantize_model(model, FINE, activations=flow, gradients=flow, **options)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale_mode": "initial"},
+        {"scale_mode": "static", "amax": 3.0},
+        {"granularity": "channel"},
+        {"granularity": "block", "scale_mode": "initial"},
+    ],
+)
+def test_a_model_quantised_on_meta_computes_as_one_quantised_with_its_values(mlp, x, assign, options):
+    model = on_meta(**options)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(copy.deepcopy(mlp.state_dict()), assign=assign)
+    quantize_model(mlp, FINE, activations=FINE, gradients=FINE, **options)
+    for one in (model, mlp):
+        with held_weights(one):
+            one(x).square().sum().backward()
+    assert torch.equal(model(x), mlp(x))
+    assert same_tensors([one.grad for one in model.parameters()], [one.grad for one in mlp.parameters()])
+    assert quantizer_of(model[0].weight) is model[0].quantizer
+
+
+def test_an_initial_scale_of_a_model_from_meta_is_that_of_its_first_values(mlp, x):
+    model = on_meta(scale_mode="initial").to_empty(device="cpu")
+    model.load_state_dict(mlp.state_dict())
+    model(x)
+    scale = model[0].quantizer.scale.item()
+    model[0].weight.data.mul_(100)
+    model(x)
+    assert model[0].quantizer.scale.item() == scale > 1
 
 
 def test_a_saved_state_needs_no_class_of_ours(gpt):
@@ -482,6 +606,14 @@ def test_a_compiled_model_computes_the_same(mlp, x):
     torch.testing.assert_close(seen, mlp[0].weight.grad)
 
 
+@pytest.mark.slow  # compiling takes 10 s each
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_compiled_scales_of_rows_and_blocks_are_those_of_eager(granularity):
+    model = quantize_model(seeded(lambda: nn.Sequential(nn.Linear(64, 64))), FINE, granularity=granularity)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(torch.compile(model)(x), model(x))
+
+
 # --- undoing it -----------------------------------------------------------------------------------------
 
 
@@ -495,6 +627,24 @@ def test_dequantizing_restores_classes_bits_and_outputs(gpt, tokens):
     assert torch.equal(gpt(tokens), plain(tokens))
     assert all(quantizer_of(parameter) is None for parameter in gpt.parameters())
     assert not hasattr(gpt.transformer.h[0].mlp.c_fc, "quantizer")
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_layer_parametrized_since_is_not_dequantized_and_nothing_changes(mlp):
+    quantize_model(mlp, FINE)
+    nn.utils.parametrize.register_parametrization(mlp[2], "weight", Doubled())
+    with pytest.raises(
+        ValueError, match=r"'2' is a ParametrizedQuantizedLinear now, .*remove_parametrizations"
+    ):
+        dequantize_model(mlp)
+    assert list(quantized_layers(mlp)) == ["0", "2"]
+    nn.utils.parametrize.remove_parametrizations(mlp[2], "weight")
+    assert [type(module) for module in dequantize_model(mlp)] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert quantizer_of(mlp[2].weight) is None
 
 
 def test_a_dequantized_model_can_be_quantised_again(gpt, tokens):
@@ -549,6 +699,14 @@ def test_a_model_without_linears_is_refused():
 def test_an_unknown_option_is_refused_and_nothing_changes(mlp, option, value, reason):
     with pytest.raises(ValueError, match=reason):
         quantize_model(mlp, FINE, **{option: value})
+    assert quantized_layers(mlp) == {}
+
+
+def test_a_misspelt_option_is_refused_by_name_and_nothing_changes(mlp):
+    with pytest.raises(ValueError, match=r"'granularty' is no option .* did you mean 'granularity'"):
+        quantize_model(mlp, FINE, granularty="channel")
+    with pytest.raises(ValueError, match=r"margin is head room, a positive number .* not '2'"):
+        quantize_model(mlp, FINE, margin="2")
     assert quantized_layers(mlp) == {}
 
 
