@@ -163,7 +163,8 @@ def _refuse_inexact(recipe: Recipe | None) -> None:
         recipe.format.quantize(torch.ones(1, dtype=torch.bfloat16))
     except ValueError as error:
         raise UsageError(
-            f'{recipe.format.name} does not survive bfloat16 autocast: {error}; set train.dtype = "float32"'
+            f"{recipe.format.name} does not survive bfloat16 autocast, which cannot hold every value of it; "
+            'set train.dtype = "float32", or name another format'
         ) from error
 
 
@@ -185,10 +186,11 @@ def _optimizer(model: nn.Module, experiment: Experiment, registry: Registry) -> 
 
 
 def _scale_mode(experiment: Experiment) -> str:
+    """Return how the scales of the weights on the grid move; "initial" where nothing is asked there."""
     quantize = experiment.quantize
-    if quantize is None or quantize.storage == "master":
+    if quantize is None or "grid" not in (quantize.storage, *(rule.storage for rule in quantize.rule)):
         return "initial"
-    return "adaptive" if quantize.mode == "adaptive" else "initial"
+    return "adaptive" if quantize.grid_mode == "adaptive" else "initial"
 
 
 def _storage(

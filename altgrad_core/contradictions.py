@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from altgrad_core import rules, shapes
+from altgrad_core.format_uses import inexact_in_bfloat16
 from altgrad_core.options import written
 from altgrad_core.structuring import Problem
 
 
-def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield the problems between the sections of an experiment that are right by themselves."""
+def contradictions(sections: Mapping[str, Any], device: str = "cpu") -> Iterator[Problem]:
+    """Yield the problems between the sections of an experiment that are right by themselves.
+
+    device: where the overlay in force would have it run; train.dtype = "auto" is bfloat16 on "cuda".
+    """
     yield from _listed_twice(sections)
     yield from _quantize(sections)
     yield from _storage_rounding(sections)
@@ -20,6 +24,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _rules(sections)
         yield from _freeze(sections)
         yield from _monitored(sections)
+        yield from _inexact(sections, device)
 
 
 def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -57,6 +62,22 @@ def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:
     layers = shapes.linear_shapes(model, sections["data"].vocab_size)
     for problem in rules.problems(quantize, layers, rules.tied_layers(model)):
         yield Problem(("quantize", *problem.path), str(problem))
+
+
+def _inexact(sections: Mapping[str, Any], device: str) -> Iterator[Problem]:
+    """What an assembled run would refuse under bfloat16 autocast, as far as names and numbers tell."""
+    quantize, train, model = sections.get("quantize"), sections.get("train"), sections["model"]
+    if quantize is None or train is None or not _in_bfloat16(train, device):
+        return
+    layers = shapes.linear_shapes(model, sections["data"].vocab_size)
+    autocast = "bfloat16 autocast" + (' (train.dtype = "auto" on cuda)' if train.dtype == "auto" else "")
+    for problem in inexact_in_bfloat16(quantize, layers, rules.tied_layers(model), autocast):
+        yield Problem(("quantize", *problem.path), str(problem))
+
+
+def _in_bfloat16(train: Any, device: str) -> bool:
+    lands_on_cuda = device == "cuda" and train.device != "cpu"
+    return train.dtype == "bf16" or (train.dtype == "auto" and lands_on_cuda)
 
 
 def _freeze(sections: Mapping[str, Any]) -> Iterator[Problem]:

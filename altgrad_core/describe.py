@@ -12,8 +12,9 @@ from typing import Any
 from altgrad_core import rules, shapes
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
-from altgrad_core.options import Choice, plain
-from altgrad_core.quantize_options import ActivationOptions, GradientOptions, ScaleOptions
+from altgrad_core.format_uses import is_scaled, without_effect
+from altgrad_core.options import Choice, FormatChoice, plain
+from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, ScaleOptions
 from altgrad_core.record import SUMMARY, read_json
 from altgrad_core.registry import Registry
 
@@ -26,6 +27,7 @@ def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
     return [
         ("format", _format(experiment, registry)),
         *_flows(experiment, registry),
+        *_without_effect(experiment, registry),
         ("optimizer", shown(experiment.optimizer)),
         ("data", f"{shown(experiment.data.source)}, tokenizer {experiment.data.tokenizer}"),
         ("model", _model(experiment)),
@@ -66,10 +68,23 @@ def _format(experiment: Experiment, registry: Registry) -> str:
     text = ", ".join(
         f"{name} stored as {storage} ({_layers(number)})" for (name, storage), number in kinds.items()
     )
-    text += _scales(quantize)
+    text += _scales(quantize, [layer.format for layer in plan.values()])
     if any(storage == "grid" for _, storage in kinds):
-        text += f", rounded {quantize.storage_rounding}"
+        text += f", rounded {quantize.storage_rounding}{_residuals(quantize)}"
     return f"{text}, bound {quantize.bound:g}" if quantize.bound else text
+
+
+def _residuals(quantize: QuantizeOptions) -> str:
+    chosen = quantize.residual_format
+    return "" if isinstance(chosen, str) else f" in {shown(chosen)}"
+
+
+def _without_effect(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Yield what is set and changes nothing, so that nobody takes it for a part of the experiment."""
+    if experiment.quantize is not None:
+        plan = _plan(experiment, registry).values()
+        for setting, reason in without_effect(experiment.quantize, plan):
+            yield "no effect", f"quantize.{setting}: {reason}"
 
 
 def _flows(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, str]]:
@@ -85,15 +100,17 @@ def _flows(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, st
             formats = ", ".join(f"{format} ({_layers(number)})" for format, number in kinds.items())
             history = f" over {options.amax_history} steps" if options.mode == "delayed" else ""
             rounding = "" if options.rounding == "nearest_even" else f", rounded {options.rounding}"
-            yield name, f"{formats}{_scales(options)}, scale {options.mode}{history}{rounding}"
+            yield name, f"{formats}{_scales(options, choices)}, scale {options.mode}{history}{rounding}"
 
 
 def _layers(number: int) -> str:
     return f"{number} layer{'s' if number > 1 else ''}"
 
 
-def _scales(options: ScaleOptions) -> str:
+def _scales(options: ScaleOptions, choices: Sequence[FormatChoice]) -> str:
     """Return how scales are made, where that is not the default: `, one scale per block of 32 (ocp)`."""
+    if not any(is_scaled(options, choice) for choice in choices):
+        return ", scale 1" if options.granularity == "none" else ""
     block_scale = options.block_scale
     shared = {"none": "scale 1", "block": f"one scale per block of {options.block}"}
     text = shared.get(options.granularity, f"one scale per {options.granularity}")

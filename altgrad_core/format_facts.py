@@ -61,6 +61,7 @@ def facts(format: Format) -> FormatFacts:
     """Return the facts of a format."""
     layout = getattr(format, "layout", None)
     exponent_bits, bias = getattr(layout, "exponent_bits", None), getattr(layout, "bias", None)
+    normal = 2.0 ** (1 - bias) if exponent_bits and bias is not None else None  # specials may leave none
     gaps = format.values.double().diff()
     return FormatFacts(
         bits=format.bits,
@@ -71,7 +72,7 @@ def facts(format: Format) -> FormatFacts:
         count=len(format.values),
         lowest=float(format.values[0]),
         smallest=format.smallest,
-        smallest_normal=2.0 ** (1 - bias) if exponent_bits and bias is not None else None,
+        smallest_normal=normal if normal is not None and normal <= format.largest else None,
         largest=format.largest,
         finest=float(gaps.min()),
         coarsest=float(gaps.max()),

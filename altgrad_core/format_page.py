@@ -11,7 +11,7 @@ import math
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -33,7 +33,8 @@ from altgrad_core.format_facts import (
 from altgrad_core.format_picture import ASCII, Ink, pictures
 from altgrad_core.format_table import LEAVE_ALONE, owner
 from altgrad_core.lookup import format_or_none
-from altgrad_core.registry import Registered, Registry, UsageError
+from altgrad_core.options import written
+from altgrad_core.registry import PluginError, Registered, Registry, UsageError, listed
 
 _FEWEST_COLUMNS = 64
 _MOST_LISTED = 8
@@ -65,11 +66,26 @@ class Page:
     entry: Registered
     facts: FormatFacts
     codes: Codes
+    given: Mapping[str, Any] = attrs.field(factory=dict)
+    """The options it was built with; empty: the plugin's own summary describes it."""
+
+    @property
+    def name(self) -> str:
+        """The name it was asked for by; under options, the one that tells it from its relatives."""
+        return self.format.name if self.given else self.entry.name
+
+    @property
+    def summary(self) -> str:
+        """What the plugin says of it; a summary knows of no options but the defaults."""
+        if not self.given:
+            return self.entry.component.summary
+        options = listed(f"{key} = {written(value)}" for key, value in self.given.items())
+        return f"{self.entry.name} with {options}"
 
     def lines(self, console: rich.console.Console) -> Iterator[str]:
         """Yield the page, its pictures and values as wide as the console."""
         width = max(_FEWEST_COLUMNS, console.width)
-        yield f"{self.format.name}: {self.entry.component.summary}"
+        yield f"{self.name}: {self.summary}"
         yield from (f"  {label:<15}  {text}" for label, text in _facts(self) if text)
         yield from ("", *_values(self, width), "")
         yield from pictures(self.format, width, ASCII if console.options.ascii_only else Ink())
@@ -79,24 +95,30 @@ class Page:
         of_value = self.codes.of_value
         special = {name: some for name, some in attrs.asdict(self.codes).items() if name != "of_value"}
         values = [{"value": value, "code": of_value.get(value)} for value in self.format.values.tolist()]
-        about = {"name": self.format.name, **owner(self.entry), **self.facts.plain()}
+        about = {"name": self.name, **owner(self.entry), "summary": self.summary, **self.facts.plain()}
         return {**about, "special_codes": special, "values": values}
 
 
 def page(name: str, registry: Registry) -> Page | Unquantised:
     """Return the page of a format by its name, or by an inline TOML table as in an experiment file.
 
-    Raises UsageError for what is not installed, and for what is no such table.
+    Raises UsageError for what is not installed, what is no such table, and what its plugin fails to build.
     """
     spec = _spec(name)
+    given = dict(spec) if isinstance(spec, dict) else {"plugin": spec}
+    plugin = given.pop("plugin", "ExMy")
     try:
         format = format_or_none(spec, registry)
     except UsageError as error:
         raise UsageError(f"{error}{_way_out(name, registry)}") from error
+    except PluginError as error:
+        raise UsageError(str(error)) from error
+    except TypeError as error:  # what is built is no Format
+        raise UsageError(f"{error} ({registry.find('format', plugin).owner})") from error
     if format is None:
         return Unquantised()
-    entry = registry.find("format", spec.get("plugin", "ExMy") if isinstance(spec, dict) else spec)
-    return Page(format=format, entry=entry, facts=facts(format), codes=codes(format))
+    entry = registry.find("format", plugin)
+    return Page(format=format, entry=entry, facts=facts(format), codes=codes(format), given=given)
 
 
 def _way_out(name: str, registry: Registry) -> str:

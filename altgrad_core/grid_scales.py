@@ -122,12 +122,12 @@ class GridScales:
 
     def _quiet(self) -> list[tuple[float, float]]:
         """Return for each weight a range (low, high] of amax in which `adapt` surely leaves its scale."""
-        kinds = {index: kind for kind, at in self._kinds.items() for index in at.tolist()}
-        columns = (one.tolist() for one in (self._adaptive, self.seen, self.exponents))
-        return [
-            self._quiet_range(*kinds[index], exponent, seen) if adaptive else (-1.0, math.inf)
-            for index, (adaptive, seen, exponent) in enumerate(zip(*columns, strict=True))
-        ]
+        ranges = [(-1.0, math.inf)] * len(self.scales)
+        adaptive, seen, exponents = (one.tolist() for one in (self._adaptive, self.seen, self.exponents))
+        for (format, margin), at in self._kinds.items():
+            for index in (index for index in at.tolist() if adaptive[index]):
+                ranges[index] = self._quiet_range(format, margin, exponents[index], seen[index])
+        return ranges
 
     def _quiet_range(self, format: Format, margin: float, exponent: int, seen: bool) -> tuple[float, float]:
         if not seen:

@@ -46,7 +46,8 @@ class BlockLoops:
 
         rungs     (const float *x, int32_t *rungs, int32_t n, const void *context)
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
-        spacings  (const float *x, float *spacings, int32_t n, const void *context)
+        spacings  (const float *x, float *spacings, int32_t n, float scale, const void *context), of x·scale,
+                   over the scale
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
                    const uint32_t *keys, const void *context), as `Format.fake_quantize`, saturating:
                    element i takes the number first + i of the keys' stream; keys NULL: to nearest even

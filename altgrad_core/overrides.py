@@ -46,16 +46,20 @@ class Override:
     origin: Origin
 
 
+def _copied(tables: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(tables)
+
+
 @attrs.define
 class Tree:
-    """An experiment's raw tables, and the origins of the paths that were overridden."""
+    """An experiment's raw tables, its own copy of them, and the origins of the paths that were overridden."""
 
-    data: dict[str, Any]
+    data: dict[str, Any] = attrs.field(converter=_copied)
     origins: dict[Path, Origin] = attrs.field(factory=dict)
     problems: list[Problem] = attrs.field(factory=list)
 
     def copy(self) -> Tree:
-        return Tree(copy.deepcopy(self.data), dict(self.origins), list(self.problems))
+        return Tree(self.data, dict(self.origins), list(self.problems))
 
     def apply(self, overrides: Iterable[Override]) -> None:
         """Put the values in place; within one call, whole tables and changes of a `plugin` go first."""

@@ -12,12 +12,15 @@ from typing import Literal
 
 import attrs
 
-from altgrad_core.options import FieldError, FormatChoice, above, at_least, option, regexes
+from altgrad_core.options import FieldError, FormatChoice, above, at_least, between, option, regexes
 
 UNQUANTISED = FormatChoice("FP32")
 
 _WEIGHT_MODES = {"grid": ("adaptive", "initial", "static"), "master": ("current", "initial", "static")}
 """Storage to the scale modes that go with it, the default first."""
+
+_LONGEST_HISTORY = 65536
+"""Steps; every flow of every layer keeps one number for each."""
 
 
 @attrs.frozen(kw_only=True)
@@ -73,7 +76,7 @@ class _FlowOptions(ScaleOptions):
         "how many steps' amax the delayed scale looks back on",
         unit="steps",
         default=16,
-        validator=at_least(1),
+        validator=between(1, _LONGEST_HISTORY),
     )
 
     @property
@@ -160,6 +163,11 @@ class QuantizeOptions(ScaleOptions):
     def mode(self) -> str:
         return self.scale_mode or _WEIGHT_MODES[self.storage][0]
 
+    @property
+    def grid_mode(self) -> str:
+        """The scale mode of the weights that live on the grid, by this table or by a rule."""
+        return self.scale_mode or _WEIGHT_MODES["grid"][0]
+
     def conflicts(self) -> Iterator[FieldError]:
         """Yield what contradicts what within the table, with paths below it."""
         if self.mode not in _WEIGHT_MODES[self.storage]:
@@ -198,13 +206,24 @@ class QuantizeOptions(ScaleOptions):
                     'or storage = "master"',
                 )
                 continue
-            for index, rule in enumerate(self.rule):
-                if rule.storage == "grid":
-                    yield FieldError(
-                        ("rule", index, "storage"),
-                        f'"grid" {reason}, and quantize.{name} is {given}; use {name} = {way_out}, '
-                        'or storage = "master"',
-                    )
+            for index in self._rules_onto_the_grid():
+                yield FieldError(
+                    ("rule", index, "storage"),
+                    f'"grid" {reason}, and quantize.{name} is {given}; use {name} = {way_out}, '
+                    'or storage = "master"',
+                )
+        if self.storage == "master" and self.scale_mode == "current":
+            for index in self._rules_onto_the_grid():
+                yield FieldError(
+                    ("rule", index, "storage"),
+                    '"grid" keeps scales that do not follow at once, and quantize.scale_mode is "current"; '
+                    'leave scale_mode out, or use "initial"',
+                )
+
+    def _rules_onto_the_grid(self) -> Iterator[int]:
+        for index, rule in enumerate(self.rule):
+            if rule.storage == "grid" and not (rule.format or self.format).unquantised:
+                yield index
 
 
 def conflicts(
@@ -243,6 +262,11 @@ def conflicts(
             "amax",
             f'goes with scale_mode = "static", not "{scale_mode}"; set that, or leave amax out',
         )
-    if margin != 1 and (scale_rule == "ocp" or block_scale is not None):
-        rule = "block_scale" if block_scale is not None else 'scale_rule = "ocp"'
+    marginless = {
+        "block_scale": block_scale is not None,
+        'scale_rule = "ocp"': scale_rule == "ocp",
+        'granularity = "none"': granularity == "none",
+    }
+    if margin != 1 and any(marginless.values()):
+        rule = next(name for name, holds in marginless.items() if holds)
         yield FieldError("margin", f"{margin:g} has no effect under {rule}; leave it out")

@@ -25,7 +25,7 @@ from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales as GridScales
 from altgrad_core.grid_scales import rms_of
 from altgrad_core.lookup import format_or_none
-from altgrad_core.quantizer import quantizer_of
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.recipe import refuse_off_grid
 
@@ -42,7 +42,11 @@ class GridStorage:
     """Keeps an optimizer's quantised weights on their grids; made by `store_on_grid`.
 
     torch does not copy an optimizer's hooks: deepcopy or pickle model, optimizer and storage together, as
-    one tuple, and the copy keeps its own weights on their grids.
+    one tuple, and the copy keeps its own weights on their grids. In a copy of the model alone nothing does:
+    it is stored as master, and its forward pass quantises.
+
+    Weights that are loaded into the model are used as they are until the next step. Load them before
+    `store_on_grid`, or call `snap()`; a checkpoint's are on their grids under the scales of its state.
 
     Attributes:
         weights: the Parameters on the grid, in the order of their random streams.
@@ -69,30 +73,40 @@ class GridStorage:
         self.counter = 0
         self.watched: dict[Tensor, Tensor] = {}
         self.intended: dict[Tensor, Tensor] = {}
-        quantizers = [_quantizer(weight) for weight in self.weights]
-        for quantizer in quantizers:
+        self._quantizers = [_quantizer(weight) for weight in self.weights]
+        for quantizer in self._quantizers:
             refuse_off_grid(quantizer.recipe)
-        self._formats = [quantizer.format for quantizer in quantizers]
+        self._formats = [quantizer.format for quantizer in self._quantizers]
         self.feedback = self._compensation = None
         if rounding == "error_feedback":
             self.feedback = ErrorFeedback(self.weights, self._formats, residual_format)
         elif rounding == "eco":
             self._compensation = ErrorCompensation(optimizer, self.weights, self._formats)
+        self._bound, self._scale_mode = bound, scale_mode
+        self.snap()
+        self._claim()
+        self._hook()
+
+    def snap(self) -> None:
+        """Round the weights to nearest, under scales and bounds fitted to them now, as at the beginning."""
         self._begun = False
         self.scales = GridScales(
             [weight.detach() for weight in self.weights],
             self._formats,
-            [quantizer.scale for quantizer in quantizers],
-            fitted=[quantizer.fitted for quantizer in quantizers],
-            adaptive=[scale_mode == "adaptive"] * len(quantizers),
-            bound=bound,
-            margins=[quantizer.margin for quantizer in quantizers],
-            shrink_early=rounding == "stochastic",
+            [quantizer.scale for quantizer in self._quantizers],
+            fitted=[quantizer.fitted for quantizer in self._quantizers],
+            adaptive=[self._scale_mode == "adaptive"] * len(self._quantizers),
+            bound=self._bound,
+            margins=[quantizer.margin for quantizer in self._quantizers],
+            shrink_early=self.rounding == "stochastic",
         )
         self._round("nearest_even")
-        for quantizer in quantizers:
+
+    def _claim(self) -> None:
+        """Have the forward pass use the weights as they are; a copy of a quantiser alone does not."""
+        for quantizer in self._quantizers:
+            quantizer.__class__ = _Kept
             quantizer.on_grid = True
-        self._hook()
 
     def _hook(self) -> None:
         self._hooks = (
@@ -102,6 +116,7 @@ class GridStorage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._claim()
         self._hook()
 
     @torch.no_grad()
@@ -225,6 +240,14 @@ def store_on_grid(
         scale_mode=scale_mode,
         residual_format=chosen,
     )
+
+
+class _Kept(WeightQuantizer):
+    """The quantiser of a weight that a GridStorage keeps on its grid."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy: off the grid, until its GridStorage is copied too and claims it."""
+        return {**self.__dict__, "on_grid": False}
 
 
 class MasterBound:

@@ -108,12 +108,13 @@ void block_values(const int32_t *rungs, float *x, int32_t n, const void *context
     }
 }
 
-void block_spacings(const float *x, float *spacings, int32_t n, const void *context) {
+void block_spacings(const float *x, float *spacings, int32_t n, float s, const void *context) {
     const Table t = *(const Table *)context;
     for (int32_t i = 0; i < n; i++) {
-        const int32_t cell = inside(cell_of(x[i], t.inward), t.counts[0]);
-        const double gap = t.gaps[x[i] < 0 ? cell : cell + 1];
-        spacings[i] = x[i] != x[i] ? x[i] : (float)gap;
+        const float v = x[i] * s;
+        const int32_t cell = inside(cell_of(v, t.inward), t.counts[0]);
+        const float gap = (float)t.gaps[v < 0 ? cell : cell + 1];
+        spacings[i] = v != v ? v : gap / s;
     }
 }
 

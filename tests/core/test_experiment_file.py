@@ -2,10 +2,15 @@
 
 import re
 
+import attrs
 import pytest
+import torch
 
-from altgrad_core.experiment import Experiment
+from altgrad_core import scaling
+from altgrad_core.contradictions import contradictions
+from altgrad_core.experiment import Experiment, TrainOptions
 from altgrad_core.experiment_file import ExperimentError, load_experiment
+from altgrad_core.format_uses import NEVER_SCALED, held_by_bfloat16
 from altgrad_core.options import FormatChoice
 
 
@@ -142,6 +147,17 @@ def test_a_file_yields_to_its_overlay_to_its_grid_to_set(experiment_at, on, grid
 def test_an_overlay_holds_on_its_own_device_only(experiment_at):
     file = experiment_at(LAYERED.format(on="steps = 2", grid=""))
     assert in_cells(file, lambda one: one.steps, "cuda") == {"run": 1}
+
+
+def test_an_overlay_does_not_leak_into_the_other_device_through_a_table_of_the_file(experiment_at):
+    file = experiment_at('name = "e"\n[train]\nbatch_size = 8\n[on.cpu]\n"train.batch_size" = 2')
+    sizes = {device: cells[0].experiment.train.batch_size for device, cells in file.cells_on.items()}
+    assert sizes == {"cpu": 2, "cuda": 8}
+
+
+def test_a_mistake_of_an_overlay_in_a_table_of_the_file_is_reported_once(mistakes):
+    text = 'name = "e"\n[quantize]\nformat = "E5M2"\n[on.cpu]\n"quantize.block" = 17'
+    assert mistakes(text) == ["e.toml:5: quantize.block: expected one of 16, 32; got 17"]
 
 
 def test_nested_tables_of_an_overlay_are_merged(experiment):
@@ -577,7 +593,8 @@ def test_every_option_of_the_three_tables_is_read(experiment):
         'granularity = "block"\nblock = 16\nblock_scale = "E3M4"\noverflow = "ieee"\nclip_gradient = true'
     )
     flow = 'scale_mode = "static"\namax = 2\nmargin = 1.5\nscale_rule = "exact"'
-    found = experiment(in_quantize(weights, flow, f'{flow}\nrounding = "stochastic"')).quantize
+    text = in_quantize(weights, flow, f'{flow}\nrounding = "stochastic"')
+    found = experiment(text, "train.dtype=float32").quantize
     assert (found.block, found.block_scale.plugin, found.clip_gradient) == (16, "E3M4", True)
     assert (found.activations.mode, found.activations.amax, found.activations.margin) == ("static", 2.0, 1.5)
     assert (found.gradients.rounding, found.gradients.scale_rule) == ("stochastic", "exact")
@@ -638,6 +655,19 @@ def test_the_three_tables_are_written_as_they_are_read(experiment):
             ['granularity = "block"\nrule = [{layers = ".*mlp.*", storage = "grid"}]'],
             '5: quantize.rule[0].storage: "grid" keeps one scale per weight, and quantize.granularity',
         ),
+        (
+            ["", 'margin = 1.5\ngranularity = "none"'],
+            '7: quantize.activations.margin: 1.5 has no effect under granularity = "none"; leave it out',
+        ),
+        (
+            ['scale_mode = "current"\nrule = [{layers = ".*mlp.*", storage = "grid"}]'],
+            '5: quantize.rule[0].storage: "grid" keeps scales that do not follow at once, and '
+            'quantize.scale_mode is "current"; leave scale_mode out, or use "initial"',
+        ),
+        (
+            ["", "amax_history = 10000000000000"],
+            "7: quantize.activations.amax_history: expected 1 to 65536, got 10000000000000",
+        ),
         (["", 'rounding = "stochastic"'], "7: quantize.activations.rounding: expected one of"),
         (
             ["", "", "clip_gradient = true"],
@@ -647,8 +677,117 @@ def test_the_three_tables_are_written_as_they_are_read(experiment):
     ],
 )
 def test_a_contradiction_of_scales_is_reported_where_it_is_with_the_way_out(mistakes, tables, mistake):
-    (line,) = mistakes(in_quantize(*tables))
+    (line,) = mistakes(in_quantize(*tables), "train.dtype=float32")
     assert line.startswith(f"e.toml:{mistake}")
+
+
+def test_the_scales_of_a_rule_onto_the_grid_are_adaptive_unless_said_otherwise(experiment):
+    rule = 'rule = [{layers = ".*mlp.*", storage = "grid"}]'
+    assert experiment(in_quantize(rule)).quantize.grid_mode == "adaptive"
+    assert experiment(in_quantize(rule)).quantize.mode == "current"
+    assert experiment(in_quantize(f'scale_mode = "initial"\n{rule}')).quantize.grid_mode == "initial"
+
+
+def test_a_rule_that_leaves_its_layers_alone_puts_nothing_on_the_grid(experiment):
+    rule = 'rule = [{layers = ".*mlp.*", format = "none", storage = "grid"}]'
+    experiment(in_quantize(f'granularity = "channel"\nscale_mode = "current"\n{rule}'))
+
+
+WIDE = "{exponent_bits = 3, mantissa_bits = 12}"
+SHOWN = '{plugin = "ExMy", exponent_bits = 3, mantissa_bits = 12}'
+DIGITS = "does not survive bfloat16 autocast, which holds 8 significant bits; set train.dtype"
+NO_POWERS = "has scales that are no powers of two: inexact under bfloat16 autocast; set train.dtype"
+
+
+@pytest.mark.parametrize(
+    ("tables", "mistake"),
+    [
+        (['scale_rule = "exact"'], f'4: quantize.scale_rule: E5M2 under scale_rule = "exact" {NO_POWERS}'),
+        (["", 'scale_rule = "exact"'], "7: quantize.activations.scale_rule: E3M4 under"),
+        (["", "", 'scale_rule = "exact"'], "10: quantize.gradients.scale_rule: E5M2 under"),
+        (
+            ['granularity = "block"\nblock_scale = "E3M4"'],
+            f"5: quantize.block_scale: E5M2 under block_scale {NO_POWERS}",
+        ),
+        (
+            [f'rule = [{{layers = ".*mlp.*", format = {WIDE}}}]'],
+            f"4: quantize.rule[0].format: {SHOWN} {DIGITS}",
+        ),
+        ([f'rule = [{{layers = ".*mlp.*", activations = {WIDE}}}]'], "4: quantize.rule[0].activations: "),
+    ],
+)
+def test_what_bfloat16_makes_inexact_is_refused_where_it_is_written(mistakes, experiment, tables, mistake):
+    (line,) = mistakes(in_quantize(*tables), 'train.dtype="bf16"')
+    assert line.startswith(f"e.toml:{mistake}")
+    experiment(in_quantize(*tables), 'train.dtype="float32"')
+
+
+def test_a_block_scale_without_blocks_is_one_mistake_under_bfloat16_too(mistakes):
+    (line,) = mistakes(in_quantize('block_scale = "E3M4"'), 'train.dtype="bf16"')
+    assert '"E3M4" needs granularity = "block"' in line
+
+
+def test_what_bfloat16_of_one_device_makes_inexact_is_refused(mistakes):
+    (line,) = mistakes(in_quantize('scale_rule = "exact"') + '[on.cuda]\n"train.dtype" = "bf16"')
+    assert line.startswith("e.toml:4: quantize.scale_rule: E5M2 under")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        'format = "BF16"\nscale_rule = "exact"',
+        'format = "E5M2"\nscale_rule = "exact"\ngranularity = "none"',
+        'format = "none"\nscale_rule = "exact"',
+        'format = "E5M2"\nactivations = {scale_rule = "exact"}',
+        f'format = {WIDE}\nrule = [{{layers = ".*c_.*", format = "E5M2"}}]',
+    ],
+)
+def test_what_bfloat16_holds_or_nothing_uses_is_not_refused(experiment, options):
+    experiment(f'name = "e"\n[quantize]\n{options}', 'train.dtype="bf16"')
+
+
+@pytest.mark.parametrize(
+    ("device", "train", "refused"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"device": "cpu"}, False),
+        ("cuda", {"dtype": "float32"}, False),
+        ("cpu", {"dtype": "bf16"}, True),
+    ],
+)
+def test_an_automatic_dtype_is_bfloat16_on_cuda(experiment, device, train, refused):
+    found = experiment(in_quantize('scale_rule = "exact"'), "train.dtype=float32")
+    sections = {name: getattr(found, name) for name in ("quantize", "model", "data")}
+    problems = list(contradictions({**sections, "train": TrainOptions(**train)}, device))
+    assert [problem.path for problem in problems] == [("quantize", "scale_rule")] * refused
+
+
+def test_bfloat16_holds_a_format_exactly_if_it_holds_its_values(table, named):
+    for name in named:
+        values = table(name).values
+        assert held_by_bfloat16(FormatChoice(name)) == torch.equal(values.bfloat16().float(), values), name
+
+
+def test_bfloat16_holds_a_format_by_its_numbers_if_it_holds_its_values(registry):
+    """m bits after a leading one that is stored only under an exponent field, down to 2^-133."""
+    options = registry.find("format", "ExMy").component.options
+    for exponent_bits, mantissa_bits, held in ((0, 8, True), (0, 9, False), (1, 7, True), (1, 8, False)):
+        numbers = options(exponent_bits=exponent_bits, mantissa_bits=mantissa_bits)
+        assert held_by_bfloat16(FormatChoice("ExMy", numbers)) == held
+    assert held_by_bfloat16(FormatChoice("ExMy", Biased(bias=131)))
+    assert not held_by_bfloat16(FormatChoice("ExMy", Biased(bias=132)))
+
+
+@attrs.frozen(kw_only=True)
+class Biased:
+    bias: int
+    exponent_bits: int = 4
+    mantissa_bits: int = 3
+
+
+def test_formats_that_are_never_scaled_are_those_of_the_scales():
+    assert {"E8M7": "BF16", "E5M10": "FP16"}.keys() | set(scaling.UNSCALED) - {"FP32"} == set(NEVER_SCALED)
 
 
 def test_contradictions_of_all_three_tables_are_reported_at_once(mistakes):
@@ -726,3 +865,11 @@ def test_the_number_of_layers_has_an_end(mistakes):
     assert mistakes('name = "e"\nmodel.n_layer = 1000000000000') == [
         "e.toml:2: model.n_layer: expected 1 to 1000, got 1000000000000"
     ]
+
+
+def test_an_automatic_dtype_is_checked_for_cuda_even_where_there_is_none(mistakes, experiment):
+    (line,) = mistakes(in_quantize('scale_rule = "exact"'))
+    assert line.startswith("e.toml:4: quantize.scale_rule: E5M2 under")
+    assert 'bfloat16 autocast (train.dtype = "auto" on cuda); set train.dtype = "float32"' in line
+    experiment(in_quantize('scale_rule = "exact"') + '[on.cuda]\n"train.dtype" = "float32"')
+    experiment(in_quantize('scale_rule = "exact"'), "train.device=cpu")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import types
 from fractions import Fraction
 
 import pytest
@@ -38,6 +39,9 @@ class Optional:
 
 def scaled(options):
     return Format(name="scaled", bits=4, values=[0.0, 1.0, 1.0 * options.base])
+
+def broken(options):
+    1 / 0
 
 def one(name, target, options=None):
     more = {{}} if options is None else {{"options": options}}
@@ -182,6 +186,16 @@ def test_codes_without_a_value_are_unused_where_there_is_no_nan(table):
     found = codes(table("E2M1"))
     assert found.of_value == {value: code for code, value in enumerate(table("E2M1").values.tolist())}
     assert (found.negative_zero, found.inf, found.nan, found.unused) == ((), (), (), (15,))
+
+
+def test_a_normal_value_that_special_codes_have_taken_is_none():
+    class Reserved(Format):
+        """E1M1 whose only exponent field with a leading one is that of inf and NaN."""
+
+        layout = types.SimpleNamespace(exponent_bits=1, mantissa_bits=1, bias=0, specials="ieee")
+
+    assert facts(Reserved(name="F", bits=3, values=[-1.0, 0.0, 1.0])).smallest_normal is None
+    assert facts(Reserved(name="F", bits=3, values=[-3.0, -1.0, 0.0, 1.0, 2.0, 3.0])).smallest_normal == 2
 
 
 # --- the page of one -------------------------------------------------------------------------------------
@@ -387,3 +401,38 @@ def test_two_owners_of_one_name_are_two_rows(install, altgrad):
     _, out, _ = altgrad("formats", "--json")
     assert {one["name"]: one["largest"] for one in json.loads(out)["formats"]} == {"one:T": 4.0, "two:T": 3.0}
     assert altgrad("formats", "two:T")[0] == 0
+
+
+def test_a_second_name_of_a_format_heads_its_page(formats):
+    _, out, _ = formats('one("SECOND", "TABLE")', "SECOND")
+    assert out.startswith("SECOND: about [bold] SECOND\n")
+
+
+def test_a_format_with_options_is_described_by_them(formats):
+    """The plugin's summary may be of the defaults."""
+    _, out, _ = formats('one("D", "scaled", Optional)', '{plugin = "D", base = 3}')
+    assert out.startswith("scaled: D with base = 3\n")
+
+
+def test_options_go_before_the_summary_in_json_too(formats):
+    _, out, _ = formats('one("D", "scaled", Optional)', '{plugin = "D", base = 3}', "--json")
+    assert json.loads(out)["summary"] == "D with base = 3"
+
+
+def test_a_table_of_the_name_alone_is_described_by_the_summary(formats):
+    _, out, _ = formats('one("THREE", "TABLE")', '{plugin = "THREE"}')
+    assert out.startswith("THREE: about [bold] THREE\n")
+
+
+@pytest.mark.parametrize(
+    ("component", "reason"),
+    [
+        ('one("F", "nowhere")', "format 'F' of fake 1.0: its target 'fake_plugin_"),
+        ('one("F", "NO_FORMAT")', "the format 'F' is no Format but list: mend its plugin (fake 1.0)"),
+        ('one("F", "broken")', "format 'F' of fake 1.0 cannot be built: ZeroDivisionError: division by"),
+    ],
+)
+def test_a_format_that_cannot_be_built_is_one_error_that_names_its_plugin(formats, component, reason):
+    code, out, err = formats(component, "F")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(reason)

@@ -253,3 +253,10 @@ def test_a_tokenizer_that_survives_is_still_where_it_was_written():
     made = tree({"data": {"plugin": "A"}}, ("data.tokenizer", "bytes"))
     made.apply([Override(("data", "plugin"), "B", Origin(flag="--set data.plugin=B"))])
     assert made.origin(("data", "tokenizer")).path == ("data.tokenizer",)
+
+
+def test_a_tree_leaves_the_tables_it_was_made_of_alone():
+    raw = {"model": {"n_layer": 6}}
+    tree = Tree(raw)
+    tree.apply([Override(("model", "n_layer"), 4, Origin(("on", "cpu", "model.n_layer")))])
+    assert (raw, tree.data) == ({"model": {"n_layer": 6}}, {"model": {"n_layer": 4}})

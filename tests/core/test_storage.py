@@ -511,6 +511,66 @@ def test_model_optimizer_and_storage_are_copied_together(uniform, copied):
     assert all(map(is_on_grid, twins[2].weights))
 
 
+copied_both_ways = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))], ids=["deepcopy", "pickle"]
+)
+
+
+@copied_both_ways
+def test_a_copy_of_the_model_alone_quantises_in_its_forward_pass(uniform, copied):
+    model = perceptron(uniform)
+    storage = store_on_grid(torch.optim.SGD(model.parameters(), lr=0.05))
+    twin, x = copied(model), torch.randn(8, 6, generator=generator())
+    assert torch.equal(twin(x), model(x))
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.0013), 1)
+    weight = twin[0].weight
+    assert not is_on_grid(weight), "a float32 master"
+    quantizer = quantizer_of(weight)
+    used = quantizer.quantized(weight).detach() * quantizer.scale
+    assert torch.isin(used, uniform.values).all()
+    assert quantizer_of(storage.weights[0]).on_grid, "the original is as it was"
+
+
+@copied_both_ways
+def test_the_parts_are_copied_in_any_order(uniform, copied):
+    model = perceptron(uniform)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    storage, optimizer, model = copied((store_on_grid(optimizer), optimizer, model))
+    assert quantizer_of(model[0].weight).on_grid
+    train(model, optimizer, 1)
+    assert all(map(is_on_grid, storage.weights))
+
+
+@copied_both_ways
+def test_a_copy_of_the_model_alone_can_be_stored_on_the_grid_again(uniform, copied):
+    model = perceptron(uniform)
+    store_on_grid(torch.optim.SGD(model.parameters(), lr=0.05))
+    twin = copied(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+    storage = store_on_grid(optimizer)
+    train(twin, optimizer, 1)
+    assert all(map(is_on_grid, storage.weights))
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "error_feedback", "eco"])
+def test_snapped_a_loaded_model_is_as_one_that_was_stored_with_these_weights(uniform, rounding):
+    def make(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        return model, optimizer, store_on_grid(optimizer, rounding, generator(), bound=2.0)
+
+    loaded = {name: 3.7 * value for name, value in perceptron().state_dict().items()}
+    first, other = perceptron(uniform), perceptron(uniform)
+    first.load_state_dict(loaded)
+    first, first_optimizer, _ = make(first)
+    other, other_optimizer, storage = make(other)
+    other.load_state_dict(loaded)
+    assert not any(map(is_on_grid, storage.weights))
+    storage.snap()
+    assert all(map(is_on_grid, storage.weights))
+    assert same(weights_of(first), weights_of(other))
+    assert train(first, first_optimizer, 3) == train(other, other_optimizer, 3)
+
+
 @rounded_both_ways
 def test_one_thread_and_two_give_the_same_bits(table, rounding):
     threads, runs = torch.get_num_threads(), []

@@ -14,6 +14,9 @@ import torch
 
 import altgrad_core as altgrad
 from altgrad_core import checkpoint
+from altgrad_core.assemble import _refuse_inexact
+from altgrad_core.format import Format
+from altgrad_core.recipe import Recipe
 from altgrad_core.record import RunFolder, read_lines
 from altgrad_core.registry import UsageError
 
@@ -61,10 +64,14 @@ format = "E5M2"
 rounding = "stochastic"
 """
 
+ADAMW = "[optimizer]\nplugin = 'AdamW'\nlr = 1e-2\n"
+
 ARMS = {
     "unquantised": "[optimizer]\nplugin = 'AdamW'\n",
     "master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'ManifoldAdamW'\n",
     "grid": STORED + "[optimizer]\nplugin = 'ManifoldAdamW'\nlr = 1e-2\n",
+    "feedback": STORED.replace("stochastic", "error_feedback") + ADAMW,
+    "eco": STORED.replace("stochastic", "eco") + ADAMW,
     "rungs": STORED + "[optimizer]\nplugin = 'GridOptim'\nnormalize = 'adam'\nstep_scale = 0.3\n",
     "flows": "[quantize]\nformat = 'E4M3'\n" + FLOWS,
     "grid_and_flows": STORED + FLOWS,
@@ -203,6 +210,59 @@ def test_the_microscaling_experiments_learn_within_a_few_steps(name, monkeypatch
     assert summary["final"]["validation/loss"] < 5.2  # from log(256) = 5.55
 
 
+def test_the_residuals_of_error_feedback_are_in_the_checkpoint_as_codes(write, tmp_path):
+    saved = last_checkpoint(run(write(TINY + ARMS["feedback"]), tmp_path / "runs", "steps=2"))
+    assert {one.dtype for one in saved.state["storage"]["residuals"]["stored"]} == {torch.uint8}
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E0M7", "E7M0"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "ManifoldAdamW"])
+def test_error_feedback_in_float32_is_the_run_on_masters_bit_for_bit(write, tmp_path, format, optimizer):
+    base = f"{TINY}\n[optimizer]\nplugin='{optimizer}'\nlr=1e-2\n[quantize]\nformat='{format}'\n"
+    base += "scale_mode='initial'\n"
+    stored = "storage='grid'\nstorage_rounding='error_feedback'\nresidual_format='FP32'\n"
+    master = run(write(base, "master.toml"), tmp_path / "master")
+    grid = run(write(base + stored, "grid.toml"), tmp_path / "grid")
+    losses = [[line.get("validation/loss") for line in metrics(one)] for one in (master, grid)]
+    assert losses[0] == losses[1]
+    one, other = last_checkpoint(master), last_checkpoint(grid)
+    for name, scale in one.state["scales"].items():
+        rounded = altgrad.get_format(format).fake_quantize(one.model[name], scale)
+        assert torch.equal(rounded, other.model[name])
+
+
+@pytest.mark.parametrize("rounding", ["error_feedback", "eco"])
+def test_a_rounding_that_an_optimizer_of_rungs_does_not_know_is_refused_at_its_line(
+    write, tmp_path, rounding
+):
+    text = ARMS["rungs"].replace("stochastic", rounding)
+    with pytest.raises(
+        UsageError, match=rf'toml:5: quantize.storage_rounding: "{rounding}" does not go with'
+    ):
+        altgrad.load_experiment(write("name = 'e'" + text))
+
+
+def test_a_rule_onto_the_grid_is_storage_on_the_grid_with_a_rule_off_it(write, tmp_path):
+    """Adaptive scales included: at this rate they move."""
+    rule = "[[quantize.rule]]\nlayers = '.*{}.*'\nstorage = '{}'\n"
+    top = STORED.replace("bound = 4.0\n", "")
+    onto = top.replace('storage = "grid"\n', "") + rule.format("mlp", "grid")
+    off = top + rule.format("attn", "master")
+    fast = ADAMW.replace("1e-2", "1e-1")
+    one, other = (
+        last_checkpoint(run(write(TINY + text + fast, f"{n}.toml"), tmp_path / str(n)))
+        for n, text in enumerate((onto, off))
+    )
+    assert same_tree(one.model, other.model)
+    assert one.state["storage"]["scales"]["rescales"].sum() > 0
+
+
+def test_a_format_of_a_third_party_that_bfloat16_does_not_hold_says_which_key_to_change():
+    fine = Recipe(format=Format(name="FINE", bits=3, values=[0.0, 1.0, 1 + 2.0**-8]))
+    with pytest.raises(UsageError, match=r'FINE does not survive bfloat16 .*; set train.dtype = "float32"'):
+        _refuse_inexact(fine)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -232,8 +292,10 @@ def test_an_adaptive_scale_may_be_asked_for_by_name(write, tmp_path):
     assert same_tree(*found)
 
 
-def test_every_grid_weight_of_the_checkpoint_is_on_the_grid(write, tmp_path):
-    saved = last_checkpoint(run(write(TINY + ARMS["rungs"]), tmp_path / "runs"))
+@pytest.mark.parametrize("arm", ["rungs", "feedback", "eco"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_every_grid_weight_of_the_checkpoint_is_on_the_grid(write, tmp_path, arm, steps):
+    saved = last_checkpoint(run(write(TINY + ARMS[arm]), tmp_path / "runs", f"steps={steps}"))
     e4m3 = altgrad.get_format("E4M3")
     assert len(saved.state["scales"]) == 8
     for name, scale in saved.state["scales"].items():
