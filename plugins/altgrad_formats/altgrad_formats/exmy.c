@@ -239,16 +239,25 @@ void block_values(const int32_t *restrict rungs, float *restrict x, int32_t n, c
     }
 }
 
-void block_spacings(const float *restrict x, float *restrict spacings, int32_t n, const void *layout) {
-    const Layout k = *(const Layout *)layout;
+INLINE void spacings_of(const float *restrict x, float *restrict spacings, int32_t n, float s, Layout k,
+                        const int power_of_two) {
     const int32_t to_ulp = (23 - k.shift) << 23, top = bits_of(value_of(k.largest, k)) & 0x7F800000;
+    const float inverse = 1.0f / s;
     _Pragma("omp simd")
     for (int32_t i = 0; i < n; i++) {
-        int32_t binade = bits_of(x[i]) & 0x7F800000;
+        float v = x[i] * s;
+        int32_t binade = bits_of(v) & 0x7F800000;
         binade = binade > top ? top : binade;
         float ulp = float_of((binade > k.normal ? binade : k.normal) - to_ulp);
-        spacings[i] = x[i] != x[i] ? x[i] : ulp;
+        ulp = power_of_two ? ulp * inverse : ulp / s;
+        spacings[i] = v != v ? v : ulp;
     }
+}
+
+void block_spacings(const float *x, float *spacings, int32_t n, float s, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    if (is_power_of_two(s)) spacings_of(x, spacings, n, s, k, 1);
+    else spacings_of(x, spacings, n, s, k, 0);
 }
 
 void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,

@@ -13,6 +13,7 @@ from altgrad_formats.layout import NAMED
 
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 UNARY = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, POINTER)
+SPACINGS = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER)
 QUANTIZE = ctypes.CFUNCTYPE(
     None, POINTER, POINTER, COUNT, ctypes.c_uint32, NUMBER, NUMBER, NUMBER, POINTER, POINTER
 )
@@ -81,10 +82,11 @@ def test_blocks_give_the_values_of_rungs_and_clamp_beyond_the_ends(format, loops
     assert torch.equal(found, format.from_rung(rungs))
 
 
-def test_blocks_give_the_spacing_of_the_format_and_nan_for_nan(format, loops, x):
-    x = torch.cat((x, torch.tensor([torch.nan])))
-    found = called(loops.spacings, loops, x, torch.empty_like(x))
-    assert torch.equal(found[:-1], format.spacing(x[:-1]))
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+def test_blocks_give_the_spacing_over_the_scale_and_nan_for_nan(format, loops, x, scale):
+    x, found = torch.cat((x, torch.tensor([torch.nan]))), torch.empty(len(x) + 1)
+    SPACINGS(loops.spacings)(x.data_ptr(), found.data_ptr(), x.numel(), scale, loops.context)
+    assert torch.equal(found[:-1], format.spacing(x[:-1] * scale) / scale)
     assert bool(found[-1].isnan())
 
 

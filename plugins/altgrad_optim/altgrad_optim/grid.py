@@ -224,13 +224,10 @@ class GridOptim(GeometryOptimizer):
             clip=group["rung_clip"],
             adam=group["normalize"] == "adam",
         )
-        place = steps.land(0)
-        while place < len(moving):
-            past_end = torch.tensor(steps.past_end(place))
-            self._land({moving[place].index: _Landing(steps.target(place), past_end)})
-            place = steps.land(place + 1)
-        for member, *counts in zip(moving, steps.flips.unbind(), steps.updates.unbind(), strict=True):
-            self.counts.setdefault(member.weight, (counts[0], counts[1]))
+        for place, values, past_end in steps.left():
+            self._land({moving[place].index: _Landing(values, torch.tensor(past_end))})
+        for member, counts in zip(moving, steps.counts, strict=True):
+            self.counts.setdefault(member.weight, counts)
 
     def _native_move(
         self, group: dict[str, Any], member: Member, loops: native.BlockLoops, keys: Tensor

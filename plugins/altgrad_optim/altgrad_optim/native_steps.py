@@ -25,6 +25,8 @@ POWERS = {0.0: 0, 1.0: 1, 0.5: 2, -0.5: 3, -1.0: 4}
 """Exponents of the stiffness for which there are loops, to their numbers there."""
 NORMALIZERS = {"none": 0, "rms": 1, "mean": 2, "max": 3}
 
+_LANDING_FIELDS = 5
+
 _ADDRESS, _WORD, _NUMBER = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -50,9 +52,9 @@ def _loops() -> ctypes.CDLL | None:
     loops = native.library(_SOURCE)
     if loops is not None:
         count = ctypes.c_int64
-        loops.manifold_steps.argtypes = [count, *[_ADDRESS] * 5]
-        loops.grid_steps.argtypes = [count, count, *[_ADDRESS] * 5]
-        loops.grid_steps.restype = count
+        loops.manifold_steps.argtypes = [count, *[_ADDRESS] * 5, count, _WORD]
+        loops.grid_steps.argtypes = [count, *[_ADDRESS] * 4, count, _WORD, _ADDRESS]
+        loops.take.argtypes = [_ADDRESS, _ADDRESS, count]
     return loops
 
 
@@ -132,11 +134,11 @@ def manifold_steps(
         for one in moves
     ]
     numbers = [[*one.corrections, one.lr, one.decay] for one in moves]
-    largest = max(one.weight.numel() for one in moves)
+    room, threads, split = _shares([one.weight for one in moves])
     tables = _table(addresses, torch.int64), _table(numbers, torch.float64)
-    rooms = torch.empty(largest), torch.empty(1 + largest // PIECE, dtype=torch.float64)
-    outputs = map(native.address, rooms)
-    _in_use().manifold_steps(len(moves), *map(native.address, tables), ctypes.byref(options), *outputs)
+    rooms = torch.empty(threads * room), torch.empty(threads * room // PIECE, dtype=torch.float64)
+    inputs = [*map(native.address, tables), ctypes.byref(options)]
+    _in_use().manifold_steps(len(moves), *inputs, *map(native.address, rooms), room, split)
 
 
 class GridMove(NamedTuple):
@@ -159,7 +161,7 @@ class GridMove(NamedTuple):
 
 
 class GridSteps:
-    """The steps of GridOptim's weights, landed one after the other, with a stop where a scale may move."""
+    """One step of GridOptim's weights, taken when this is made."""
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class GridSteps:
         adam: bool,
     ) -> None:
         self.moves = list(moves)
-        self._options = _Grid(_moments(betas, eps), momentum, clip, adam)
+        options = _Grid(_moments(betas, eps), momentum, clip, adam)
         addresses = [
             [
                 *(x.data_ptr() for x in (one.weight, one.gradient, one.first_moment)),
@@ -185,34 +187,49 @@ class GridSteps:
         numbers = [
             [*one.corrections, one.lr, one.decay, *one.limits, *one.rungs, *one.quiet] for one in self.moves
         ]
-        self._tables = _table(addresses, torch.int64), _table(numbers, torch.float64)
-        self._target = torch.empty(max(one.weight.numel() for one in self.moves), device="cpu")
-        self._landings = torch.zeros((len(self.moves), 4), dtype=torch.int64, device="cpu")
+        tables = _table(addresses, torch.int64), _table(numbers, torch.float64)
+        room, threads, split = _shares([one.weight for one in self.moves])
+        targets = torch.empty(threads * room)
+        self._landings = torch.zeros((len(self.moves), _LANDING_FIELDS), dtype=torch.int64)
+        failed = _in_use().grid_steps(
+            len(self.moves),
+            *map(native.address, tables),
+            ctypes.byref(options),
+            native.address(targets),
+            room,
+            split,
+            native.address(self._landings),
+        )
+        if failed:
+            raise MemoryError("no memory for the values of a weight whose scale changes")
 
-    def land(self, first: int) -> int:
-        """Step and land from the first'th weight on; return the number of the one that has not, or of all."""
-        inputs = [*map(native.address, self._tables), ctypes.byref(self._options)]
-        outputs = map(native.address, (self._target, self._landings))
-        return int(_in_use().grid_steps(first, len(self.moves), *inputs, *outputs))
+    def left(self) -> list[tuple[int, Tensor, bool]]:
+        """Return of the weights that have not landed, whose scale may have to change: the place among the
+        moves, the values in scaled units, and whether one was pushed past the last rung. Once.
+        """
+        places = self._landings[:, 3].nonzero().flatten().tolist()
+        return [(place, self._take(place), bool(self._landings[place, 2])) for place in places]
 
-    def target(self, index: int) -> Tensor:
-        """Return the unrounded values, in scaled units, of the weight that stopped `land`: its own copy."""
-        weight = self.moves[index].weight
-        return self._target[: weight.numel()].clone().view_as(weight)
+    def _take(self, place: int) -> Tensor:
+        values = torch.empty_like(self.moves[place].weight)
+        _in_use().take(native.address(self._landings[place]), native.address(values), values.numel())
+        return values
 
     @property
-    def flips(self) -> Tensor:
-        """How many elements of each weight changed, (n,) int64; nonsense for one that has not landed."""
-        return self._landings[:, 0]
+    def counts(self) -> list[tuple[Tensor, Tensor]]:
+        """How many elements of each weight changed, nonsense where it has not landed, and how many have a
+        non-zero gradient: 0-d int64.
+        """
+        return list(zip(self._landings[:, 0].unbind(), self._landings[:, 1].unbind(), strict=True))
 
-    @property
-    def updates(self) -> Tensor:
-        """How many elements of each weight have a non-zero gradient, (n,) int64."""
-        return self._landings[:, 1]
 
-    def past_end(self, index: int) -> bool:
-        """Whether an element of that weight was pushed past the last rung."""
-        return bool(self._landings[index, 3])
+def _shares(weights: Sequence[Tensor]) -> tuple[int, int, bool]:
+    """Return how threads share the work: room for each, a multiple of PIECE, how many rooms, and whether all
+    work on one weight at a time, because there are too few of them for one each.
+    """
+    sizes, threads = [weight.numel() for weight in weights], torch.get_num_threads()
+    split = max(sizes) * threads > sum(sizes)
+    return -(-max(sizes) // PIECE) * PIECE, 1 if split else threads, split
 
 
 def _table(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

@@ -9,13 +9,20 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-#define PIECE 1024 /* elements of a block; a thread takes one at a time */
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#define PIECE 1024 /* elements of a block */
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
-typedef void (*Spacings)(const float *, float *, int32_t, const void *);
+typedef void (*Spacings)(const float *, float *, int32_t, float, const void *);
 
 #define EACH for (int32_t i = 0; i < n; i++)
 #define SIMD _Pragma("omp simd")
@@ -82,20 +89,11 @@ static inline int is_power_of_two(float s) {
 /* S^power of n weights, of which the first is number `at`. */
 static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, int32_t power, float *s) {
     const float most = o->max_stiffness, least = o->smallest;
-    if (t->stiffness) {
-        const float *given = t->stiffness + at;
-        SIMD EACH s[i] = given[i] > most ? most : given[i];
-    } else {
-        const float scale = *t->scale, inverse = 1.0f / scale;
-        const float *w = t->w + at;
-        float scaled[PIECE];
-        SIMD EACH scaled[i] = w[i] * scale;
-        t->spacings(scaled, s, n, t->context);
-        if (is_power_of_two(scale)) /* a division by it is a multiplication: the same bits, sooner */
-            SIMD EACH s[i] = limited(s[i] * inverse, least, most);
-        else
-            SIMD EACH s[i] = limited(s[i] / scale, least, most);
-    }
+    if (t->stiffness)
+        memcpy(s, t->stiffness + at, (size_t)n * sizeof(float));
+    else
+        t->spacings(t->w + at, s, n, *t->scale, t->context);
+    SIMD EACH s[i] = limited(s[i], least, most);
     if (power == ROOT) SIMD EACH s[i] = sqrtf(s[i]);
     if (power == INVERSE_ROOT) SIMD EACH s[i] = 1.0f / sqrtf(s[i]);
     if (power == INVERSE) SIMD EACH s[i] = 1.0f / s[i];
@@ -162,34 +160,39 @@ static void any_manifold_piece(const Weight *t, const Step *step, int64_t at, in
     else manifold_piece(t, step, at, n, o, p, q, norm, 0, 0);
 }
 
-/* One step of every weight. powers, parts: room for S^q of the largest one, and for the sums of its pieces. */
-void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, float *powers,
-                    double *parts) {
-    _Pragma("omp parallel")
-    for (int64_t each = 0; each < count; each++) {
-        const Weight t = weights[each];
-        const int64_t pieces = (t.n + PIECE - 1) / PIECE;
-        const int with_p = o->gradient_power != ONE, with_q = o->update_power != ONE, whole = with_q && o->normalize;
-        float norm = 1.0f;
-        if (whole) {
-            _Pragma("omp for schedule(static)")
-            for (int64_t piece = 0; piece < pieces; piece++) {
-                const int64_t at = piece * PIECE;
-                const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
-                powers_of(&t, at, n, o, o->update_power, powers + at);
-                parts[piece] = summed(powers + at, n, o->normalize);
-            }
-            norm = over_norm(parts, pieces, t.n, o->normalize);
-        }
-        _Pragma("omp for schedule(static)")
+static void manifold_step(const Weight *t, const Step *step, const Manifold *o, float *powers, double *parts, int split) {
+    const int64_t pieces = (t->n + PIECE - 1) / PIECE;
+    const int with_p = o->gradient_power != ONE, with_q = o->update_power != ONE, whole = with_q && o->normalize;
+    float norm = 1.0f;
+    if (whole) {
+        _Pragma("omp parallel for schedule(static) if (split)")
         for (int64_t piece = 0; piece < pieces; piece++) {
             const int64_t at = piece * PIECE;
-            const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
-            float p[PIECE], q[PIECE];
-            if (with_p) powers_of(&t, at, n, o, o->gradient_power, p);
-            if (with_q && !whole) powers_of(&t, at, n, o, o->update_power, q);
-            any_manifold_piece(&t, &steps[each], at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
+            const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
+            powers_of(t, at, n, o, o->update_power, powers + at);
+            parts[piece] = summed(powers + at, n, o->normalize);
         }
+        norm = over_norm(parts, pieces, t->n, o->normalize);
+    }
+    _Pragma("omp parallel for schedule(static) if (split)")
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t at = piece * PIECE;
+        const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
+        float p[PIECE], q[PIECE];
+        if (with_p) powers_of(t, at, n, o, o->gradient_power, p);
+        if (with_q && !whole) powers_of(t, at, n, o, o->update_power, q);
+        any_manifold_piece(t, step, at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
+    }
+}
+
+/* One step of every weight: threads take a weight each, or with `split` share each one.
+   powers, parts: for every thread room for S^q of the largest weight, `room` numbers, and for its pieces' sums. */
+void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, float *powers,
+                    double *parts, int64_t room, int32_t split) {
+    _Pragma("omp parallel for schedule(dynamic) if (!split)")
+    for (int64_t each = 0; each < count; each++) {
+        const int64_t mine = split ? 0 : omp_get_thread_num() * room;
+        manifold_step(&weights[each], &steps[each], o, powers + mine, parts + mine / PIECE, split);
     }
 }
 
@@ -225,8 +228,9 @@ typedef struct {
 
 typedef struct {
     int64_t flips, updates; /* weights that changed, and elements with a gradient */
-    double amax;            /* of the weights before limit and rounding, weight units */
     int64_t past;           /* whether one was pushed past the end */
+    float *left;            /* the unrounded values of a weight that has not landed */
+    int64_t failed;         /* whether there was no memory for them */
 } Landing;
 
 static inline float uniform(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
@@ -257,7 +261,7 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
     if (o->adam) {
         SIMD EACH r[i] = direction(g[i], &m[i], &v[i], k, c) * lr;
         if (decay != 0) {
-            t->spacings(scaled, spacing, n, t->context);
+            t->spacings(scaled, spacing, n, 1.0f, t->context);
             SIMD EACH r[i] = r[i] + scaled[i] / spacing[i] * decay;
         }
     } else {
@@ -268,12 +272,12 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
             SIMD EACH m[i] = m[i] * momentum + g[i];
         SIMD EACH r[i] = m[i] * lr;
     }
-    SIMD EACH r[i] = limited(r[i], -clip, clip);
+    SIMD EACH r[i] = scaled[i] != scaled[i] ? NAN : limited(r[i], -clip, clip);
     if (t->intended) SIMD EACH t->intended[at + i] = -r[i];
     int32_t past = 0, updates = 0;
     _Pragma("omp simd reduction(max : past) reduction(+ : updates)")
     EACH {
-        const int32_t lost = r[i] != r[i] || scaled[i] != scaled[i];
+        const int32_t lost = r[i] != r[i];
         const float magnitude = lost ? 0.0f : fabsf(r[i]), whole = floorf(magnitude);
         const float up = uniform(begin + (uint32_t)i, first, second) < magnitude - whole ? 1.0f : 0.0f;
         const int32_t steps = (int32_t)(whole + up), rung = rungs[i] - (r[i] < 0 ? -steps : steps);
@@ -286,7 +290,7 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
     int32_t amax = 0; /* as bits, which order magnitudes, NaN above all */
     _Pragma("omp simd reduction(max : amax)")
     EACH {
-        const float value = r[i] != r[i] || scaled[i] != scaled[i] ? NAN : target[i], size = fabsf(value);
+        const float value = r[i] != r[i] ? NAN : target[i], size = fabsf(value);
         int32_t bits;
         memcpy(&bits, &size, sizeof(bits));
         target[i] = value;
@@ -295,55 +299,68 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
     return (Seen){amax, past, updates};
 }
 
-/* Moves weights by whole rungs, from the first'th on, until one whose scale may have to change: that one's unrounded
-   values, in scaled units, are left in `target`, and its number is returned; `count` if all have landed.
-   target: room for the largest weight. */
-int64_t grid_steps(int64_t first, int64_t count, const Member *members, const Move *moves, const Grid *o,
-                   float *target, Landing *landings) {
-    int64_t stopped = count, updates = 0, flips = 0;
+static float float_of(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+static Landing grid_move(const Member *t, const Move *move, const Grid *o, float *target, int split) {
+    const int64_t pieces = (t->n + PIECE - 1) / PIECE;
+    const float scale = *t->scale, inverse = 1.0f / scale, low = (float)move->low, high = (float)move->high;
+    const int multiply = is_power_of_two(scale); /* instead of dividing: the same bits, sooner */
+    int64_t updates = 0, flips = 0;
     int32_t amax = 0, past = 0;
-    _Pragma("omp parallel")
-    for (int64_t each = first; each < count; each++) {
-        const Member t = members[each];
-        const Move move = moves[each];
-        const int64_t pieces = (t.n + PIECE - 1) / PIECE;
-        _Pragma("omp single")
-        updates = flips = amax = past = 0;
-        _Pragma("omp for schedule(static) reduction(max : amax, past) reduction(+ : updates)")
-        for (int64_t piece = 0; piece < pieces; piece++) {
-            const int64_t at = piece * PIECE;
-            const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
-            const Seen seen = grid_piece(&t, &move, at, n, o, target + at);
-            amax = seen.amax > amax ? seen.amax : amax;
-            past = seen.past > past ? seen.past : past;
-            updates += seen.updates;
-        }
-        float size, scale = *t.scale;
-        memcpy(&size, &amax, sizeof(size));
-        size = size / scale;
-        const int quiet = !past && size > move.quiet_low && size <= move.quiet_high;
-        if (quiet) {
-            const float low = (float)move.low, high = (float)move.high;
-            _Pragma("omp for schedule(static) reduction(+ : flips)")
-            for (int64_t piece = 0; piece < pieces; piece++) {
-                const int64_t at = piece * PIECE;
-                const int32_t n = (int32_t)(t.n - at < PIECE ? t.n - at : PIECE);
-                int32_t changed = 0;
-                _Pragma("omp simd reduction(+ : changed)")
-                EACH {
-                    const float value = limited(target[at + i], low, high) / scale;
-                    changed += value != t.w[at + i];
-                    t.w[at + i] = value;
-                }
-                flips += changed;
-            }
-        }
-        _Pragma("omp single")
-        {
-            landings[each] = (Landing){flips, updates, size, past};
-            if (!quiet) stopped = each;
-        }
-        if (!quiet) break;
+    _Pragma("omp parallel for schedule(static) reduction(max : amax, past) reduction(+ : updates) if (split)")
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t at = piece * PIECE;
+        const Seen seen = grid_piece(t, move, at, (int32_t)(t->n - at < PIECE ? t->n - at : PIECE), o, target + at);
+        amax = seen.amax > amax ? seen.amax : amax;
+        past = seen.past > past ? seen.past : past;
+        updates += seen.updates;
     }
-    return stopped;
+    const double size = float_of(amax) / scale;
+    if (past || !(size > move->quiet_low && size <= move->quiet_high)) {
+        float *left = malloc((size_t)t->n * sizeof(float));
+        if (left) memcpy(left, target, (size_t)t->n * sizeof(float));
+        return (Landing){0, updates, past, left, !left};
+    }
+    _Pragma("omp parallel for schedule(static) reduction(+ : flips) if (split)")
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t at = piece * PIECE;
+        const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
+        const float *from = target + at;
+        float *w = t->w + at;
+        int32_t changed = 0;
+        _Pragma("omp simd reduction(+ : changed)")
+        EACH {
+            const float landed = limited(from[i], low, high), value = multiply ? landed * inverse : landed / scale;
+            changed += value != w[i];
+            w[i] = value;
+        }
+        flips += changed;
+    }
+    return (Landing){flips, updates, past, 0, 0};
+}
+
+/* Moves weights by whole rungs and lands those whose scale surely stays; of another one the unrounded values, in scaled
+   units, are left in `landings`, for `take` to fetch. Threads take a weight each, or with `split` share each one.
+   targets: for every thread room for the largest weight, `room` numbers. Returns whether memory ran out. */
+int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, float *targets,
+                   int64_t room, int32_t split, Landing *landings) {
+    int32_t failed = 0;
+    _Pragma("omp parallel for schedule(dynamic) reduction(max : failed) if (!split)")
+    for (int64_t each = 0; each < count; each++) {
+        float *target = targets + (split ? 0 : omp_get_thread_num() * room);
+        landings[each] = grid_move(&members[each], &moves[each], o, target, split);
+        failed = landings[each].failed ? 1 : failed;
+    }
+    return failed;
+}
+
+/* Copies the values that a weight has left, n of them, and frees their memory. */
+void take(Landing *landing, float *values, int64_t n) {
+    memcpy(values, landing->left, (size_t)n * sizeof(float));
+    free(landing->left);
+    landing->left = 0;
 }
