@@ -166,7 +166,7 @@ class _Checked:
             tree = base.copy()
             tree.apply(values)
             tree.apply(self.flags)
-            experiment = self._experiment(tree, device)
+            experiment = self._experiment(tree)
             if experiment is not None:
                 in_force = tuple(_in_force(one, device) for one in (*overlay, *values, *self.flags))
                 cells.append(Cell(name=cell_name(values), experiment=experiment, in_force=in_force))
@@ -217,9 +217,9 @@ class _Checked:
         """Whether a `--set` gives every cell one value along the axis, which is then no axis."""
         return any(axis[: len(flag.path)] == flag.path for flag in self.flags)
 
-    def _experiment(self, tree: Tree, device: str) -> Experiment | None:
+    def _experiment(self, tree: Tree) -> Experiment | None:
         sections, problems = _sections(tree.data, self.registry)
-        problems = [*tree.problems, *problems, *contradictions(sections, device)]
+        problems = [*tree.problems, *problems, *contradictions(sections)]
         self.mistakes.add(problems, tree)
         return None if problems else Experiment(**sections)
 

@@ -39,20 +39,17 @@ def bare_name(choice: FormatChoice) -> str:
 
 
 def inexact_in_bfloat16(
-    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], autocast: str
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str]
 ) -> Iterator[FieldError]:
-    """Yield what loses bits under bfloat16 autocast, where grid values times powers of two do not.
-
-    autocast: what makes it bfloat16, for the message.
-    """
+    """Yield what loses bits under bfloat16 autocast, where grid values times powers of two do not."""
     way_out = 'set train.dtype = "float32"'
     for table, at, choice in _uses(quantize, layers, tied):
         options = _tables(quantize)[table]
         if not held_by_bfloat16(choice):
             yield FieldError(
                 at,
-                f"{_shown(choice)} does not survive {autocast}, which holds {BFLOAT16_DIGITS} significant "
-                f"bits; {way_out}, or name another format",
+                f"{_shown(choice)} does not survive bfloat16 autocast, which holds {BFLOAT16_DIGITS} "
+                f"significant bits; {way_out}, or name another format",
             )
         option = _inexact_option(options)
         if option and is_scaled(options, choice):
@@ -60,7 +57,7 @@ def inexact_in_bfloat16(
             yield FieldError(
                 (option,) if table == "format" else (table, option),
                 f"{_shown(choice)} under {cause} has scales that are no powers of two: inexact under "
-                f"{autocast}; {way_out}, or leave it out",
+                f"bfloat16 autocast; {way_out}, or leave it out",
             )
 
 

@@ -178,8 +178,16 @@ def listed(names: Iterable[str]) -> str:
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or the empty text; case does not matter."""
     by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(word.lower(), by_lower)
+    if not close:
+        return ""
+    given = word.lower()
+    best = max(close, key=lambda one: (_likeness(one, given), one[0] == given[0]))
+    return f"; did you mean {by_lower[best]!r}?"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _canonical(distribution: str) -> str:

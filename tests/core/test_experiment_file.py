@@ -746,20 +746,11 @@ def test_what_bfloat16_holds_or_nothing_uses_is_not_refused(experiment, options)
     experiment(f'name = "e"\n[quantize]\n{options}', 'train.dtype="bf16"')
 
 
-@pytest.mark.parametrize(
-    ("device", "train", "refused"),
-    [
-        ("cuda", {}, True),
-        ("cpu", {}, False),
-        ("cuda", {"device": "cpu"}, False),
-        ("cuda", {"dtype": "float32"}, False),
-        ("cpu", {"dtype": "bf16"}, True),
-    ],
-)
-def test_an_automatic_dtype_is_bfloat16_on_cuda(experiment, device, train, refused):
+@pytest.mark.parametrize(("dtype", "refused"), [("auto", False), ("float32", False), ("bf16", True)])
+def test_only_a_file_that_asks_for_bfloat16_by_name_is_refused_for_it(experiment, dtype, refused):
     found = experiment(in_quantize('scale_rule = "exact"'), "train.dtype=float32")
     sections = {name: getattr(found, name) for name in ("quantize", "model", "data")}
-    problems = list(contradictions({**sections, "train": TrainOptions(**train)}, device))
+    problems = list(contradictions({**sections, "train": TrainOptions(dtype=dtype)}))
     assert [problem.path for problem in problems] == [("quantize", "scale_rule")] * refused
 
 
@@ -865,11 +856,3 @@ def test_the_number_of_layers_has_an_end(mistakes):
     assert mistakes('name = "e"\nmodel.n_layer = 1000000000000') == [
         "e.toml:2: model.n_layer: expected 1 to 1000, got 1000000000000"
     ]
-
-
-def test_an_automatic_dtype_is_checked_for_cuda_even_where_there_is_none(mistakes, experiment):
-    (line,) = mistakes(in_quantize('scale_rule = "exact"'))
-    assert line.startswith("e.toml:4: quantize.scale_rule: E5M2 under")
-    assert 'bfloat16 autocast (train.dtype = "auto" on cuda); set train.dtype = "float32"' in line
-    experiment(in_quantize('scale_rule = "exact"') + '[on.cuda]\n"train.dtype" = "float32"')
-    experiment(in_quantize('scale_rule = "exact"'), "train.device=cpu")

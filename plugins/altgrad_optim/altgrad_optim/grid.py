@@ -225,7 +225,7 @@ class GridOptim(GeometryOptimizer):
             adam=group["normalize"] == "adam",
         )
         for place, values, past_end in steps.left():
-            self._land({moving[place].index: _Landing(values, torch.tensor(past_end))})
+            self._land({moving[place].index: _Landing(values, torch.tensor(past_end))}, rare=True)
         for member, counts in zip(moving, steps.counts, strict=True):
             self.counts.setdefault(member.weight, counts)
 
@@ -291,8 +291,8 @@ class GridOptim(GeometryOptimizer):
                 direction.add_(scaled.div_(format.spacing(scaled)).mul_(decay))
         return direction.clamp_(-group["rung_clip"], group["rung_clip"])
 
-    def _land(self, landings: dict[int, _Landing]) -> None:
-        """Scale, round, bound, for the weights that move in this step."""
+    def _land(self, landings: dict[int, _Landing], *, rare: bool = False) -> None:
+        """Scale, round, bound, for weights that move in this step; `rare`: not worth compiling."""
         if not landings:
             return
         scales = self._scales_in_use()
@@ -301,6 +301,7 @@ class GridOptim(GeometryOptimizer):
             scales.adapt(
                 torch.stack([self._amax(member, landings.get(member.index)) for member in self._members])
             )
+        land, count = (landed.__wrapped__, counted.__wrapped__) if rare else (landed, counted)
         limits = scales.limits()
         ratios = torch.stack(scales.scales) / before
         for index, landing in landings.items():
@@ -310,9 +311,9 @@ class GridOptim(GeometryOptimizer):
                 values = master_values(landing.target, member.format, limit, member.ends) / scale
             else:
                 keys = self._rerounding_keys(member)
-                values = landed(landing.target, ratios[index], scale, limit, keys, member.format)
+                values = land(landing.target, ratios[index], scale, limit, keys, member.format)
             values = values.view_as(member.weight)
-            self.counts[member.weight] = counted(*map(flat, (values, member.weight, member.weight.grad)))
+            self.counts[member.weight] = count(*map(flat, (values, member.weight, member.weight.grad)))
             member.weight.copy_(values)
 
     def _count(self) -> None:

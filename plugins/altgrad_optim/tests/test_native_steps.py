@@ -29,7 +29,7 @@ def eagerly(monkeypatch):
     return call
 
 
-@pytest.fixture(params=["E4M3", "E7M0", "E0M7", "E5M2", "LOPSIDED"])
+@pytest.fixture(params=["E4M3", "E7M0", "E0M7", "LOPSIDED"])
 def format(request):
     if request.param == "LOPSIDED":
         return TABLE
@@ -65,7 +65,7 @@ def same(first, second):
     return all(torch.equal(a.nan_to_num(9e9), b.nan_to_num(9e9)) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("placement", ["gradient", "both", (0.0, 0.5), (0.0, -0.5), (-1.0, 1.0), (0, 0)])
+@pytest.mark.parametrize("placement", ["gradient", "both", (0.0, 0.5), (-1.0, -0.5), (0, 0)])
 @pytest.mark.parametrize("normalize", ["rms", "mean", "max", "none"])
 def test_manifold_steps_in_c_have_the_bits_of_those_in_torch(format, placement, normalize, eagerly):
     def train():
@@ -119,8 +119,7 @@ def quantized(own, format):
 @pytest.mark.parametrize("normalize", ["adam", "none"])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("bound", [0.0, 2.0])
-@pytest.mark.parametrize("storage_rounding", ["nearest_even", "stochastic"])
-@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize(("storage_rounding", "spoil"), [("nearest_even", True), ("stochastic", False)])
 def test_grid_steps_in_c_have_the_bits_of_those_in_torch(
     format, normalize, decay, bound, storage_rounding, spoil, eagerly
 ):
