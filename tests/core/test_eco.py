@@ -150,7 +150,7 @@ def bias(format, rounding, make, steps=1000):
     return ((weight.detach() - target).abs() * scale / format.spacing(target * scale)).mean().item()
 
 
-@pytest.mark.parametrize("name", ["E0M7", "E4M3"])
+@pytest.mark.parametrize("name", ["E0M7", pytest.param("E4M3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make",
     [
@@ -274,6 +274,7 @@ def test_after_every_step_the_weights_are_on_their_grids(table, make):
         assert all(map(is_on_grid, storage.weights))
 
 
+@pytest.mark.slow
 def test_a_model_learns_where_nearest_rounding_stalls(uniform):
     final = {}
     for rounding in ("nearest_even", "eco"):

@@ -353,6 +353,7 @@ def test_with_float32_residuals_a_fixed_scale_and_no_decay_the_run_is_that_of_ma
         assert not torch.equal(runs[0][1], runs[0][-2]), "the weights have moved"
 
 
+@pytest.mark.slow
 def test_with_residuals_of_eight_bits_a_model_learns_where_nearest_rounding_stalls(table, uniform):
     final = {}
     for rounding, options in {

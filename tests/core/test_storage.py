@@ -355,6 +355,7 @@ def _final_losses(format, rounding, lr):
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 def test_bf16_with_stochastic_rounding_trains_as_float32_does_within_the_spread_of_seeds(table):
     exact, stochastic, nearest = (
         _final_losses(format, rounding, lr=3e-4)

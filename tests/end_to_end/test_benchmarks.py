@@ -334,6 +334,7 @@ def test_exactness_prints_a_markdown_table(exactness, monkeypatch, capsys):
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["altgrad", "E2M1, E4M3", *["0"] * 8]
 
 
+@pytest.mark.slow
 def test_the_command_quantize_prints_every_job_and_its_target():
     flags = ["--elements", "2000", "--parameters", "5000", "--turns", "3", "--threads", "1", "--json"]
     done = subprocess.run(

@@ -122,7 +122,9 @@ def test_a_wrong_command_line_exits_with_2(altgrad, tokens):
     assert err
 
 
-@pytest.mark.parametrize("tokens", [["plugins"], ["formats"], ["formats", "BF16", "--json"]])
+@pytest.mark.parametrize(
+    "tokens", [["plugins"], pytest.param(["formats"], marks=pytest.mark.slow), ["formats", "BF16", "--json"]]
+)
 def test_a_reader_that_leaves_early_is_no_error(tokens):
     command = [sys.executable, "-c", "from altgrad_core.cli import altgrad; altgrad()", *tokens]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -125,6 +125,7 @@ def test_a_stiffness_reweights_the_equilibrium_by_its_inverse(quadratic):
         *(("E7M0", "plain", 0.05), ("E7M0", "update", 0.1), ("E7M0", "scrambled", 0.05)),
     ],
 )
+@pytest.mark.slow
 def test_the_floor_is_the_equilibriums(floors, name, arm, lr):
     found = floors.floor(name, arm, lr, weights=128, replicas=12)
     # A step longer than the gap leaves its weight at most lr^2 D^2 g^2 more: of the order of the long steps.
@@ -136,6 +137,7 @@ def test_the_floor_is_a_quarter_of_spacing_times_force(floors):
     within(found.excess.over(found.formula), 1.0, found.long_steps / 2)
 
 
+@pytest.mark.slow
 def test_on_coarse_grids_the_floor_knows_no_learning_rate(floors):
     slow, fast = (floors.floor("E7M0", "plain", lr, weights=128, replicas=16) for lr in (0.05, 0.2))
     error = math.hypot(slow.excess.error, fast.excess.error)
@@ -269,6 +271,7 @@ def test_in_a_bowl_value_rounding_under_update_is_biased_toward_zero(rung_walks,
 
 
 @pytest.mark.parametrize(("noise", "lowest", "highest"), [(3.0, -8, 0), (6.0, -math.inf, -14)])
+@pytest.mark.slow
 def test_value_rounding_under_update_loses_a_weight_that_is_hardly_pushed_back_at_zero(
     rung_walks, quadratic, noise, lowest, highest
 ):

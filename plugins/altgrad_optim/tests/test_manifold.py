@@ -701,6 +701,7 @@ torch.save(weight.detach(), sys.argv[1] + "/result.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_frozen_stiffness_resumes_to_the_bit_in_a_fresh_process(table, tmp_path):
     gradients = torch.randn(6, 200, generator=generator(5))
 
