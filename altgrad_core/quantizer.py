@@ -7,6 +7,7 @@ optimizers find it from the Parameter alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,10 @@ class WeightQuantizer:
         self.scale = torch.ones(())
         self.held: Tensor | None = None
         self.unfitted = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy: off the grid, until what keeps the weights there is copied too."""
+        return {**self.__dict__, "on_grid": False}
 
     @property
     def format(self) -> Format:

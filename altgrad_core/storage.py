@@ -25,7 +25,7 @@ from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales as GridScales
 from altgrad_core.grid_scales import rms_of
 from altgrad_core.lookup import format_or_none
-from altgrad_core.quantizer import WeightQuantizer, quantizer_of
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.recipe import refuse_off_grid
 
@@ -105,7 +105,6 @@ class GridStorage:
     def _claim(self) -> None:
         """Have the forward pass use the weights as they are; a copy of a quantiser alone does not."""
         for quantizer in self._quantizers:
-            quantizer.__class__ = _Kept
             quantizer.on_grid = True
 
     def _hook(self) -> None:
@@ -240,14 +239,6 @@ def store_on_grid(
         scale_mode=scale_mode,
         residual_format=chosen,
     )
-
-
-class _Kept(WeightQuantizer):
-    """The quantiser of a weight that a GridStorage keeps on its grid."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy: off the grid, until its GridStorage is copied too and claims it."""
-        return {**self.__dict__, "on_grid": False}
 
 
 class MasterBound:

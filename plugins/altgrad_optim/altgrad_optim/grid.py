@@ -383,8 +383,18 @@ class GridOptim(GeometryOptimizer):
             else:
                 values = bounded(member.format.quantize(scaled), limit)
             member.weight.copy_(values / scale)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Have the forward pass use the weights as they are; a copy of a model alone does not."""
+        for member in self._members:
             if member.quantizer is not None:
                 member.quantizer.on_grid = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_members" in state:  # a copy, not what a checkpoint holds
+            self._claim()
 
     def _scale(self, member: Member) -> Tensor:
         return self._scales_in_use().scales[member.index]

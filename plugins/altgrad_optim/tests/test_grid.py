@@ -813,3 +813,19 @@ def test_grid_step_moves_by_whole_rungs_between_all_values(formats):
             expected = (rungs - move).clamp(int(rungs[0]), int(rungs[-1]))
             assert torch.equal(format.rung(landed), expected), format
             assert bool(past) == (move != 0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_copy_of_a_model_alone_quantises_and_one_with_its_optimizer_uses_the_grid(table, together):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    quantize_model(model, table("E4M3"))
+    optimizer = GridOptim(param_groups(model))
+    copied = copy.deepcopy((model, optimizer))[0] if together else copy.deepcopy(model)
+    assert quantizer_of(model[0].weight).on_grid
+    assert quantizer_of(copied[0].weight).on_grid == together
+    with torch.no_grad():
+        copied[0].weight.mul_(1.01)  # off the grid: only a copy on its own sees to it
+    x = torch.eye(8)
+    as_it_is = torch.nn.functional.linear(x, copied[0].weight, copied[0].bias)
+    assert torch.equal(copied(x), as_it_is) == together
