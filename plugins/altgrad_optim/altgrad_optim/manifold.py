@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_core.error_compensation import Momentum, adam_rate
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs, Stiffness
@@ -210,6 +211,29 @@ class ManifoldAdamW(GeometryOptimizer):
         if stiffness is not None and q:
             direction *= normalized(powered(stiffness, q), group["normalize"])
         weight.mul_(self._kept(group)).sub_(direction.mul_(self.grid_lr(group)))
+
+    @torch.no_grad()
+    def momentum_of(self, weight: Tensor) -> Momentum | None:
+        """Return the weight's first moment and its rate, for storage that compensates what rounding took.
+
+        The rate has the stiffness at the weight as it is now. None before the first step.
+        """
+        state = self.state.get(weight)
+        if not state:
+            return None
+        group, index = next(
+            (group, index)
+            for group in self.param_groups
+            for index, one in enumerate(group["params"])
+            if one is weight
+        )
+        lr = self.grid_lr(group)
+        rate = adam_rate(state["exp_avg_sq"], state["step"], lr, group["betas"], group["eps"])
+        grid = grid_of(group, index)
+        if group["q"] and grid is not None:
+            stiffness = self._stiffness_at(weight, *grid).clamp(max=group["max_stiffness"])
+            rate = rate * normalized(powered(stiffness, group["q"]), group["normalize"])
+        return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
 
     def _stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
         """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""

@@ -813,3 +813,41 @@ def test_the_learning_rate_of_a_borrowed_geometry_is_the_groups_own_or_lr_on_the
     assert moved(None, 0.5) == pytest.approx(0.25)
     assert moved(0.2, 0.5) == pytest.approx(0.1)
     assert moved(0.0, 1.0) == 0
+
+
+def test_its_moment_and_rate_are_what_a_step_takes_from_a_weight(table):
+    model = nn.Sequential(nn.Linear(64, 4, bias=False))
+    quantize_model(model, table("E4M3"))
+    (weight,) = model.parameters()
+    optimizer = ManifoldAdamW(param_groups(model), lr=0.01, stiffness=constant(0.25), normalize="none")
+    assert optimizer.momentum_of(weight) is None
+    for step in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(weight.shape, generator=generator(step))
+        optimizer.step()
+    momentum = optimizer.momentum_of(weight)
+    torch.testing.assert_close(before - weight.detach(), momentum.rate * momentum.buffer)
+    assert momentum.beta == 0.9
+
+
+@pytest.mark.slow
+def test_error_compensation_brings_it_to_a_minimum_where_nearest_rounding_stalls(table):
+    def bias(rounding):
+        target = torch.rand(1, 512, generator=generator(3)) / 2 + 0.25
+        model = nn.Sequential(nn.Linear(512, 1, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(target + (torch.rand(1, 512, generator=generator(4)) - 0.5) * 0.5)
+        format = table("E0M7")
+        quantize_model(model, format)
+        (weight,) = model.parameters()
+        optimizer = ManifoldAdamW(param_groups(model), lr=2e-3)
+        store_on_grid(optimizer, rounding, scale_mode="initial")
+        for step in range(1000):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - 0.9 * step / 1000)
+            weight.grad = weight.detach() - target
+            optimizer.step()
+        scale = quantizer_of(weight).scale
+        return ((weight.detach() - target).abs() * scale / format.spacing(target * scale)).mean()
+
+    assert bias("nearest_even") > 5
+    assert bias("eco") < 1.5
