@@ -24,7 +24,9 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import torch
@@ -99,6 +101,38 @@ def one_a_row(scale: Tensor | None, x: Tensor) -> bool:
         return True
     rows = scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1)
     return rows and scale.dtype == torch.float32 and scale.device == x.device
+
+
+class Blocks:
+    """The block loops of formats, looked up once each, for as long as one call takes."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, BlockLoops | None] = {}
+
+    def of(self, format: LendsLoops) -> BlockLoops | None:
+        """Return the loops of a format; None where it has none."""
+        if id(format) not in self._found:
+            self._found[id(format)] = format.block_loops()
+        return self._found[id(format)]
+
+
+class LendsLoops(Protocol):
+    """A `Format`, which this module does not know."""
+
+    def block_loops(self) -> BlockLoops | None: ...
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether a loop that reads memory as it lies can take such tensors: float32, contiguous, on a CPU."""
+    return all(
+        x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg() and x.numel()
+        for x in tensors
+    )
+
+
+def too_few_for_threads(sizes: Sequence[int]) -> bool:
+    """Whether threads must share each of so many elements, since one each would leave some idle."""
+    return max(sizes) * torch.get_num_threads() > sum(sizes)
 
 
 def block_loops(loops: ctypes.CDLL, context: Tensor, owner: object = None) -> BlockLoops:

@@ -12,13 +12,13 @@ Rounding draws are a pure function of (seed, step, tensor, element): see `random
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import scaling
+from altgrad_core import native_landing, scaling
 from altgrad_core.error_compensation import ErrorCompensation
 from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
@@ -100,7 +100,7 @@ class GridStorage:
             margins=[quantizer.margin for quantizer in self._quantizers],
             shrink_early=self.rounding == "stochastic",
         )
-        self._round("nearest_even")
+        self._round("nearest_even", range(len(self.weights)))
 
     def _claim(self) -> None:
         """Have the forward pass use the weights as they are; a copy of a quantiser alone does not."""
@@ -139,10 +139,21 @@ class GridStorage:
             self._give_back(self.feedback)
         self._begun = False
         self.intended = {weight: weight - before for weight, before in self.watched.items()}
-        if self.scales.may_move:
-            self.scales.adapt(scaling.amax([weight.detach() for weight in self.weights]))
-        self._round("stochastic" if self.rounding == "stochastic" else "nearest_even")
+        self._land("stochastic" if self.rounding == "stochastic" else "nearest_even")
         self.counter += 1
+
+    def _land(self, rounding: str) -> None:
+        """Scale, round, bound: in C where it can be and no residual is asked for, else in torch."""
+        landed: set[int] = set()
+        if self.feedback is None and self._compensation is None:
+            stream = (self.seed, self.counter) if rounding == "stochastic" else None
+            landed = native_landing.land(self.weights, self._formats, self.scales, stream)
+        left = [index for index in range(len(self.weights)) if index not in landed]
+        if left and self.scales.may_move:
+            amax = torch.zeros(len(self.weights), dtype=torch.float64, device=self.weights[0].device)
+            amax[left] = scaling.amax([self.weights[index].detach() for index in left])
+            self.scales.adapt(amax)
+        self._round(rounding, left)
 
     def _give_back(self, feedback: ErrorFeedback) -> None:
         """Add the residuals to the weights that are on their grids."""
@@ -155,11 +166,14 @@ class GridStorage:
         return any(quantizer_of(weight) is None for weight in self.weights)
 
     @torch.no_grad()
-    def _round(self, rounding: str) -> None:
-        """Round every weight to its grid and limit it there, and put its residual where it belongs."""
+    def _round(self, rounding: str, places: Collection[int]) -> None:
+        """Round weights to their grids and limit them there, and put their residuals where they belong."""
+        if not places:
+            return
         limits, bounds = self.scales.limits(), self.scales.bounds()
         keeper = self.feedback or self._compensation
-        for index, (weight, format) in enumerate(zip(self.weights, self._formats, strict=True)):
+        for index in places:
+            weight, format = self.weights[index], self._formats[index]
             stream = (self.seed, self.counter, index)
             keys = stream_key_tensor(stream, weight.device) if rounding == "stochastic" else None
             scale, limit = self.scales.scales[index], None if limits is None else limits[index]

@@ -196,11 +196,11 @@ class GridOptim(GeometryOptimizer):
         """Return which of the weights the loops in C move: index to the loops of its format."""
         if group["rounding"] != "rung" or not native_steps.available():
             return {}
-        blocks, found = native_steps.Blocks(), {}
+        blocks, found = native.Blocks(), {}
         for member in moving:
             state = self._started(group, member.weight)
             loops = None if member.master else blocks.of(member.format)
-            if loops is not None and native_steps.reads(member.weight, member.weight.grad, *state):
+            if loops is not None and native.readable(member.weight, member.weight.grad, *state):
                 found[member.index] = loops
         return found
 

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_core import native
 from altgrad_core.error_compensation import Momentum, adam_rate
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
@@ -160,13 +161,13 @@ class ManifoldAdamW(GeometryOptimizer):
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
         p, q, lr, kept = group["p"], group["q"], self.grid_lr(group), self._kept(group)
         fast = native_steps.available() and {p, q} <= native_steps.POWERS.keys()
-        blocks, by_spacing, moves = native_steps.Blocks(), self._is_spacing, []
+        blocks, by_spacing, moves = native.Blocks(), self._is_spacing, []
         for weight, format, scale in gridded:
             state = self.state[weight]
             moments(state, weight, "exp_avg", "exp_avg_sq")
             state["step"] += 1
             memory = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
-            loops = blocks.of(format) if fast and native_steps.reads(*memory) else None
+            loops = blocks.of(format) if fast and native.readable(*memory) else None
             if loops is None:
                 self._update_in_passes(group, weight, format, scale)
                 continue

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
-from altgrad_core.format import Format
 
 _SOURCE = Path(__file__).with_name("steps.c")
 PIECE = 1024  # as in steps.c
@@ -61,27 +60,6 @@ def _loops() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the loops may be called now: they are compiled, and nobody records what is done to tensors."""
     return not native.recording() and _loops() is not None
-
-
-def reads(*tensors: Tensor) -> bool:
-    """Whether the loops can read such tensors: float32, contiguous, on a CPU."""
-    return all(
-        x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg() and x.numel()
-        for x in tensors
-    )
-
-
-class Blocks:
-    """The loops of formats over blocks, by the format, looked up once each."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, native.BlockLoops | None] = {}
-
-    def of(self, format: Format) -> native.BlockLoops | None:
-        """Return the loops of a format that lives as long as this; None where it has none."""
-        if id(format) not in self._found:
-            self._found[id(format)] = format.block_loops()
-        return self._found[id(format)]
 
 
 def _moments(betas: tuple[float, float], eps: float) -> _Moments:
@@ -228,7 +206,7 @@ def _shares(weights: Sequence[Tensor]) -> tuple[int, int, bool]:
     work on one weight at a time, because there are too few of them for one each.
     """
     sizes, threads = [weight.numel() for weight in weights], torch.get_num_threads()
-    split = max(sizes) * threads > sum(sizes)
+    split = native.too_few_for_threads(sizes)
     return -(-max(sizes) // PIECE) * PIECE, 1 if split else threads, split
 
 

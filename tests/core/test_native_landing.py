@@ -1,0 +1,97 @@
+"""Weights landed by the loop in C against the same rounding in torch, bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad_core import native_landing
+from altgrad_core.format import Format
+from altgrad_core.storage import store_on_grid
+from altgrad_core.surgery import quantize_model
+
+LOPSIDED = Format(name="LOPSIDED", bits=4, values=[-8.0, -3.0, -1.0, -0.5, -0.125, 0, 0.1875, 0.25, 1, 5, 6])
+
+
+@pytest.fixture(autouse=True)
+def loops():
+    if native_landing._loops() is None:
+        pytest.skip("there is no C compiler here")
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    def call(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(native_landing, "land", lambda *_: set())
+            return function()
+
+    return call
+
+
+@pytest.fixture(params=["E4M3", "E7M0", "E0M7", "LOPSIDED"])
+def format(request, table):
+    return LOPSIDED if request.param == "LOPSIDED" else table(request.param)
+
+
+def trained(format, rounding, steps=12, *, bound=0.0, scale_mode="adaptive", spoil=False):
+    """Return weights and scales step by step, of weights that grow, shrink, vanish and are not a number."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 3, bias=False), nn.Linear(3, 700, bias=False))
+    nn.init.zeros_(model[1].weight)
+    quantize_model(model, format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    storage = store_on_grid(optimizer, rounding, generator, bound=bound, scale_mode=scale_mode)
+    seen = []
+    for step in range(steps):
+        for weight in model.parameters():
+            draws = torch.randn(weight.shape, generator=generator)
+            weight.grad = draws + (30 if step == 4 else 0) + 8 * weight.detach() * (step > 6)
+            weight.grad.view(-1)[1] = torch.nan if spoil and step == 9 else 0.0
+        optimizer.step()
+        seen += [*(weight.detach().clone() for weight in model.parameters())]
+        seen += [one.clone() for one in storage.scales.state_dict().values()]
+    return seen, storage
+
+
+def same(first, second):
+    return all(
+        torch.equal(a.double().nan_to_num(9e9), b.double().nan_to_num(9e9))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+@pytest.mark.parametrize("options", [{}, {"bound": 2.0}, {"scale_mode": "initial"}, {"spoil": True}], ids=str)
+def test_weights_land_with_the_bits_of_torch(format, rounding, options, in_torch):
+    (fast, storage), (slow, _) = (
+        trained(format, rounding, **options),
+        in_torch(lambda: trained(format, rounding, **options)),
+    )
+    assert same(fast, slow)
+    moves = int(storage.scales.rescales.sum())
+    assert moves > 0 or options.get("scale_mode") == "initial", "a scale has moved on the way"
+
+
+def test_the_number_of_threads_changes_no_bit(format):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, _ = trained(format, "stochastic", 5)
+        torch.set_num_threads(2)
+        assert same(one, trained(format, "stochastic", 5)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_weight_that_does_not_lie_in_one_piece_is_rounded_in_torch(format):
+    model = nn.Sequential(nn.Linear(40, 64, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(40, 64, generator=torch.Generator().manual_seed(3)).t())
+    quantize_model(model, format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    storage = store_on_grid(optimizer)
+    model[0].weight.grad = torch.full((64, 40), 0.3)
+    optimizer.step()
+    scaled = model[0].weight.detach() * storage.scales.scales[0]
+    assert torch.isin(scaled, format.values).all()
