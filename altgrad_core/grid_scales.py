@@ -8,6 +8,7 @@ in geometry and not in who may grow.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -137,8 +138,7 @@ class GridScales:
         high = format.largest * unit / margin * (1 - slack)
         low = format.largest * unit / 4 / margin * (1 + slack)
         if not self.shrink_early:  # then the scale shrinks only for what rounds past the largest value
-            gap = float(format.spacing(torch.tensor([format.largest], dtype=torch.float64))[0])
-            high = max(high, (format.largest + gap / 2) * unit * (1 - _SLACK))
+            high = max(high, _last_midpoint(format) * unit * (1 - _SLACK))
         return low, high
 
     def bounds(self) -> Tensor | None:
@@ -176,6 +176,13 @@ class GridScales:
 def rms_of(weights: Sequence[Tensor]) -> Tensor:
     """Return each tensor's root mean square, (n,) float32; by float64: no square overflows."""
     return torch.stack([weight.double().square().mean().sqrt().float() for weight in weights])
+
+
+@functools.lru_cache(maxsize=64)
+def _last_midpoint(format: Format) -> float:
+    """Return half a gap past the largest value: what is below rounds to it."""
+    top = torch.tensor([format.largest], dtype=torch.float64)
+    return format.largest + float(format.spacing(top)[0]) / 2
 
 
 def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:

@@ -34,15 +34,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from altgrad_core import native, scaling
+from altgrad_core import scaling
 from altgrad_core.format import Format, bounded
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
-from altgrad_core.random_bits import draw_seed, stream_key_table, stream_key_tensor
+from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
-from altgrad_optim import GridOptimOptions, native_steps
-from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step
+from altgrad_optim import GridOptimOptions, one_pass
+from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -182,9 +182,8 @@ class GridOptim(GeometryOptimizer):
             gridded, plain = split_by_grid(group)
             moving = [self._members[self._index[weight]] for weight, *_ in gridded if weight in self._index]
             plain += [weight for weight, *_ in gridded if weight not in self._index]
-            in_one_pass = self._in_one_pass(group, moving)
-            self._land_in_one_pass(group, in_one_pass)
-            for member in (member for member in moving if member.index not in in_one_pass):
+            landed = self._land_in_one_pass(group, moving)
+            for member in (member for member in moving if member.index not in landed):
                 landings[member.index] = self._move(group, member)
             plain_step(self, group, plain, plain_lr(group))
         self._land(landings)
@@ -192,71 +191,28 @@ class GridOptim(GeometryOptimizer):
         self.counter += 1
         return loss
 
-    def _in_one_pass(self, group: dict[str, Any], moving: Sequence[Member]) -> dict[int, native.BlockLoops]:
-        """Return which of the weights the loops in C move: index to the loops of its format."""
-        if group["rounding"] != "rung" or not native_steps.available():
-            return {}
-        blocks, found = native.Blocks(), {}
-        for member in moving:
-            state = self._started(group, member.weight)
-            loops = None if member.master else blocks.of(member.format)
-            if loops is not None and native.readable(member.weight, member.weight.grad, *state):
-                found[member.index] = loops
-        return found
-
     def _started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
         """Return the weight's moments, or its velocity, made at its first step."""
         names = ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
         moments(self.state[weight], weight, *names)
         return [self.state[weight][name] for name in names]
 
-    def _land_in_one_pass(self, group: dict[str, Any], loops: dict[int, native.BlockLoops]) -> None:
-        """Move and land weights by the loops in C; a scale that may have to change is looked at here."""
-        if not loops:
-            return
-        keys = stream_key_table(self.seed, self.counter, list(loops))
-        moving = [self._members[index] for index in loops]
-        steps = native_steps.GridSteps(
-            [self._native_move(group, *each) for each in zip(moving, loops.values(), keys, strict=True)],
-            betas=group["betas"],
-            eps=group["eps"],
-            momentum=group["momentum"],
-            clip=group["rung_clip"],
-            adam=group["normalize"] == "adam",
-        )
-        for place, values, past_end in steps.left():
-            self._land({moving[place].index: _Landing(values, torch.tensor(past_end))}, rare=True)
-        for member, counts in zip(moving, steps.counts, strict=True):
-            self.counts.setdefault(member.weight, counts)
+    def _land_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> set[int]:
+        """Move and land weights by the loops in C, and return the places of those that there are loops for.
 
-    def _native_move(
-        self, group: dict[str, Any], member: Member, loops: native.BlockLoops, keys: Tensor
-    ) -> native_steps.GridMove:
-        """Return a weight's step for the loops in C."""
-        first, second = (*self._started(group, member.weight), None)[:2]
-        self.state[member.weight]["step"] += 1
-        step = int(self.state[member.weight]["step"])
-        if self.watch:
-            self.intended[member.weight] = torch.empty_like(member.weight)
-        on_host = self._scales_in_use().on_host(member.index)
-        return native_steps.GridMove(
-            weight=member.weight,
-            gradient=member.weight.grad,
-            first_moment=first,
-            second_moment=second,
-            intended=self.intended.get(member.weight),
-            format=loops,
-            scale=self._scale(member),
-            keys=keys,
-            corrections=corrections(step, group["betas"]),
-            lr=self.grid_lr(group),
-            decay=self._decay(group),
-            limits=on_host.limits,
-            rungs=member.rungs,
-            quiet=on_host.quiet,
-        )
+        A scale that may have to change is looked at here.
+        """
+        states = {member.index: self._started(group, member.weight) for member in members}
+        borrowed = one_pass.borrowed(group, members, states)
+        if borrowed:
+            steps = one_pass.taken(self, group, borrowed)
+            for member, values, past_end in steps.left():
+                self._land({member.index: _Landing(values, torch.tensor(past_end))}, rare=True)
+            for member, counts in zip((one.member for one in borrowed), steps.counts, strict=True):
+                self.counts.setdefault(member.weight, counts)
+        return {one.member.index for one in borrowed}
 
-    def _decay(self, group: dict[str, Any]) -> float:
+    def decay(self, group: dict[str, Any]) -> float:
         """Return the factor of the decay: of w in the gradient, or under Adam of w in spacings."""
         decay = float(group["weight_decay"])
         if group["normalize"] == "none" or not decay:
@@ -277,7 +233,7 @@ class GridOptim(GeometryOptimizer):
 
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
-        state, decay, lr = self.state[weight], self._decay(group), self.grid_lr(group)
+        state, decay, lr = self.state[weight], self.decay(group), self.grid_lr(group)
         first, *second = self._started(group, weight)
         state["step"] += 1
         if not second:
@@ -295,7 +251,7 @@ class GridOptim(GeometryOptimizer):
         """Scale, round, bound, for weights that move in this step; `rare`: not worth compiling."""
         if not landings:
             return
-        scales = self._scales_in_use()
+        scales = self.scales_in_use()
         before = torch.stack(scales.scales)
         if scales.may_move:
             scales.adapt(
@@ -372,7 +328,7 @@ class GridOptim(GeometryOptimizer):
 
     @torch.no_grad()
     def _snap(self, members: Iterable[Member]) -> None:
-        limits = self._scales_in_use().limits()
+        limits = self.scales_in_use().limits()
         for member in members:
             limit = None if limits is None else limits[member.index]
             scale = self._scale(member)
@@ -397,9 +353,9 @@ class GridOptim(GeometryOptimizer):
             self._claim()
 
     def _scale(self, member: Member) -> Tensor:
-        return self._scales_in_use().scales[member.index]
+        return self.scales_in_use().scales[member.index]
 
-    def _scales_in_use(self) -> GridScales:
+    def scales_in_use(self) -> GridScales:
         if self.scales is None:
             raise RuntimeError("no weight of this optimizer has a grid")
         return self.scales

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +143,7 @@ class GridSteps:
 
     def __init__(
         self,
-        moves: Sequence[GridMove],
+        moves: Iterable[GridMove],
         *,
         betas: tuple[float, float],
         eps: float,
