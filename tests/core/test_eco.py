@@ -155,7 +155,9 @@ def bias(format, rounding, make, steps=1000):
     "make",
     [
         lambda p: torch.optim.SGD(p, lr=2e-3, momentum=0.9),
-        lambda p: torch.optim.SGD(p, lr=2e-3, momentum=0.9, nesterov=True),
+        pytest.param(
+            lambda p: torch.optim.SGD(p, lr=2e-3, momentum=0.9, nesterov=True), marks=pytest.mark.slow
+        ),
         lambda p: torch.optim.Adam(p, lr=2e-3, amsgrad=True),
     ],
     ids=["SGD", "Nesterov", "Adam, amsgrad"],

@@ -290,7 +290,7 @@ def is_table_like(value):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(documents, st.randoms(use_true_random=False), st.booleans())
 def test_every_path_of_a_generated_file_is_on_its_line(document, choices, windows):
     writer = Writer(choices)

@@ -123,7 +123,12 @@ def test_a_wrong_command_line_exits_with_2(altgrad, tokens):
 
 
 @pytest.mark.parametrize(
-    "tokens", [["plugins"], pytest.param(["formats"], marks=pytest.mark.slow), ["formats", "BF16", "--json"]]
+    "tokens",
+    [
+        ["plugins"],
+        pytest.param(["formats"], marks=pytest.mark.slow),
+        pytest.param(["formats", "BF16", "--json"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_reader_that_leaves_early_is_no_error(tokens):
     command = [sys.executable, "-c", "from altgrad_core.cli import altgrad; altgrad()", *tokens]

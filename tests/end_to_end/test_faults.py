@@ -138,7 +138,8 @@ def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path):
     assert ends == [("failed", "seed=1"), ("finished", "seed=2"), ("finished", "seed=3")]
 
 
-@pytest.mark.parametrize("to_the_group", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # three processes that import torch
+@pytest.mark.parametrize("to_the_group", [True, False])
 def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(to_the_group, write, tmp_path):
     path = write(PLAIN + "[grid]\nseed = [1, 2, 3]\n")
     options = ["--out", tmp_path, "--jobs", "2", "--set", "steps=100000"]

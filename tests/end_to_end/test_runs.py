@@ -487,6 +487,7 @@ def command(*arguments):
     return subprocess.run(whole, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # five processes that import torch
 def test_a_grid_skips_finished_cells_and_runs_added_ones(write, tmp_path):
     grid, out = TINY + ARMS["grid"] + "[grid]\nseed = {}\n", tmp_path / "runs"
     first = command(write(grid.format([1, 2])), "--out", out, "--jobs", "2")

@@ -256,14 +256,14 @@ def test_on_flat_ground_e7m0_walks_as_predicted(rung_walks):
         within(fact.measured, fact.predicted, 0.5 if "largest" in fact.what else 0.0)  # whole octaves
 
 
-@pytest.mark.parametrize("name", ["E5M2", "E7M0"])
+@pytest.mark.parametrize("name", [pytest.param("E5M2", marks=pytest.mark.slow), "E7M0"])
 def test_in_a_bowl_rung_rounding_is_unbiased(rung_walks, name):
     fact = rung_walks.bias(name, by_value=False, weights=64, steps=900, after=300)
     assert fact.predicted == pytest.approx(0, abs=1e-12)
     within(fact.measured, 0.0)
 
 
-@pytest.mark.parametrize("name", ["E5M2", "E7M0"])
+@pytest.mark.parametrize("name", [pytest.param("E5M2", marks=pytest.mark.slow), "E7M0"])
 def test_in_a_bowl_value_rounding_under_update_is_biased_toward_zero(rung_walks, name):
     fact = rung_walks.bias(name, by_value=True, weights=64, steps=900, after=300)
     assert fact.predicted < -0.02

@@ -275,16 +275,15 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
     SIMD EACH r[i] = scaled[i] != scaled[i] ? NAN : limited(r[i], -clip, clip);
     if (t->intended) SIMD EACH t->intended[at + i] = -r[i];
     int32_t past = 0, updates = 0;
-    _Pragma("omp simd reduction(max : past) reduction(+ : updates)")
+    _Pragma("omp simd reduction(| : past) reduction(+ : updates)")
     EACH {
-        const int32_t lost = r[i] != r[i];
-        const float magnitude = lost ? 0.0f : fabsf(r[i]), whole = floorf(magnitude);
+        const float magnitude = r[i] != r[i] ? 0.0f : fabsf(r[i]), whole = floorf(magnitude);
         const float up = uniform(begin + (uint32_t)i, first, second) < magnitude - whole ? 1.0f : 0.0f;
-        const int32_t steps = (int32_t)(whole + up), rung = rungs[i] - (r[i] < 0 ? -steps : steps);
-        const int32_t beyond = (rung < least || rung > most) && !lost;
-        past = beyond > past ? beyond : past;
+        const int32_t rung = rungs[i] - (int32_t)copysignf(whole + up, r[i]);
+        const int32_t inside = rung < least ? least : rung > most ? most : rung;
+        past |= rung ^ inside;
         updates += g[i] != 0;
-        rungs[i] = rung < least ? least : rung > most ? most : rung;
+        rungs[i] = inside;
     }
     t->values(rungs, target, n, t->context);
     int32_t amax = 0; /* as bits, which order magnitudes, NaN above all */
@@ -296,7 +295,7 @@ static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n,
         target[i] = value;
         amax = bits > amax ? bits : amax;
     }
-    return (Seen){amax, past, updates};
+    return (Seen){amax, past != 0, updates};
 }
 
 static float float_of(int32_t bits) {

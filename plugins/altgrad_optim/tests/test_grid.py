@@ -159,7 +159,7 @@ def test_starting_weights_are_snapped_to_nearest_even(table):
     assert (weight * 128).tolist() == [0, 2, 38, 127]
 
 
-@pytest.mark.parametrize("storage", ["grid", "master"])
+@pytest.mark.parametrize("storage", ["grid", pytest.param("master", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rounding", ["rung", pytest.param("value", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalize", ["none", "adam"])
 def test_finite_gradients_give_finite_weights_at_zero_and_at_both_ends_of_every_format(

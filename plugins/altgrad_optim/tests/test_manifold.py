@@ -245,7 +245,9 @@ def test_from_zero_update_on_the_grid_is_as_fast_as_adamw_and_the_founding_confi
     assert steps(3 * adamw, **founding) > 3 * adamw
 
 
-@pytest.mark.parametrize("stiffness", ["grid", ideal(2)], ids=["grid", "ideal"])
+@pytest.mark.parametrize(
+    "stiffness", ["grid", pytest.param(ideal(2), marks=pytest.mark.slow)], ids=["grid", "ideal"]
+)
 def test_from_zero_with_lr_in_ulps_a_weight_does_not_arrive(table, stiffness):
     def make(weights):
         return optimizer_of(weights, table("E5M2"), eps=1e-8, stiffness=stiffness, normalize="none")
