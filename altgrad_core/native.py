@@ -167,8 +167,14 @@ def library(source: Path) -> ctypes.CDLL | None:
                 return _loaded(source, compiler, (*_FLAGS, *extra))
             except (OSError, subprocess.SubprocessError) as error:
                 reason = f"{compiler} cannot compile {source.name}: {_said(error)}"
-    warnings.warn(f"formats stay eager, which is slower: {reason}", RuntimeWarning, stacklevel=2)
+    _warn(reason)
     return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Say once, whichever loops are asked for first, that there are none."""
+    warnings.warn(f"everything stays eager, which is slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def which(command: str) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from altgrad_core import native
+from altgrad_core import native, native_table
 from altgrad_core.random_bits import stream_key_tensor, uniform
 from altgrad_formats import native_exmy
 from altgrad_formats.exmy import ExMy
@@ -160,10 +160,14 @@ def test_the_input_is_not_written():
 
 def test_without_a_compiler_it_is_said_once_and_stays_eager(monkeypatch):
     monkeypatch.setattr(native, "which", lambda command: None)
-    native.library.cache_clear()
-    with pytest.warns(RuntimeWarning, match="formats stay eager, which is slower: there is no C compiler"):
-        assert native.library(native_exmy._SOURCE) is None
-    native.library.cache_clear()
+    for known in (native.library, native._warn):
+        known.cache_clear()
+    with pytest.warns(RuntimeWarning, match="everything stays eager, which is slower: there is no C") as said:
+        found = [native.library(source) for source in (native_exmy._SOURCE, native_table._SOURCE)]
+    assert found == [None, None]
+    assert len(said) == 1
+    for known in (native.library, native._warn):
+        known.cache_clear()
 
 
 def test_a_source_that_does_not_compile_says_what_the_compiler_said(tmp_path, monkeypatch):
