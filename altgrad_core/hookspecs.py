@@ -115,8 +115,10 @@ class Monitor(Protocol):
 
     Optional methods, called where they exist: `start(run)`, `evaluated(step, metrics)` after an
     evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints.
-    Optional attributes: `every` (steps between observations, default 1) and `undefined_is_nan` (True: a NaN
-    metric means that the quantity is not defined in this step, and is not logged).
+    Optional attributes: `every` (steps between observations, default 1); `undefined_is_nan` (True: a NaN
+    metric means that the quantity is not defined in this step, and is not logged); `provides`, a mapping of
+    every quantity the monitor may report to how an epoch sums it up (`sum`, `mean`, or an empty string:
+    not at all), by which the needs of policies are checked before a run begins.
     """
 
     @property
@@ -182,6 +184,35 @@ class ClipGradients(Action):
     """Clip this step's gradients to the global L2 `norm` before the optimizer sees them."""
 
     norm: float
+
+
+@attrs.frozen(kw_only=True)
+class AdjustScale(Action):
+    """Multiply the scale of some quantisers by `factor`, on top of what their scaling rule finds.
+
+    Factors multiply up over a run; they are saved with it.
+    """
+
+    layers: str
+    """Regex over full module paths of quantised Linears."""
+    factor: float
+    """A power of two, so that the grid stays the same up to its exponent."""
+    of: str = "gradients"
+    """Which tensors of these layers: `weights`, `activations` or `gradients`."""
+
+
+@attrs.frozen(kw_only=True)
+class SwitchFormat(Action):
+    """Quantise the weights of some layers in another format from this step on.
+
+    Scales are derived anew, weights stored on a grid are snapped to the new one (nearest even), the
+    optimizer's moments stay as they are.
+    """
+
+    layers: str
+    """Regex over full module paths of quantised Linears."""
+    to: str
+    """The name of a registered format, or `none`: high precision."""
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,8 @@ This module is light: options and registration; the monitors themselves import t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 
 from altgrad_core.hookspecs import Component, hookimpl
@@ -18,6 +20,11 @@ class MonitorOptions:
     every: int = option("interval between observations", unit="steps", default=1, validator=at_least(1))
     layers: str = option(
         "regex over full module paths: the layers to observe", default=".*", validator=regexes
+    )
+    per: Literal["layer", "type"] = option(
+        "one metric for each layer, or for each type of layer: attention, attention_output, mlp, "
+        "classifier, embedding, other",
+        default="layer",
     )
 
 

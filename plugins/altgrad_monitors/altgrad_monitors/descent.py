@@ -8,41 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import chosen
+from altgrad_monitors.reporting import Share, pooled, reported
 
 
 class Descent:
     """Reports the quality per layer and in total; see the module's text."""
 
     needs = ("before", "intended")
+    provides: Mapping[str, str] = {"quality": "mean"}
     undefined_is_nan = True
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._layers = options.layers
+        self._options = options
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return `descent/quality/<layer>`; NaN where no update was intended."""
         products = {
             weight.layer: _products(name, weight, step)
-            for name, weight in chosen(self._layers, step).items()
+            for name, weight in chosen(self._options.layers, step).items()
             if name in step.intended
         }
-        metrics: dict[str, Tensor | float] = {
-            f"descent/quality/{layer}": inner / square for layer, (inner, square) in products.items()
-        }
-        if products:
-            inner, square = (torch.stack(part).sum() for part in zip(*products.values(), strict=True))
-            metrics["descent/quality/total"] = inner / square
-        return metrics
+        return reported("descent/quality", products, pooled, self._options.per)
 
 
-def _products(name: str, weight: Weight, step: Step) -> tuple[Tensor, Tensor]:
+def _products(name: str, weight: Weight, step: Step) -> Share:
     """Return <intended, actual> and |intended|^2 in float64."""
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
     intended = step.intended[name].double()

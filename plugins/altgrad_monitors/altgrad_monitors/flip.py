@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, book_of, chosen
+from altgrad_monitors.reporting import reported, summed
 
 
 class Flip:
     """Counts flips; see the module's text."""
 
+    provides: Mapping[str, str] = {"flip_count": "sum", "update_count": "sum", "flips_of_updated": "sum"}
+
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
         self.needs = ("before",) if options.every > 1 else ()
-        self._layers = options.layers
+        self._options = options
         self._book: CodeBook | None = None
 
     def start(self, run: Any) -> None:
@@ -33,15 +35,15 @@ class Flip:
         """Return the three counts of each layer and in total."""
         assert self._book is not None
         found = self._book.flips(step)
+        layers = {
+            name: one.layer for name, one in chosen(self._options.layers, step).items() if name in found
+        }
         metrics: dict[str, Tensor | float] = {}
-        weights = {name: weight for name, weight in chosen(self._layers, step).items() if name in found}
         for quantity, field in (
             ("flip_count", "flips"),
             ("update_count", "updates"),
             ("flips_of_updated", "flips_of_updated"),
         ):
-            counts = {weight.layer: getattr(found[name], field) for name, weight in weights.items()}
-            metrics |= {f"flip/{quantity}/{layer}": count for layer, count in counts.items()}
-            if counts:
-                metrics[f"flip/{quantity}/total"] = torch.stack(list(counts.values())).sum()
+            counts = {layer: getattr(found[name], field) for name, layer in layers.items()}
+            metrics |= reported(f"flip/{quantity}", counts, summed, self._options.per)
         return metrics

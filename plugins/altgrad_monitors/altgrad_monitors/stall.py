@@ -23,20 +23,19 @@ from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat, kernel
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen, row_of
-
-Share = tuple[Tensor, Tensor]
-"""A numerator and a denominator, 0-d; the total of several layers is the ratio of their sums."""
+from altgrad_monitors.reporting import Share, pooled, reported
 
 
 class Stall:
     """Reports the three stall ratios; see the module's text."""
 
     needs = ("before", "intended")
+    provides: Mapping[str, str] = {"stall_ratio": "mean", "bit_stall": "mean", "expected_stall": "mean"}
     undefined_is_nan = True
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._layers = options.layers
+        self._options = options
         self._book: CodeBook | None = None
 
     def start(self, run: Any) -> None:
@@ -47,7 +46,9 @@ class Stall:
         assert self._book is not None
         found = self._book.flips(step)
         metrics: dict[str, Tensor | float] = {}
-        weights = {name: weight for name, weight in chosen(self._layers, step).items() if name in found}
+        weights = {
+            name: weight for name, weight in chosen(self._options.layers, step).items() if name in found
+        }
         for quantity, share in (
             ("stall_ratio", stalled),
             ("bit_stall", bit_stalled),
@@ -56,10 +57,7 @@ class Stall:
             shares = {
                 weight.layer: share(name, weight, found[name], step) for name, weight in weights.items()
             }
-            metrics |= {f"stall/{quantity}/{layer}": part / whole for layer, (part, whole) in shares.items()}
-            if shares:
-                parts, wholes = zip(*shares.values(), strict=True)
-                metrics[f"stall/{quantity}/total"] = torch.stack(parts).sum() / torch.stack(wholes).sum()
+            metrics |= reported(f"stall/{quantity}", shares, pooled, self._options.per)
         return metrics
 
 
