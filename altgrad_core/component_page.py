@@ -87,6 +87,8 @@ def type_name(annotation: Any) -> str:
         return "[" + ", ".join(map(type_name, inner)) + "]"
     if origin in (tuple, list):
         return f"list of {type_name(inner[0])}"
+    if origin is dict:
+        return f"table of {type_name(inner[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         return annotation.kind
     if attrs.has(annotation):

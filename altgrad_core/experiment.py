@@ -27,12 +27,10 @@ from altgrad_core.options import (
 )
 from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
 from altgrad_core.quantize_options import RuleOptions as RuleOptions
+from altgrad_core.tokenizers import tokenizer_name, vocabulary
 
 DEFAULT_PLUGINS = {"data": "licenses", "optimizer": "AdamW"}
 """Table to the plugin it means where it names none."""
-
-TOKENIZERS = {"bytes": 256}
-"""Tokenizer to the size of its vocabulary."""
 
 
 def _folder_name(_: Any, field: Any, value: str) -> None:
@@ -47,11 +45,23 @@ class DataOptions:
     """`[data]`: the data set and how its text becomes tokens."""
 
     source: DatasetChoice
-    tokenizer: Literal["bytes"] = option("how text becomes tokens", default="bytes")
+    tokenizer: str = option(
+        "how text becomes tokens: bytes, bpe:N (N tokens learnt from the training split) or gpt2",
+        default="bytes",
+        validator=tokenizer_name,
+    )
 
     @property
     def vocab_size(self) -> int:
-        return getattr(self.source.options, "vocab_size", None) or TOKENIZERS[self.tokenizer]
+        return getattr(self.source.options, "vocab_size", None) or vocabulary(self.tokenizer)
+
+    def __attrs_post_init__(self) -> None:
+        if self.tokenizer != "bytes" and getattr(self.source.options, "vocab_size", None):
+            raise FieldError(
+                "tokenizer",
+                f"the data set {self.source.plugin!r} is tokens already, so {self.tokenizer!r} does not "
+                "apply; leave tokenizer out",
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -2,6 +2,7 @@
    still in the cache if that magnitude lets its scale stay. A format's rounding comes as a function over blocks
    (altgrad_core.native.BlockLoops). */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -53,11 +54,17 @@ static int64_t landed(const Weight *t, const Range *range, int split) {
         amax = size > amax ? size : amax;
     }
     if (loud || !(amax > range->quiet_low)) return 0;
+    float low = (float)range->low, high = (float)range->high;
+    const float most = amax * *t->scale;
+    if (most <= high && -most >= low) { /* limits are on the grid: what is within them stays there, and rounds sooner */
+        low = -INFINITY;
+        high = INFINITY;
+    }
     _Pragma("omp parallel for schedule(static) if (split)")
     for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t at = piece * PIECE;
-        t->quantize(t->w + at, t->w + at, (int32_t)size_of(t, piece), (uint32_t)at, *t->scale, (float)range->low,
-                    (float)range->high, t->keys, t->context);
+        t->quantize(t->w + at, t->w + at, (int32_t)size_of(t, piece), (uint32_t)at, *t->scale, low, high,
+                    t->keys, t->context);
     }
     return 1;
 }

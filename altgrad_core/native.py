@@ -66,6 +66,17 @@ class BlockLoops:
     owner: object = attrs.field(repr=False)
 
 
+@attrs.frozen(kw_only=True)
+class SpacingLoop:
+    """A stiffness formula as a C function over blocks: the arguments and the bits are those of `spacings` in
+    `BlockLoops`, with weights that are not scaled. A formula that has one offers it as `block_loop(format)`.
+    """
+
+    function: int
+    context: int
+    owner: object = attrs.field(repr=False)
+
+
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC")
 _PATIENCE = 120  # seconds for a compiler, on a machine that is busy
 
@@ -124,10 +135,10 @@ class LendsLoops(Protocol):
 
 def readable(*tensors: Tensor) -> bool:
     """Whether a loop that reads memory as it lies can take such tensors: float32, contiguous, on a CPU."""
-    return all(
-        x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg() and x.numel()
-        for x in tensors
-    )
+    for x in tensors:  # not all(...): it is asked of every tensor in every step
+        if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()) or x.is_neg() or not x.numel():
+            return False
+    return True
 
 
 def too_few_for_threads(sizes: Sequence[int]) -> bool:

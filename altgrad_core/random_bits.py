@@ -21,12 +21,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
 RESOLUTION = 2.0**-24
 """Spacing of the uniform numbers: the finest that float32 holds evenly on [0, 1)."""
+
+Word = TypeVar("Word", int, "numpy.ndarray[Any, Any]")
+"""A 64-bit number, or an array of them."""
 
 Key = tuple[int, int, int]
 """(seed, step, tensor), each in [0, 2^63)."""
@@ -48,7 +53,7 @@ _SHIFT = 15
 _MULTIPLIERS = (_signed32(0xED5AD4BB), _signed32(0xAC4C1B51), _signed32(0x31848BAB))
 
 
-def _split_mix(word: int) -> int:
+def _split_mix(word: Word) -> Word:
     """Return SplitMix64's output for the state `word` (a permutation of the 64-bit integers)."""
     word = (word + _GOLDEN) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
@@ -114,15 +119,19 @@ def uniform(key: Key, shape: int | Sequence[int], device: torch.device | str | N
 
 def stream_key_tensor(key: Key, device: torch.device | str | None = None) -> Tensor:
     """Return `stream_keys` as (2,) int32, for kernels: a new key then needs no new compilation."""
-    return torch.tensor(stream_keys(key), dtype=torch.int32, device=device)
+    first, second = stream_keys(key)
+    keys = torch.full((2,), first, dtype=torch.int32, device=device)
+    keys[1:].fill_(second)  # a copy from the host would make it wait for the device
+    return keys
 
 
 def stream_key_table(seed: int, step: int, tensors: Sequence[int]) -> Tensor:
     """Return `stream_key_tensor` of (seed, step, tensor) for several tensors, (n, 2), on the CPU."""
     common = _next_state(_next_state(0, "seed", seed), "step", step)
-    states = [_next_state(common, "tensor", tensor) for tensor in tensors]
-    rows = [(_signed32(state), _signed32(state >> 32)) for state in states]
-    return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 2)
+    if tensors and not 0 <= min(tensors) <= max(tensors) < 2**63:
+        raise ValueError(f"the tensor of a random stream is in [0, 2^63), not {min(tensors)}")
+    states = _split_mix(numpy.array(tensors, dtype=numpy.uint64) ^ numpy.uint64(common))
+    return torch.from_numpy(states.astype("<u8").view("<i4").reshape(-1, 2))  # the low word comes first
 
 
 def uniform_like(x: Tensor, keys: Tensor) -> Tensor:

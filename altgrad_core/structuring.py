@@ -76,6 +76,7 @@ def converter(registry: Registry) -> cattrs.Converter:
     strict.register_structure_hook_func(_is_of(Literal), _one_of)
     strict.register_structure_hook_factory(_is_of(typing.Union, types.UnionType), _union_hook)
     strict.register_structure_hook_factory(_is_of(tuple, list), _list_hook)
+    strict.register_structure_hook_factory(_is_of(dict), _mapping_hook)
     strict.register_structure_hook_factory(attrs.has, _table_hook)
     strict.register_structure_hook_func(_is_choice, lambda value, cls: _choice(value, cls, registry))
     return strict
@@ -144,6 +145,26 @@ def _union_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]
         if len(members) == 1:
             raise _Problems(wrong)
         raise TypeError("; or ".join(problem.message for problem in wrong))
+
+    return hook
+
+
+def _mapping_hook(cls: Any, strict: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Structure a table of free keys, `dict[str, X]`."""
+    inner = get_args(cls)[1]
+
+    def hook(value: Any, _: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected a table, got {shown(value)}")
+        structured, found = {}, []
+        for key, item in value.items():
+            try:
+                structured[key] = strict.structure(item, inner)
+            except Exception as error:  # noqa: BLE001 - collected, with the key
+                found += _problems(error, (key,))
+        if found:
+            raise _Problems(found)
+        return structured
 
     return hook
 

@@ -1,8 +1,11 @@
+import errno
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from itertools import islice
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad_core import data
+from altgrad_core import data, preparing, token_cache
 from altgrad_core.data import evaluation_batches, prepare, training_batch
 from altgrad_core.hookspecs import Document, TextSource, TokenSource
 
@@ -153,7 +156,7 @@ def test_text_that_utf8_cannot_hold_is_an_error_that_names_the_document(tmp_path
 
 
 def test_an_unknown_tokenizer_is_an_error_that_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="'morse' is not known; there is: 'bytes'"):
+    with pytest.raises(ValueError, match=r"""expected "bytes", "gpt2", or "bpe:N" .* got 'morse'"""):
         prepare(Texts(), "tiny", "morse", tmp_path)
 
 
@@ -171,16 +174,46 @@ def test_a_truncated_cache_is_rebuilt(tmp_path, damage):
     prepared = prepare(Texts(), "tiny", "bytes", tmp_path)
     assert bytes(prepared.train) == "abc\0é\0".encode()
     assert [path.name for path in tmp_path.iterdir()] == [file.parent.name]
-    assert (
-        json.loads((file.parent / "meta.json").read_text())["train"]
-        == (file.parent / "train.bin").stat().st_size
-    )
+    facts = json.loads((file.parent / "meta.json").read_text())["facts"]
+    assert facts["lengths"]["train"] == (file.parent / "train.bin").stat().st_size
 
 
 def test_a_missing_file_of_a_cache_is_written_again(tmp_path):
     prepare(Texts(), "tiny", "bytes", tmp_path)
     (only_folder(tmp_path) / "validation.bin").unlink()
     assert bytes(prepare(Texts(), "tiny", "bytes", tmp_path).validation) == b"xy\0"
+
+
+def test_no_changed_byte_of_a_cache_is_ever_read(tmp_path):
+    prepare(Labelled(), "tiny", "bytes", tmp_path)
+    folder = only_folder(tmp_path)
+    facts = token_cache.opened(folder).facts
+    files = sorted(folder.iterdir())
+    assert len(files) == 7
+    for file in files:
+        written = file.read_bytes()
+        for place in range(0, len(written), 5 if file.name == "meta.json" else 1):
+            file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+            found = token_cache.opened(folder)
+            # Blanks between what meta.json says may change: they say nothing.
+            assert found is None or (found.facts == facts and written[place : place + 1].isspace())
+        file.write_bytes(written)
+
+
+def test_a_cache_with_a_changed_byte_is_written_again(tmp_path):
+    prepare(Texts(), "tiny", "bytes", tmp_path)
+    (only_folder(tmp_path) / "train.bin").write_bytes("abd\0é\0".encode())
+    assert bytes(prepare(Texts(), "tiny", "bytes", tmp_path).train) == "abc\0é\0".encode()
+    assert (only_folder(tmp_path) / "train.bin").read_bytes() == "abc\0é\0".encode()
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_cache(tmp_path):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write prepared tokens .* No space left .* and has room"):
+        prepare(Interrupted(full), "tiny", "bytes", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Interrupted(Texts):
@@ -270,6 +303,194 @@ def test_the_default_cache_follows_the_environment(monkeypatch, variables, expec
 def test_prepared_data_is_frozen(tmp_path):
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         prepare(Texts(), "tiny", "bytes", tmp_path).vocab_size = 3
+
+
+# --- labels ----------------------------------------------------------------------------------------------
+
+
+class Labelled:
+    """A data set of documents with labels."""
+
+    def __init__(self, *labels, label_count=0):
+        self.labels = labels or ((2, 0), (), (1,))
+        self.label_count = label_count
+
+    def fingerprint(self):
+        return f"labelled {self.labels} {self.label_count}"
+
+    def documents(self, split):
+        texts = ("ab", "", "c") if split == "train" else ("de", "f", "")
+        return (Document(text, labels) for text, labels in zip(texts, self.labels, strict=True))
+
+
+def test_the_ends_and_labels_of_documents_are_kept(tmp_path):
+    for _ in range(2):  # written, then read
+        prepared = prepare(Labelled(), "tiny", "bytes", tmp_path)
+        train, validation = prepared.train_documents, prepared.validation_documents
+        assert train.ends.tolist() == [3, 4, 6]
+        assert validation.ends.tolist() == [3, 5, 6]
+        assert train.labels.tolist() == validation.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert bytes(prepared.train[train.ends[1] : train.ends[2]]) == b"c\0"
+
+
+def test_without_labels_no_documents_are_kept(tmp_path):
+    prepared = prepare(Labelled((), (), ()), "tiny", "bytes", tmp_path)
+    assert (prepared.train_documents, prepared.validation_documents) == (None, None)
+
+
+def test_a_source_may_say_how_many_labels_there_are(tmp_path):
+    prepared = prepare(Labelled((1,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+    assert prepared.train_documents.labels.shape == (3, 5)
+    with pytest.raises(ValueError, match="'tiny': a document has the label 5; the 5 labels are 0 to 4"):
+        prepare(Labelled((5,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+
+
+def test_another_label_is_another_fingerprint(tmp_path):
+    one, other = (prepare(Labelled(first, (), (1,)), "tiny", "bytes", tmp_path) for first in ((1,), (0,)))
+    assert np.array_equal(one.train, other.train)
+    assert one.fingerprint != other.fingerprint
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def byte_pairs():
+    pytest.importorskip("tokenizers")
+    return Texts(train=("ab ab ab",), validation=("abab", "é"))
+
+
+def test_byte_pairs_are_learnt_from_the_training_split_once(tmp_path, byte_pairs):
+    prepared = prepare(byte_pairs, "tiny", "bpe:258", tmp_path)
+    assert byte_pairs.reads == 3  # the training split twice: to learn, then to encode
+    assert prepared.train.dtype == np.uint16
+    assert prepared.validation[:3].tolist() == [256, 256, 257]
+    assert prepared.vocab_size == 258
+    again = prepare(byte_pairs, "tiny", "bpe:258", tmp_path)
+    assert byte_pairs.reads == 3
+    assert np.array_equal(again.train, prepared.train)
+    assert (only_folder(tmp_path) / "tokenizer.json").exists()
+
+
+def test_bytes_of_text_per_token_count_text_alone_and_every_token(tmp_path, byte_pairs):
+    # "abab" and "é" are 4 + 2 bytes; 2 + 2 byte pairs, or 4 + 2 bytes, and an end of each document.
+    assert prepare(byte_pairs, "tiny", "bpe:258", tmp_path).bytes_per_token == 6 / 6
+    assert prepare(byte_pairs, "tiny", "bytes", tmp_path).bytes_per_token == 6 / 8
+
+
+def test_another_tokenizer_is_another_cache(tmp_path, byte_pairs):
+    for tokenizer in ("bytes", "bpe:257", "bpe:258"):
+        prepare(byte_pairs, "tiny", tokenizer, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_training_split_too_small_to_learn_from_leaves_nothing(tmp_path, byte_pairs):
+    with pytest.raises(ValueError, match=r"set data\.tokenizer to 'bpe:259' or fewer"):
+        prepare(byte_pairs, "tiny", "bpe:4096", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_that_utf8_cannot_hold_is_named_before_anything_is_learnt(tmp_path):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=r"'tiny': document 2 of train: .*surrogates not allowed"):
+        prepare(Texts(train=["fine", "\ud800"]), "tiny", "bpe:257", tmp_path)
+
+
+def test_documents_are_tokenized_in_batches_without_a_seam(tmp_path, monkeypatch):
+    texts = [f"document {number}" * (number % 5) for number in range(100)]
+    source = Texts(train=texts, validation=texts)
+    whole = prepare(source, "tiny", "bytes", tmp_path / "whole")
+    monkeypatch.setattr(preparing, "BATCH", 50)
+    batched = prepare(source, "tiny", "bytes", tmp_path / "batched")
+    assert bytes(batched.train) == bytes(whole.train) == b"".join(text.encode() + b"\0" for text in texts)
+    assert batched.fingerprint == whole.fingerprint
+
+
+# A process that prepares data as soon as it is told to.
+PREPARE = """
+import os, pathlib, signal, sys
+from altgrad_core.hookspecs import Document
+from altgrad_core.preparing import prepare
+
+class Prose:
+    def fingerprint(self):
+        return "prose"
+    def documents(self, split):
+        for number in range(300):
+            yield Document(f"{split} {number} held that the court held {number * 7919 % 1000}\\n" * 20)
+        if split in sys.argv[2:]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+print("ready", flush=True)
+sys.stdin.readline()
+prepared = prepare(Prose(), "prose", "bpe:400", pathlib.Path(sys.argv[1]))
+print(prepared.fingerprint, len(prepared.train))
+"""
+
+
+def preparing_process(cache, *killed):
+    command = [sys.executable, "-c", PREPARE, str(cache), *killed]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_two_processes_that_learn_and_prepare_at_once_get_the_same_whole_cache(tmp_path):
+    pytest.importorskip("tokenizers")
+    processes = [preparing_process(tmp_path) for _ in range(2)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    first, second = (process.communicate(timeout=60)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert first == second
+    assert token_cache.opened(only_folder(tmp_path)).facts["lengths"]["train"] == int(first.split()[1])
+
+
+@pytest.mark.parametrize(("split", "left"), [("train", 0), ("validation", 1)])
+def test_a_process_killed_in_learning_or_writing_leaves_nothing_that_is_read(tmp_path, split, left):
+    pytest.importorskip("tokenizers")
+    killed = preparing_process(tmp_path, split)
+    killed.communicate("\n", timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("prose-*"))
+    assert len(list(tmp_path.glob(".prose-*/train.bin"))) == left
+    after = preparing_process(tmp_path)
+    out, _ = after.communicate("\n", timeout=60)
+    assert after.returncode == 0
+    assert token_cache.opened(*tmp_path.glob("prose-*")).facts["fingerprint"] == out.split()[0]
+
+
+INTERRUPTED = """
+import os, pathlib, signal, sys
+from altgrad_core.hookspecs import Document
+from altgrad_core.preparing import prepare
+
+class Endless:
+    read = 0
+    def fingerprint(self):
+        return "endless"
+    def documents(self, split):
+        for self.read in range(1_000_000):
+            yield Document(f"document {self.read} of very many")
+            if self.read == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+
+source = Endless()
+try:
+    prepare(source, "endless", "bpe:400", pathlib.Path(sys.argv[1]))
+except KeyboardInterrupt:
+    print("interrupted", source.read < 999_999)
+"""
+
+
+def test_an_interrupt_while_byte_pairs_are_learnt_does_not_wait_for_the_rest_of_the_text(tmp_path):
+    pytest.importorskip("tokenizers")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "interrupted True\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- training batches ------------------------------------------------------------------------------------

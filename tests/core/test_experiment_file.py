@@ -197,6 +197,18 @@ def test_a_changed_plugin_drops_the_options_of_the_old_one(experiment):
     assert experiment(text, "optimizer.plugin=AdamW").optimizer.options.lr == 5.0
 
 
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 256), ("bpe:4096", 4096), ("gpt2", 50257)])
+def test_the_tokenizer_says_how_large_the_vocabulary_is(experiment, tokenizer, size):
+    assert experiment(f'name = "e"\ndata.tokenizer = "{tokenizer}"').data.vocab_size == size
+
+
+def test_a_tokenizer_for_what_is_tokens_already_is_refused(mistakes):
+    assert mistakes('name = "e"\ndata.plugin = "markov"\ndata.tokenizer = "bpe:512"') == [
+        "e.toml:3: data.tokenizer: the data set 'markov' is tokens already, so 'bpe:512' does not apply; "
+        "leave tokenizer out"
+    ]
+
+
 def test_a_changed_data_set_keeps_the_tokenizer_and_drops_the_rest(experiment):
     found = experiment(
         'name = "e"\ndata = {plugin = "markov", order = 3, tokenizer = "bytes"}', "data.plugin=licenses"
@@ -497,7 +509,10 @@ def test_an_unknown_device_is_at_its_table(mistakes):
             "data.plugin = 'marko'",
             "e.toml:2: data.plugin: no dataset named 'marko' is installed; did you mean",
         ),
-        ("data.tokenizer = 'gpt2'", "e.toml:2: data.tokenizer: expected one of 'bytes'; got 'gpt2'"),
+        (
+            "data.tokenizer = 'bpe:abc'",
+            'e.toml:2: data.tokenizer: expected "bytes", "gpt2", or "bpe:N" with N',
+        ),
         ('"a\\nb" = 1', "e.toml:2: \"a\\nb\": unknown key 'a\\nb'; the keys are: name, seed, steps, data,"),
         ('on.cpu."a b" = 1', "e.toml:2: on.cpu: 'a b' is no dotted key"),
         ('grid."a b" = [1]', "e.toml:2: grid: 'a b' is no dotted key"),

@@ -1,4 +1,4 @@
-"""Data sets for AltGrad: licence texts, your own files, token files, Markov sources of known entropy."""
+"""Data sets for AltGrad: licence texts, legal cases, Wikipedia, your own files, Markov sources."""
 
 from __future__ import annotations
 
@@ -16,9 +16,40 @@ def _named(_: object, field: attrs.Attribute[str], value: str) -> None:
         raise ValueError(f"{field.name!r} is empty; write the path of your data")
 
 
+def _named_column(_: object, field: attrs.Attribute[str], value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{field.name!r} is empty; write the name of a column")
+
+
 @attrs.frozen(kw_only=True)
 class LicensesOptions:
     """The licence texts have no options: everybody trains and validates on the same texts."""
+
+
+@attrs.frozen(kw_only=True)
+class HubOptions:
+    """A data set of the Hugging Face hub."""
+
+    path: str = attrs.field(
+        default="",
+        validator=instance_of(str),
+        metadata={
+            "help": "files with the hub's columns instead: a folder of Parquet files or .jsonl (.gz, .xz), "
+            "or one such file; empty: the hub",
+            "unit": "",
+        },
+    )
+
+
+@attrs.frozen(kw_only=True)
+class LabelledHubOptions(HubOptions):
+    """A data set of the Hugging Face hub with labels."""
+
+    labels: str = attrs.field(
+        default="labels",
+        validator=[instance_of(str), _named_column],
+        metadata={"help": "the column of the label indices", "unit": ""},
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -175,6 +206,27 @@ def altgrad_datasets() -> list[Component]:
             options=LicensesOptions,
             target="altgrad_data.licenses:Licenses",
             source="ScanCode's licence data, pip package licensedcode-data, CC-BY-4.0",
+        ),
+        Component(
+            name="eurlex",
+            summary="EU laws with the labels of 100 EuroVoc concepts, from the hub or from files",
+            options=LabelledHubOptions,
+            target="altgrad_data.hub:eurlex",
+            source="Chalkidis et al., LexGLUE, ACL 2022; hub: coastalcph/lex_glue",
+        ),
+        Component(
+            name="ecthr_a",
+            summary="cases of the European Court of Human Rights, labelled by 10 articles, from hub or files",
+            options=LabelledHubOptions,
+            target="altgrad_data.hub:ecthr_a",
+            source="Chalkidis et al., LexGLUE, ACL 2022; hub: coastalcph/lex_glue",
+        ),
+        Component(
+            name="wikitext",
+            summary="WikiText-103, raw: articles of Wikipedia, from the hub or from files",
+            options=HubOptions,
+            target="altgrad_data.hub:wikitext",
+            source="Merity et al., Pointer Sentinel Mixture Models, ICLR 2017; hub: Salesforce/wikitext",
         ),
         Component(
             name="text",

@@ -120,6 +120,10 @@ class Licenses:
         """The names of the labels, by index."""
         return tuple(sorted({license.category for license in self.licenses}))
 
+    @property
+    def label_count(self) -> int:
+        return len(self.categories)
+
     @cached_property
     def validation_families(self) -> frozenset[str]:
         """The families that are held out."""

@@ -30,3 +30,9 @@ def held_out(sizes: Mapping[str, int], amount: float) -> frozenset[str]:
             taken.add(name)
             total += sizes[name]
     return frozenset(taken)
+
+
+def drawn_split(text: str, fraction: float) -> str:
+    """Return the split that a hash of the text draws: `validation` for `fraction` of all texts."""
+    drawn = int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+    return "validation" if drawn < fraction else "train"

@@ -6,13 +6,14 @@ import attrs
 import pytest
 
 import altgrad_data
-from altgrad_data import BinOptions, JsonlOptions, MarkovOptions, TextOptions
+from altgrad_data import BinOptions, JsonlOptions, LabelledHubOptions, MarkovOptions, TextOptions
 
 COMPONENTS = altgrad_data.altgrad_datasets()
 
 
 def test_the_data_sets_are_registered():
-    assert [component.name for component in COMPONENTS] == ["licenses", "text", "jsonl", "bin", "markov"]
+    names = ["licenses", "eurlex", "ecthr_a", "wikitext", "text", "jsonl", "bin", "markov"]
+    assert [component.name for component in COMPONENTS] == names
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)
@@ -27,7 +28,7 @@ def test_every_component_has_a_target_and_options_with_help(component):
 def test_listing_the_data_sets_imports_neither_numpy_nor_torch():
     code = (
         "import sys, altgrad_data; altgrad_data.altgrad_datasets();"
-        "sys.exit('numpy' in sys.modules or 'torch' in sys.modules)"
+        "sys.exit(bool({'numpy', 'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -41,6 +42,7 @@ def test_listing_the_data_sets_imports_neither_numpy_nor_torch():
             lambda: JsonlOptions(path="a", validation="b", split="c"),
             "validation = 'b' and split = 'c' both say",
         ),
+        (lambda: LabelledHubOptions(labels=""), "'labels' is empty; write the name of a column"),
         (lambda: BinOptions(path="a", vocab_size=70000), "'vocab_size' must be <= 65536: 70000"),
         (lambda: MarkovOptions(order=0), "'order' must be >= 1: 0"),
         (

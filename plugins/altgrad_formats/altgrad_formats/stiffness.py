@@ -21,13 +21,30 @@ from __future__ import annotations
 import functools
 import math
 
+import attrs
 import torch
 from torch import Tensor
 
+from altgrad_core import native
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import NoOptions, Stiffness
 from altgrad_core.stiffness import grid_stiffness, representable_
-from altgrad_formats import ScrambledOptions
+from altgrad_formats import ScrambledOptions, native_stiffness
+
+
+@attrs.frozen
+class Looped:
+    """A formula that is also a loop in C over blocks of float32 weights, with the same bits."""
+
+    formula: Stiffness
+    loop_name: str
+
+    def __call__(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
+        return self.formula(weight, format, scale)
+
+    def block_loop(self, format: Format) -> native.SpacingLoop | None:
+        """Return the loop for a format; None where there is none."""
+        return native_stiffness.loop(self.loop_name, format)
 
 
 @torch.no_grad()
@@ -85,11 +102,11 @@ def _wide(weight: Tensor) -> Tensor:
 
 
 def ideal(options: NoOptions) -> Stiffness:
-    return ideal_stiffness
+    return Looped(ideal_stiffness, "ideal")
 
 
 def smooth(options: NoOptions) -> Stiffness:
-    return smooth_stiffness
+    return Looped(smooth_stiffness, "smooth")
 
 
 def scrambled(options: ScrambledOptions) -> Stiffness:

@@ -1,0 +1,275 @@
+"""From a data set's documents to memory-mapped tokens, once per source, tokenizer and settings.
+
+A split is one long row of tokens: the documents one after another, each closed by the tokenizer's end of
+document. Where documents have labels, the row keeps where each of them ends, and a matrix of labels stands
+beside it: the same cache serves language modelling and classification.
+
+The cache's folder is keyed by the source's fingerprint (content and settings) and the tokenizer, so another
+file, option or vocabulary is another folder. `altgrad_core.token_cache` sees to that a folder is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from altgrad_core import token_cache, tokenizers
+from altgrad_core.hookspecs import Document, TextSource, TokenSource
+from altgrad_core.token_cache import Contents, Writer
+
+SPLITS = ("train", "validation")
+
+CACHE_LAYOUT = 2
+"""Part of every cache key: raise it when what is written changes, and old caches are left behind."""
+
+BATCH = 2**22
+"""Characters of text tokenized in one call, on all cores."""
+
+Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Documents:
+    """Where the documents of a split end, and their labels; memory maps."""
+
+    ends: NDArray[np.int64]
+    """(documents,): the position after the token that ends each document; it begins where the last ended."""
+    labels: NDArray[np.uint8]
+    """(documents, labels): 1 where the document has the label. A row may hold any number of ones, or none."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TokenData:
+    """The two token streams of a data set, and what is known about them."""
+
+    train: Tokens
+    validation: Tokens
+    """1-d memory maps, of the smallest unsigned type that holds `vocab_size` (a source that maps its own
+    file keeps its own type)."""
+    vocab_size: int
+    bytes_per_token: float | None
+    """UTF-8 bytes of text per token of the validation split, ends of documents counted as tokens and not as
+    text; None where the source is tokens. Bits per byte = nats per token / (ln 2 * bytes_per_token)."""
+    loss_floor: float | None
+    """The exact entropy of the source, nats per token, where it is known."""
+    fingerprint: str
+    """Hash of the content of both splits."""
+    train_documents: Documents | None = None
+    validation_documents: Documents | None = None
+    """None where no document of the source has a label."""
+
+
+def prepare(source: TextSource | TokenSource, name: str, tokenizer: str, cache: Path) -> TokenData:
+    """Return the tokens of a data set, from the cache if they are in it.
+
+    `name` is the data set's, for the folder and for messages. `tokenizer` is ignored where the source is
+    tokens already.
+
+    Raises ValueError for an unknown tokenizer, a split of fewer than two tokens, tokens that do not fit the
+    vocabulary, and a training split too small for the vocabulary that is to be learnt; whatever the source
+    raises goes through.
+    """
+    if isinstance(source, TextSource):
+        tokenizers.vocabulary(tokenizer)
+        key = [CACHE_LAYOUT, source.fingerprint(), tokenizer]
+    else:
+        key = [CACHE_LAYOUT, source.fingerprint(), None]
+    folder = cache / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+    def write(writer: Writer) -> None:
+        if isinstance(source, TextSource):
+            _write_text(source, name, tokenizer, writer)
+        else:
+            _write_tokens(source, name, writer)
+
+    contents = token_cache.opened(folder)
+    if contents is not None and (found := _token_data(contents, source)) is not None:
+        return found
+    found = _token_data(token_cache.build(folder, write), source)
+    if found is None:
+        raise ValueError(f"data set {name!r}: its token files changed while they were read; start again")
+    return found
+
+
+def _token_data(contents: Contents, source: TextSource | TokenSource) -> TokenData | None:
+    """Return what a folder holds; None where files of the source's own are not as long as they were."""
+    facts = dict(contents.facts)
+    lengths = facts.pop("lengths")
+    tokens = {split: contents.arrays.get(f"{split}.bin") for split in SPLITS}
+    if not isinstance(source, TextSource) and not contents.arrays:
+        tokens = {split: source.tokens(split) for split in SPLITS}
+    if {split: len(row) for split, row in tokens.items() if row is not None} != lengths:
+        return None
+    documents = {f"{split}_documents": _documents(contents, split) for split in SPLITS}
+    return TokenData(**tokens, **documents, **facts)  # type: ignore[arg-type]
+
+
+def _documents(contents: Contents, split: str) -> Documents | None:
+    if f"{split}.labels.bin" not in contents.arrays:
+        return None
+    return Documents(ends=contents.arrays[f"{split}.ends.bin"], labels=contents.arrays[f"{split}.labels.bin"])
+
+
+# --- text ----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class _Split:
+    """What was seen while a split was written."""
+
+    length: int
+    """Tokens."""
+    text_bytes: int
+    ends: list[int]
+    labels: list[tuple[int, ...]]
+
+
+def _write_text(source: TextSource, name: str, tokenizer: str, writer: Writer) -> None:
+    def training_texts() -> Iterator[str]:
+        return (document.text for document, _ in _read(source, "train", name))
+
+    encoder = tokenizers.load(tokenizer, training_texts)
+    writer.files(encoder.save(writer.folder))
+    size = tokenizers.vocabulary(tokenizer)
+    digest = hashlib.sha256(tokenizer.encode())
+    written = {}
+    for split in SPLITS:
+        with writer.stream(f"{split}.bin", _dtype(size)) as append:
+            written[split] = _write_split(_read(source, split, name), encoder, _dtype(size), append, digest)
+        _check_length(written[split].length, split, name)
+    _write_labels(written, name, getattr(source, "label_count", 0), writer, digest)
+    writer.finish(
+        {
+            "lengths": {split: written[split].length for split in SPLITS},
+            "vocab_size": size,
+            "bytes_per_token": written["validation"].text_bytes / written["validation"].length,
+            "loss_floor": None,
+            "fingerprint": digest.hexdigest(),
+        }
+    )
+
+
+def _read(source: TextSource, split: str, name: str) -> Iterator[tuple[Document, int]]:
+    """Yield each document of a split with the length of its text in bytes."""
+    for number, document in enumerate(source.documents(split), start=1):
+        try:
+            text_bytes = len(document.text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"data set {name!r}: document {number} of {split}: {error}") from error
+        yield document, text_bytes
+
+
+def _write_split(
+    documents: Iterable[tuple[Document, int]],
+    encoder: tokenizers.Tokenizer,
+    dtype: str,
+    append: Callable[[Tokens], None],
+    digest: hashlib._Hash,
+) -> _Split:
+    length = text_bytes = 0
+    ends: list[int] = []
+    labels: list[tuple[int, ...]] = []
+    for batch in _batches(documents):
+        for tokens in encoder.encode([document.text for document, _ in batch]):
+            row = tokens.astype(dtype)
+            append(row)
+            digest.update(row.data)
+            length += len(row)
+            ends.append(length)
+        labels += [document.labels for document, _ in batch]
+        text_bytes += sum(size for _, size in batch)
+    digest.update(str(length).encode())
+    return _Split(length=length, text_bytes=text_bytes, ends=ends, labels=labels)
+
+
+def _batches(documents: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[Document, int]]]:
+    """Yield the documents in lists of BATCH characters or a document more."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[0].text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write_labels(
+    written: dict[str, _Split], name: str, declared: int, writer: Writer, digest: hashlib._Hash
+) -> None:
+    """Write where documents end, and a matrix of labels, where any document has one."""
+    largest = max((label for split in written.values() for one in split.labels for label in one), default=-1)
+    if declared and largest >= declared:
+        raise ValueError(
+            f"data set {name!r}: a document has the label {largest}; the {declared} labels are 0 to "
+            f"{declared - 1}"
+        )
+    if largest < 0:
+        return
+    for split, seen in written.items():
+        labels = np.zeros((len(seen.labels), declared or largest + 1), dtype=np.uint8)
+        for row, ones in zip(labels, seen.labels, strict=True):
+            row[list(ones)] = 1
+        writer.array(f"{split}.ends.bin", np.array(seen.ends, dtype=np.int64))
+        writer.array(f"{split}.labels.bin", labels)
+        digest.update(labels.data)
+
+
+# --- tokens --------------------------------------------------------------------------------------------
+
+
+def _write_tokens(source: TokenSource, name: str, writer: Writer) -> None:
+    splits = {split: source.tokens(split) for split in SPLITS}
+    for split, tokens in splits.items():
+        _check_tokens(tokens, source.vocab_size, split, name)
+    stored = not all(isinstance(tokens, np.memmap) for tokens in splits.values())
+    dtype = _dtype(source.vocab_size)
+    digest = hashlib.sha256(dtype.encode() if stored else source.fingerprint().encode())
+    for split, tokens in splits.items() if stored else ():
+        row = np.ascontiguousarray(tokens, dtype=dtype)
+        writer.array(f"{split}.bin", row)
+        digest.update(row.data)
+        digest.update(str(len(row)).encode())
+    writer.finish(
+        {
+            "lengths": {split: len(tokens) for split, tokens in splits.items()},
+            "vocab_size": source.vocab_size,
+            "bytes_per_token": None,
+            "loss_floor": source.loss_floor,
+            "fingerprint": digest.hexdigest(),
+        }
+    )
+
+
+def _dtype(vocab_size: int) -> str:
+    return np.min_scalar_type(vocab_size - 1).name
+
+
+def _check_length(tokens: int, split: str, name: str) -> None:
+    if tokens < 2:
+        raise ValueError(
+            f"data set {name!r}: the {split} split has {tokens} tokens; a token and its successor are the "
+            "least there can be: give it more text, or a larger share of it"
+        )
+
+
+def _check_tokens(tokens: Tokens, vocab_size: int, split: str, name: str) -> None:
+    if tokens.ndim != 1 or tokens.dtype.kind != "u":
+        raise ValueError(
+            f"data set {name!r}: the {split} split is a {tokens.ndim}-d array of {tokens.dtype}; "
+            "expected 1-d unsigned tokens"
+        )
+    _check_length(len(tokens), split, name)
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(
+            f"data set {name!r}: the {split} split holds token {largest}, but vocab_size is {vocab_size}; "
+            f"set vocab_size to {largest + 1} or more"
+        )
