@@ -5,28 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from altgrad_core import data, kernels, rules, shapes
+from altgrad_core.actions import formats_of
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.layer_recipes import LayerRecipes
+from altgrad_core.layer_recipes import refuse_inexact as _refuse_inexact
 from altgrad_core.lookup import format_or_none
+from altgrad_core.master_bound import MasterBound
 from altgrad_core.model import GPT
 from altgrad_core.options import Choice
-from altgrad_core.recipe import Recipe, recipe_from
+from altgrad_core.recipe import recipe_from
 from altgrad_core.record import RunFolder
-from altgrad_core.registry import Registry, UsageError
+from altgrad_core.registry import Registry, UsageError, listed, suggestion
 from altgrad_core.run_state import Run, Watched
-from altgrad_core.storage import GridStorage, MasterBound, store_on_grid
+from altgrad_core.storage import GridStorage, store_on_grid
 from altgrad_core.surgery import quantize_layers, quantizer_of
 from altgrad_core.terminal import Terminal
-from altgrad_core.watching import READ_IN_EVERY_STEP, STEP_EXTRAS
+from altgrad_core.watching import EPOCH_SUMMARIES, READ_IN_EVERY_STEP, STEP_EXTRAS
 
 
 def device_for(experiment: Experiment, asked: str = "auto") -> str:
@@ -62,7 +66,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     storage = _storage(model, optimizer, experiment, registry)
     monitors = _watched(experiment.monitor, registry)
     policies = _watched(experiment.fallback, registry)
-    _check_needs(monitors, policies)
+    _check_needs(monitors, policies, dict(model.named_modules()), _grouped(experiment))
     return Run(
         experiment=experiment,
         cell=cell.name,
@@ -77,7 +81,8 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
         tokens=tokens,
         autocast=_autocast(experiment, device),
         layers=_layer_names(model),
-        share_on_grid=share_on_grid(model, experiment),
+        formats=formats_of(model),
+        registry=registry,
         monitors=monitors,
         policies=policies,
         frozen=frozen,
@@ -147,25 +152,6 @@ def _quantize(model: nn.Module, experiment: Experiment, registry: Registry, auto
             for recipe in (layer.weights, layer.activations, layer.gradients):
                 _refuse_inexact(recipe)
     quantize_layers(model, chosen, derived_seed(experiment.seed, "gradients"))
-
-
-def _refuse_inexact(recipe: Recipe | None) -> None:
-    """Refuse what bfloat16 does not hold: a grid value times a power of two, to 8 bits, it does."""
-    if recipe is None:
-        return
-    if not recipe.power_of_two:
-        cause = "block_scale" if recipe.block_scale else 'scale_rule = "exact"'
-        raise UsageError(
-            f"{recipe.format.name} under {cause} has scales that are no powers of two: inexact under "
-            'bfloat16 autocast; set train.dtype = "float32", or leave it out'
-        )
-    try:
-        recipe.format.quantize(torch.ones(1, dtype=torch.bfloat16))
-    except ValueError as error:
-        raise UsageError(
-            f"{recipe.format.name} does not survive bfloat16 autocast, which cannot hold every value of it; "
-            'set train.dtype = "float32", or name another format'
-        ) from error
 
 
 def _optimizer(model: nn.Module, experiment: Experiment, registry: Registry) -> torch.optim.Optimizer:
@@ -238,10 +224,13 @@ def _master_bound(
         for parameter in model.parameters()
         if parameter.requires_grad
         and (quantizer := quantizer_of(parameter)) is not None
-        and quantizer.geometry
         and not quantizer.on_grid
     ]
-    return MasterBound(optimizer, masters, quantize.bound) if masters else None
+    if not masters:
+        return None
+    bound = MasterBound(optimizer, masters, quantize.bound)
+    bound.follow_formats()
+    return bound
 
 
 def _compiled(model: nn.Module, experiment: Experiment, device: str) -> Any:
@@ -258,18 +247,6 @@ def _layer_names(model: nn.Module) -> dict[str, str]:
     return {name: heads.get(id(model.get_parameter(name)), path) for name, path in names.items()}
 
 
-def share_on_grid(model: nn.Module, experiment: Experiment) -> float:
-    """Return the share of the non-embedding parameters that live on a grid."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in embeddings]
-    on_grid = [
-        parameter
-        for parameter in others
-        if _wants_grid(parameter) and (quantizer := quantizer_of(parameter)) is not None and quantizer.on_grid
-    ]
-    return sum(parameter.numel() for parameter in on_grid) / sum(parameter.numel() for parameter in others)
-
-
 def _watched(choices: tuple[Choice, ...], registry: Registry) -> list[Watched]:
     return [
         Watched(
@@ -281,20 +258,55 @@ def _watched(choices: tuple[Choice, ...], registry: Registry) -> list[Watched]:
     ]
 
 
-def _check_needs(monitors: list[Watched], policies: list[Watched]) -> None:
-    """Refuse a monitor that asks for what a step does not have, and a policy that no monitor serves."""
+def _grouped(experiment: Experiment) -> set[str]:
+    """Return the monitors that were told to report by groups of layers."""
+    return {
+        choice.plugin.rpartition(":")[2]
+        for choice in experiment.monitor
+        if getattr(choice.options, "per", "layer") != "layer"
+    }
+
+
+def _check_needs(
+    monitors: list[Watched], policies: list[Watched], layers: Collection[str], grouped: Collection[str]
+) -> None:
+    """Refuse a monitor that asks for what a step does not have, and a policy that no monitor serves.
+
+    layers: the module paths that metrics may name. grouped: monitors that report by groups of layers, under
+    names of their own.
+    """
     for watched in monitors:
         if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
             raise UsageError(
                 f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
                 f"a step can carry: {', '.join(STEP_EXTRAS)}"
             )
-    served = {watched.name for watched in monitors}
+        for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
+            if how not in EPOCH_SUMMARIES:
+                raise UsageError(
+                    f"the monitor {watched.name!r} of {watched.owner} has an epoch sum up {quantity!r} by "
+                    f"{how!r}; there are: {', '.join(map(repr, EPOCH_SUMMARIES))}"
+                )
+    served = {watched.name: watched.plugin for watched in monitors}
     for watched in policies:
         for need in watched.plugin.needs:
-            monitor = need.partition("/")[0]
-            if monitor not in served and need not in READ_IN_EVERY_STEP:
-                raise UsageError(
-                    f"the policy {watched.name!r} needs the metric {need!r}; "
-                    f"add [[monitor]] plugin = {monitor!r}"
-                )
+            if need not in READ_IN_EVERY_STEP and (problem := _unserved(need, served, layers, grouped)):
+                raise UsageError(f"the policy {watched.name!r} needs the metric {need!r}; {problem}")
+
+
+def _unserved(
+    need: str, served: Mapping[str, Any], layers: Collection[str], grouped: Collection[str]
+) -> str | None:
+    """Return why no installed monitor reports a metric, and the way out; None where one does."""
+    monitor, quantity, layer, *rest = [*need.split("/"), "", ""]
+    if monitor not in served:
+        return f"add [[monitor]] plugin = {monitor!r}"
+    if rest != ["", ""] or not layer:
+        return "a metric is named <monitor>/<quantity>/<layer>, with total for the whole model"
+    provides = getattr(served[monitor], "provides", None)
+    if provides is not None and quantity not in provides:
+        hint = suggestion(quantity, provides)
+        return f"{monitor!r} provides: {listed(provides)}{hint}"
+    if layer != "total" and monitor not in grouped and layer not in layers:
+        return f"the model has no layer {layer!r}{suggestion(layer, layers) or '; or ask for total'}"
+    return None

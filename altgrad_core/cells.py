@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -186,6 +187,8 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
         "best": run.best,
         "loss_floor": run.tokens.loss_floor,
         "share_on_grid": run.share_on_grid,
+        "actions": run.action_counts,
+        "formats": run.formats if run.switches else None,
         "model": experiment.plain()["model"],
         "device": device,
         "machine": platform.node(),
@@ -216,6 +219,7 @@ def _report(run: Any, file: ExperimentFile) -> None:
         rows.append(("best", f"{best['validation/loss']:.4f} at step {best['step']:.0f}"))
     if summary["loss_floor"] is not None:
         rows.append(("floor", f"{summary['loss_floor']:.4f} nats per token, the source's entropy"))
+    rows += _what_policies_did(summary)
     rows.append(("on the grid", f"{summary['share_on_grid']:.1%} of the non-embedding parameters"))
     rows.append(("text", f"{summary['passes']:.2f} passes over the training tokens"))
     if summary["tokens_per_second"]:
@@ -223,6 +227,17 @@ def _report(run: Any, file: ExperimentFile) -> None:
     rows.append(("folder", str(run.folder.path)))
     rows.append(("next", _next(run, file)))
     terminal.table(rows)
+
+
+def _what_policies_did(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return how often which policy acted, and, where formats were switched, what they are now."""
+    rows = []
+    for policy, kinds in summary["actions"].items():
+        rows.append((policy, ", ".join(f"{count} x {kind}" for kind, count in kinds.items())))
+    if summary["formats"]:
+        now = collections.Counter(summary["formats"].values())
+        rows.append(("formats now", ", ".join(f"{name} in {count} layers" for name, count in now.items())))
+    return rows
 
 
 def _next(run: Any, file: ExperimentFile) -> str:

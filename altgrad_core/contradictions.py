@@ -17,6 +17,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _listed_twice(sections)
     yield from _quantize(sections)
     yield from _storage_rounding(sections)
+    yield from _optimizer_options(sections)
     if "model" in sections and "data" in sections:
         yield from _rules(sections)
         yield from _freeze(sections)
@@ -50,6 +51,23 @@ def _storage_rounding(sections: Mapping[str, Any]) -> Iterator[Problem]:
         f'"{quantize.storage_rounding}" does not go with {optimizer.plugin}, which lands on the grid by '
         f"itself; use {' or '.join(map(written, taken))}, or another optimizer",
     )
+
+
+def _optimizer_options(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """A monitor whose options name `optimizer_options` reads what an optimizer keeps only under those."""
+    optimizer = sections.get("optimizer")
+    if optimizer is None:
+        return
+    for index, choice in enumerate(sections.get("monitor", ())):
+        for name, value in getattr(choice.options, "optimizer_options", {}).items():
+            known = hasattr(optimizer.options, name)
+            if not known or getattr(optimizer.options, name) != value:
+                way_out = "has as an option: set it" if known else "does not know: use one that does"
+                yield Problem(
+                    ("monitor", index),
+                    f"{choice.plugin!r} needs {name} = {written(value)} of the optimizer, which "
+                    f"{optimizer.plugin} {way_out}, or leave the monitor out",
+                )
 
 
 def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,11 @@ class ErrorFeedback:
         else:
             gap = gap_beside(self._formats[index], weight, scale, residual)
             self.stored[index].copy_(codes.encode(residual / gap))
+
+    def take_over(self, other: ErrorFeedback, places: Mapping[int, int]) -> None:
+        """Take up the residuals of weights that `other` has kept: its place to the place here."""
+        for theirs, mine in places.items():
+            self.stored[mine] = other.stored[theirs]
 
     def state_dict(self) -> dict[str, Any]:
         return {"formats": self._names(), "stored": list(self.stored)}

@@ -18,13 +18,19 @@ compiled again when it changes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from altgrad_core import scaling
+from altgrad_core.quantizer import adjusted
 from altgrad_core.random_bits import Key, mix_, stream_key_tensor
 from altgrad_core.recipe import Recipe
 from altgrad_core.straight_through import gradient_through, straight_through
+
+if TYPE_CHECKING:
+    from altgrad_core.range_counts import RangeCounts
 
 _NO_BACKWARD = -1
 """The autograd engine's task outside of any backward pass."""
@@ -40,6 +46,8 @@ class FlowQuantizer:
         recipe: how.
         history: (amax_history,) float32, the newest amax first; 0 where there is none yet.
         counter: 0-d int32, how many quantisations have counted.
+        ranges: what counts overflow and underflow in training passes; None: nobody, as in a copy.
+        adjustment: 0-d float32, a power of two that multiplies whatever scale the recipe's rule finds.
 
     Raises ValueError on a scale that stays as it was first seen: that is for weights.
     """
@@ -51,6 +59,8 @@ class FlowQuantizer:
                 "'static'"
             )
         self.recipe = recipe
+        self.ranges: RangeCounts | None = None
+        self._counted = False  # whether the latest pass that replays nothing was one of training
         self._held = False
         self._stream = stream
         self._start(device)
@@ -62,6 +72,8 @@ class FlowQuantizer:
         """Make the state, with nothing seen yet."""
         self.history = torch.zeros(self.recipe.amax_history, device=device)
         self.counter = torch.zeros((), dtype=torch.int32, device=device)
+        self.adjustment = torch.ones((), device=device)
+        self._is_adjusted = False
         self._running = torch.zeros((), device=device)
         self._keys = stream_key_tensor(self._stream, device)
 
@@ -74,7 +86,10 @@ class FlowQuantizer:
         def quantization(x: Tensor) -> tuple[Tensor, Tensor | None]:
             scale = self._replayable(x, counts) if training else self._scale(x, False)
             keys = self._draws(training and counts)
-            return self.recipe.quantize(x, scale, keys), self.recipe.passes(x, scale, keys)
+            found = self.recipe.quantize(x, scale, keys)
+            if self.ranges is not None and training and not self._replays(counts):
+                self.ranges.add(x, found, scale)
+            return found, self.recipe.passes(x, scale, keys)
 
         return straight_through(x, quantization)
 
@@ -83,17 +98,32 @@ class FlowQuantizer:
 
         @torch.no_grad()
         def quantized(gradient: Tensor) -> Tensor:
-            return self.recipe.quantize(gradient, self._scale(gradient, counts), self._draws(counts))
+            scale = self._scale(gradient, counts)
+            found = self.recipe.quantize(gradient, scale, self._draws(counts))
+            if self.ranges is not None and counts:
+                self.ranges.add(gradient, found, scale)
+            return found
 
         return gradient_through(y, quantized, owned=True)
 
+    @torch.no_grad()
+    def adjust(self, factor: float) -> None:
+        """Multiply every scale from here on by a power of two."""
+        self.adjustment.copy_(adjusted(self.adjustment, factor))
+        self._is_adjusted = True
+
     # --- the history ---------------------------------------------------------------------------------
 
-    def hold(self) -> bool:
-        """Keep the history as it is until `release`; False where it is held already."""
+    def hold(self, counts: bool = False) -> bool:
+        """Keep the history as it is until `release`; False where it is held already.
+
+        counts: whether the passes until then are a step's, whose overflow is counted where somebody asks.
+        """
         if self._held:
             return False
         self._held = True
+        if counts and self.ranges is not None:
+            self.ranges.begin(self.recipe.format, self.recipe.rounding)
         return True
 
     @torch.no_grad()
@@ -116,7 +146,21 @@ class FlowQuantizer:
         self._latest = scale, counts
         return scale
 
+    def _replays(self, counts: bool) -> bool:
+        """Whether a training pass is not to be counted: without gradients, or a replay of one that was."""
+        if torch.compiler.is_compiling():
+            return not counts
+        if torch._C._current_graph_task_id() == _NO_BACKWARD:
+            self._counted = counts
+            return not counts
+        return self._counted or not counts
+
     def _scale(self, x: Tensor, counts: bool) -> Tensor:
+        found = self._found(x, counts)
+        return adjusted(found, self.adjustment) if self._is_adjusted else found
+
+    def _found(self, x: Tensor, counts: bool) -> Tensor:
+        """Return the scale by the recipe's rule."""
         if self.recipe.scale_mode != "delayed" or not self.recipe.scaled or not x.numel():
             return self.recipe.scale_of(x)
         own = scaling.amax_per(x.detach(), "tensor", 0).to(torch.float32)
@@ -148,7 +192,12 @@ class FlowQuantizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resume needs; between steps, for what `hold` has gathered is not in it."""
-        return {"history": self.history, "counter": self.counter, "keys": self._keys}
+        return {
+            "history": self.history,
+            "counter": self.counter,
+            "keys": self._keys,
+            "adjustment": self.adjustment,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up a saved state. Raises ValueError for a history of another length."""
@@ -158,6 +207,7 @@ class FlowQuantizer:
             )
         for key, mine in self.state_dict().items():
             mine.copy_(state[key])
+        self._is_adjusted = float(self.adjustment) != 1
 
     def to(self, device: torch.device) -> None:
         """Move the state, when the model has moved; from `meta`, where there is none, it starts anew."""
@@ -167,3 +217,4 @@ class FlowQuantizer:
         elif device != self.history.device:
             self.history, self.counter = self.history.to(device), self.counter.to(device)
             self._running, self._keys = self._running.to(device), self._keys.to(device)
+            self.adjustment = self.adjustment.to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
+
+OF_THE_WEIGHT = ("rms", "rescales")
+"""What the state says of a weight, whatever its format: what its bound follows from, and a count."""
+
+STATE = ("exponents", "seen", *OF_THE_WEIGHT)
 
 _SLACK = 2.0**-20  # of a range that need not be exact: whatever is outside is worked out
 
@@ -38,10 +43,11 @@ class GridScales:
     fitted: which scales are fitted to the weights now; the others (1, or static) stay as they are.
     adaptive: which of those follow the weights afterwards.
     bound: limit on |w| as a multiple of the tensor's float32 rms at construction; 0 means none.
+    adjustments: powers of two that multiply the scales that fit the weights; None: 1.
     may_move: whether any scale is adaptive.
 
-    The state is device tensors of shape (n,): exponents k, whether a positive amax was seen, the initial
-    rms, and the number of scale changes.
+    The state is device tensors of shape (n,): exponents k of the scales that fit, whether a positive amax was
+    seen, the initial rms, and the number of scale changes.
     """
 
     def __init__(
@@ -55,8 +61,9 @@ class GridScales:
         bound: float = 0.0,
         margins: Sequence[float] | None = None,
         shrink_early: bool = False,
+        adjustments: Sequence[float] | None = None,
     ) -> None:
-        device = weights[0].device
+        device = weights[0].device if weights else torch.device("cpu")
         if any(scale.dim() for scale in scales):
             raise ValueError(
                 "a weight on the grid has one scale, these have one per channel or block: "
@@ -72,13 +79,15 @@ class GridScales:
         self._margins = list(margins or [1.0] * len(self.scales))
         self._host: list[HostScale] | None = None
         self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
-        amax = scaling.amax(weights)
-        self.rms = rms_of(weights)
+        amax = scaling.amax(weights) if weights else torch.zeros(0, dtype=torch.float64)
+        self.rms = rms_of(weights) if weights else torch.zeros(0)
         self.seen = scaling.usable(amax)
         self.exponents = torch.zeros(len(self.scales), dtype=torch.int32, device=device)
         for (format, margin), at in self._kinds.items():
             self.exponents[at] = scaling.fitted_exponent(amax[at], format, margin).to(torch.int32)
         self.rescales = torch.zeros_like(self.exponents)
+        shifts = [math.frexp(factor)[1] - 1 for factor in adjustments or [1.0] * len(self.scales)]
+        self._shifts = torch.tensor(shifts, dtype=torch.int32, device=device)
         self._write()
 
     def adapt(self, amax: Tensor) -> None:
@@ -145,12 +154,16 @@ class GridScales:
         """Return the bound on |w| in weight units, (n,) float32, inf where there is none; None: no bound."""
         return torch.where(self.rms > 0, self.bound * self.rms, math.inf) if self.bound else None
 
-    def take_over(self, other: GridScales, places: Mapping[int, int]) -> None:
-        """Take up the state of weights that `other` has kept: its place to the place here."""
+    def take_over(self, other: GridScales, places: Mapping[int, int], keys: Collection[str] = STATE) -> None:
+        """Take up the state of weights that `other` has kept: its place to the place here.
+
+        keys: of the state; those of `OF_THE_WEIGHT` alone, for weights that have another format now.
+        """
         if places:
             theirs, mine = list(places), list(places.values())
             for key, own in self.state_dict().items():
-                own[mine] = other.state_dict()[key][theirs]
+                if key in keys:
+                    own[mine] = other.state_dict()[key][theirs]
             self._write()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -167,7 +180,10 @@ class GridScales:
     def _write(self) -> None:
         """Set the fitted scales to 2^k, in place."""
         self._host = None
-        powers = scaling.power_of_two(self.exponents)
+        if not self.scales:
+            return
+        most = scaling.LARGEST_EXPONENT
+        powers = scaling.power_of_two((self.exponents + self._shifts).clamp(-most, most))
         current = torch.stack(self.scales).to(powers.device)
         torch._foreach_copy_(self.scales, list(torch.where(self._fitted, powers, current).unbind()))
 

@@ -113,7 +113,8 @@ class Step:
 class Monitor(Protocol):
     """Watches a run and reports numbers; changes nothing.
 
-    Optional methods, called where they exist: `start(run)`, `evaluated(step, metrics)` after an
+    Optional methods, called where they exist: `start(run)`, where a UsageError ends the run with its text;
+    `logged(step, metrics)` after each line of metrics, with all of it; `evaluated(step, metrics)` after an
     evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints.
     Optional attributes: `every` (steps between observations, default 1); `undefined_is_nan` (True: a NaN
     metric means that the quantity is not defined in this step, and is not logged); `provides`, a mapping of
@@ -140,11 +141,16 @@ class Policy(Protocol):
     """Decides, between backward pass and optimizer step, whether something must be done.
 
     Optional methods, called where they exist: `start(run)`, `state_dict()`, `load_state_dict(state)`.
+    Optional attribute `every`: `needs` are computed in every so many steps only.
     """
 
     @property
     def needs(self) -> Collection[str]:
-        """Names of monitor metrics that `decide` reads; they are then computed in every step."""
+        """Names of monitor metrics that `decide` reads; they are then computed in every step.
+
+        They are checked before the run begins, and read anew in every step: `start` may add to them. What no
+        monitor has reported, or not yet, is absent from `metrics`.
+        """
         ...
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
@@ -190,7 +196,8 @@ class ClipGradients(Action):
 class AdjustScale(Action):
     """Multiply the scale of some quantisers by `factor`, on top of what their scaling rule finds.
 
-    Factors multiply up over a run; they are saved with it.
+    Factors multiply up over a run; they are saved with it. Those of a weight end when its format is switched.
+    In a step whose loss or gradient is not finite the optimizer does not step, as under SkipStep.
     """
 
     layers: str
@@ -206,7 +213,9 @@ class SwitchFormat(Action):
     """Quantise the weights of some layers in another format from this step on.
 
     Scales are derived anew, weights stored on a grid are snapped to the new one (nearest even), the
-    optimizer's moments stay as they are.
+    optimizer's moments stay as they are. An optimizer that lands on grids by itself has a method
+    `regrid(weights)` for it, called after the change. Formats of more than 8 bits are stored as master. In a
+    step whose loss or gradient is not finite the optimizer does not step, as under SkipStep.
     """
 
     layers: str
@@ -266,7 +275,11 @@ class Document:
 
 @runtime_checkable
 class TextSource(Protocol):
-    """A data set of documents; the core tokenizes, caches and batches them."""
+    """A data set of documents; the core tokenizes, caches and batches them.
+
+    One whose documents have labels may have an int `label_count`: how many there are, whatever the largest
+    index that occurs.
+    """
 
     def fingerprint(self) -> str:
         """Identify the content: equal fingerprints mean equal documents, cheaply told."""

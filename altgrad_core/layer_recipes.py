@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantized_linear import is_conv1d
 from altgrad_core.recipe import Recipe, flow_recipe, recipe_of
+from altgrad_core.registry import UsageError
 from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
 
 
@@ -110,3 +112,22 @@ def _ruled(
 
 def _of_rule(spec: Any, default: Recipe | None) -> Recipe | None:
     return default if spec is None else flow_recipe(spec, default)
+
+
+def refuse_inexact(recipe: Recipe | None) -> None:
+    """Refuse what bfloat16 does not hold: a grid value times a power of two, to 8 bits, it does."""
+    if recipe is None:
+        return
+    if not recipe.power_of_two:
+        cause = "block_scale" if recipe.block_scale else 'scale_rule = "exact"'
+        raise UsageError(
+            f"{recipe.format.name} under {cause} has scales that are no powers of two: inexact under "
+            'bfloat16 autocast; set train.dtype = "float32", or leave it out'
+        )
+    try:
+        recipe.format.quantize(torch.ones(1, dtype=torch.bfloat16))
+    except ValueError as error:
+        raise UsageError(
+            f"{recipe.format.name} does not survive bfloat16 autocast, which cannot hold every value of it; "
+            'set train.dtype = "float32", or name another format'
+        ) from error

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint, data
-from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, SkipStep, Stop
+from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, Stop
 from altgrad_core.measuring import autocast, evaluate, log, moved
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights
-from altgrad_core.watching import call_each, decision, due_monitors, observe_after, watch
+from altgrad_core.watching import call_each, decision, due_monitors, observe_after, skips_update, watch
 
 
 def train(run: Run) -> str:
@@ -79,7 +79,7 @@ def _one_step(run: Run) -> None:
         _set_learning_rate(run)
     if isinstance(action, Stop):
         run.outcome = "stopped"
-    if not isinstance(action, SkipStep | Stop):
+    if not skips_update(run, action):
         if math.isfinite(limit):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         _update(run, loss)

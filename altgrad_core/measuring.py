@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint, data
-from altgrad_core.run_state import Interval, Run
+from altgrad_core.run_state import Epoch, Interval, Run
 from altgrad_core.surgery import held_weights
 from altgrad_core.watching import call_each, to_host
 
@@ -67,9 +67,6 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
         values["train/gradient_norm"] = interval.norms[-1]
         values["train/clipped_steps"] = torch.stack(interval.clipped).sum()
         values |= _epoch(run, interval)
-    scales = run.storage.scales if run.storage is not None else getattr(run.optimizer, "scales", None)
-    if scales is not None:
-        values["range/rescale/total"] = scales.rescales.sum()
     values |= {name: value for name, value in run.observed.items() if name in run.unlogged}
     run.unlogged.clear()
     read = dict(zip(values, to_host(list(values.values())), strict=True))
@@ -84,6 +81,7 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
         run.best = {"step": run.step, **evaluated}
     run.folder.metrics(run.step, line)
     run.terminal.line(run.step, line)
+    call_each(run, "logged", run.step, dict(line))
     if improved and run.step:
         run.save(checkpoint.BEST)
     if evaluated:
@@ -92,22 +90,38 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
 
 def _undefined(run: Run, name: str, value: float) -> bool:
     """Whether a NaN means that the quantity is not defined in this step, as its monitor declares."""
-    return math.isnan(value) and any(
+    return math.isnan(value) and _may_be_undefined(run, name.removeprefix("epoch/"))
+
+
+def _may_be_undefined(run: Run, name: str) -> bool:
+    return any(
         getattr(watched.plugin, "undefined_is_nan", False) and name.startswith(f"{watched.name}/")
         for watched in run.monitors
     )
 
 
 def _epoch(run: Run, interval: Interval) -> dict[str, Tensor | float]:
-    """Add the interval to the running epoch; return the epoch's mean loss where one has ended."""
-    total, count = run.epoch_loss or (torch.zeros((), device=run.device), 0)
-    total, count = total + torch.stack(interval.losses).sum(), count + len(interval.losses)
-    before = run.passes - count * run.experiment.tokens_per_step / len(run.tokens.train)
-    if int(run.passes) > int(before):
-        run.epoch_loss = None
-        return {"epoch/index": float(int(run.passes)), "epoch/train_loss": total / count}
-    run.epoch_loss = (total, count)
-    return {}
+    """Add the interval to the running epoch; where one has ended, return its mean loss and its counters.
+
+    A counter is the sum, or the mean, of a monitor's total over the steps where it was observed and defined.
+    """
+    epoch = run.epoch
+    epoch.add(interval, lambda name: _may_be_undefined(run, name))
+    tokens, length = run.experiment.tokens_per_step, len(run.tokens.train)
+    passes = run.step * tokens // length
+    if passes == (run.step - epoch.steps) * tokens // length or epoch.loss is None:
+        return {}
+    run.epoch = Epoch()
+    sums_up = {
+        f"{watched.name}/{quantity}": how
+        for watched in run.monitors
+        for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items()
+    }
+    counters = {
+        f"epoch/{name}": total / count if sums_up[name] == "mean" else torch.where(count > 0, total, math.nan)
+        for name, (total, count) in epoch.totals.items()
+    }
+    return {"epoch/index": float(passes), "epoch/train_loss": epoch.loss / epoch.steps, **counters}
 
 
 def _timings(run: Run, interval: Interval) -> dict[str, float]:

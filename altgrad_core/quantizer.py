@@ -7,14 +7,18 @@ optimizers find it from the Parameter alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.recipe import Recipe
+from altgrad_core.scaling import LARGEST_EXPONENT
 from altgrad_core.straight_through import straight_through
+
+if TYPE_CHECKING:
+    from altgrad_core.range_counts import RangeCounts
 
 _ATTRIBUTE = "_altgrad_quantizer"
 _STORAGES = ("master", "grid", None)
@@ -34,6 +38,8 @@ class WeightQuantizer:
             format that a rule names): it is quantised in the forward pass alone.
         unfitted: True where the scale has come from `meta`, without a value: the next use fits it.
         transposed: whether the weight is (in, out): channels and blocks run along the inputs in any case.
+        ranges: what counts overflow and underflow of the weight that is held; None: nobody, as in a copy.
+        adjustment: a power of two that multiplies whatever scale the recipe's rule finds; see `adjust`.
 
     Raises ValueError on a storage that is none, and on recipes that are not for weights: a forward pass
     draws no random numbers, since it must be repeatable, and a delayed scale is for what is not known yet.
@@ -61,6 +67,8 @@ class WeightQuantizer:
         self.scale = torch.ones(())
         self.held: Tensor | None = None
         self.unfitted = False
+        self.ranges: RangeCounts | None = None
+        self.adjustment = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy: off the grid, until what keeps the weights there is copied too."""
@@ -84,6 +92,11 @@ class WeightQuantizer:
         return self.recipe.scaled and self.recipe.scale_mode != "static"
 
     @property
+    def stored(self) -> bool:
+        """Whether the weight itself lives on the grid, without a master."""
+        return self.on_grid and self.storage != "master"
+
+    @property
     def follows(self) -> bool:
         """Whether the scale is to be fitted to the weight at its next use."""
         return self.recipe.scale_mode == "current" or self.unfitted
@@ -100,6 +113,25 @@ class WeightQuantizer:
     def fit(self, weight: Tensor) -> None:
         """Set the scale from the weight as it is."""
         self.scale = self._fitted(weight.detach())
+
+    def adjust(self, factor: float) -> None:
+        """Multiply the scale by a power of two, now and whenever it is fitted again."""
+        self.adjustment = within_normal(self.adjustment * factor)
+        self.scale.copy_(adjusted(self.scale, factor))
+        self.held = None
+
+    def switch(self, recipe: Recipe, *, storage: str | None, geometry: bool, weight: Tensor) -> None:
+        """Quantise the weight by another recipe from here on, under a scale fitted to it now, unadjusted.
+
+        Off the grid, until what keeps weights there takes it up again.
+        """
+        self.recipe, self.storage, self.geometry = recipe, storage, geometry
+        self.on_grid, self.held, self.adjustment = False, None, 1.0
+        fitted = self._fitted(weight.detach())
+        if fitted.shape == self.scale.shape:
+            self.scale.copy_(fitted)
+        else:
+            self.scale = fitted
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return what the forward pass uses: Q(weight), the gradient passing straight through."""
@@ -119,6 +151,17 @@ class WeightQuantizer:
             self.refit(weight)
         return self.recipe.quantize(weight, self.scale)
 
+    @torch.no_grad()
+    def hold(self, weight: Tensor, counts: bool = False) -> None:
+        """Compute Q(weight) under the scale as it is, for all passes until `held` is None again.
+
+        counts: whether they are a step's, whose overflow is counted where somebody asks for it.
+        """
+        self.held = self.recipe.quantize(weight, self.scale)
+        if counts and self.ranges is not None:
+            self.ranges.begin(self.format, self.recipe.rounding)
+            self.ranges.add(weight, self.held, self.scale)
+
     def refit(self, weight: Tensor) -> None:
         """Let the scale follow the weight."""
         self.scale.copy_(self._fitted(weight))
@@ -133,7 +176,19 @@ class WeightQuantizer:
 
     def _fitted(self, weight: Tensor) -> Tensor:
         scale = self.recipe.scale_of(weight.mT if self.transposed else weight)
+        if self.adjustment != 1:
+            scale = adjusted(scale, self.adjustment)
         return (scale.mT if self.transposed and scale.dim() else scale).contiguous()
+
+
+def adjusted(scale: Tensor, factor: Tensor | float) -> Tensor:
+    """Return scale times a power of two, where that and its inverse are normal float32; else the nearest."""
+    return (scale * factor).clamp(2.0**-LARGEST_EXPONENT, 2.0**LARGEST_EXPONENT)
+
+
+def within_normal(factor: float) -> float:
+    """Return an adjustment that is normal float32, as its inverse is."""
+    return min(max(factor, 2.0**-LARGEST_EXPONENT), 2.0**LARGEST_EXPONENT)
 
 
 @torch.no_grad()
@@ -152,6 +207,9 @@ def refit(pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
     for recipe, group in alike.items():
         found = recipe.scales_of([weight for _, weight in group])
         torch._foreach_copy_([quantizer.scale for quantizer, _ in group], list(found.unbind()))
+        for quantizer, _ in group:
+            if quantizer.adjustment != 1:
+                quantizer.scale.copy_(adjusted(quantizer.scale, quantizer.adjustment))
 
 
 def quantizer_of(weight: Tensor) -> WeightQuantizer | None:

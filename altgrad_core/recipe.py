@@ -99,7 +99,7 @@ class Recipe:
 
     @beyond.default
     def _(self) -> tuple[float, float]:
-        ends = self.format.values[[0, -1]]
+        ends = self.format.values[[0, -1]].double()
         gaps = self.format.spacing(ends)
         return float(ends[0] - gaps[0]), float(ends[1] + gaps[1])
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import checkpoint, data
+from altgrad_core import actions, checkpoint, data
 from altgrad_core.experiment import Experiment
 from altgrad_core.groups import GEOMETRY_KEYS
 from altgrad_core.hookspecs import Weight
+from altgrad_core.master_bound import MasterBound
 from altgrad_core.record import RunFolder, differences, now
-from altgrad_core.storage import GridStorage, MasterBound
+from altgrad_core.registry import Registry
+from altgrad_core.storage import GridStorage
 from altgrad_core.surgery import WeightQuantizer, quantized_flows, quantizer_of
 from altgrad_core.terminal import Terminal
 
@@ -49,6 +51,8 @@ class Interval:
     losses: list[Tensor] = attrs.field(factory=list)
     norms: list[Tensor] = attrs.field(factory=list)
     clipped: list[Tensor] = attrs.field(factory=list)
+    totals: dict[str, list[Tensor | float]] = attrs.field(factory=dict)
+    """`<monitor>/<quantity>` to its totals in the steps observed, of quantities that an epoch sums up."""
     seconds: float = 0.0
     since: float | None = attrs.field(factory=now)
 
@@ -62,7 +66,8 @@ class Interval:
 
     def state_dict(self) -> dict[str, Any]:
         lists = {"losses": self.losses, "norms": self.norms, "clipped": self.clipped}
-        return {"seconds": self.seconds, **{name: torch.stack(one) for name, one in lists.items() if one}}
+        stacked = {name: torch.stack(one) for name, one in lists.items() if one}
+        return {"seconds": self.seconds, "totals": self.totals, **stacked}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Interval:
@@ -71,7 +76,56 @@ class Interval:
             list(state[name].to(device).unbind()) if name in state else []
             for name in ("losses", "norms", "clipped")
         )
-        return cls(losses=losses, norms=norms, clipped=clipped, seconds=state["seconds"])
+        totals = {
+            name: [value.to(device) if isinstance(value, Tensor) else value for value in values]
+            for name, values in state["totals"].items()
+        }
+        return cls(losses=losses, norms=norms, clipped=clipped, totals=totals, seconds=state["seconds"])
+
+
+@attrs.define(eq=False)
+class Epoch:
+    """What adds up in one pass over the training tokens; on the device."""
+
+    loss: Tensor | None = None
+    steps: int = 0
+    totals: dict[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
+    """`<monitor>/<quantity>` to the float64 sum of its totals, and the number of observations in it."""
+
+    def add(self, interval: Interval, counted: Callable[[str], bool]) -> None:
+        """Add an interval; where a quantity is `counted` undefined by NaN, NaN is no observation."""
+        losses = torch.stack(interval.losses).sum()
+        self.loss = losses if self.loss is None else self.loss + losses
+        self.steps += len(interval.losses)
+        for name, values in interval.totals.items():
+            found = _stacked(values, losses.device)
+            there = ~found.isnan() if counted(name) else torch.ones_like(found, dtype=torch.bool)
+            both = torch.where(there, found, 0.0).sum(), there.sum()
+            before = self.totals.get(name)
+            self.totals[name] = both if before is None else (before[0] + both[0], before[1] + both[1])
+
+    def forget(self, monitor: str) -> None:
+        """Leave out a monitor that is dropped: what it saw is not the epoch."""
+        self.totals = {
+            name: found for name, found in self.totals.items() if not name.startswith(f"{monitor}/")
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "steps": self.steps, "totals": self.totals}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Epoch:
+        """Return the epoch that `state_dict` described."""
+        loss = state["loss"] if state["loss"] is None else state["loss"].to(device)
+        totals = {name: (one.to(device), count.to(device)) for name, (one, count) in state["totals"].items()}
+        return cls(loss=loss, steps=state["steps"], totals=totals)
+
+
+def _stacked(values: list[Tensor | float], device: torch.device) -> Tensor:
+    """Return numbers, some of them 0-d tensors, as one float64 tensor."""
+    return torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values]
+    )
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -92,7 +146,9 @@ class Run:
     autocast: bool
     layers: Mapping[str, str]
     """Parameter name to module path."""
-    share_on_grid: float
+    formats: dict[str, str]
+    """Module path of every Linear with a quantised weight to that weight's format now."""
+    registry: Registry
     frozen: int
     """Numbers in parameters that do not train."""
     monitors: list[Watched]
@@ -100,6 +156,10 @@ class Run:
     step: int = 0
     lr_factor: float = 1.0
     outcome: str = "running"
+    switches: list[tuple[str, str]] = attrs.field(factory=list)
+    """The `layers` and `to` of every SwitchFormat that was carried out."""
+    action_counts: dict[str, dict[str, int]] = attrs.field(factory=dict)
+    """How many actions of each kind each policy has answered with."""
     best: dict[str, float] = attrs.field(factory=dict)
     last: dict[str, float] = attrs.field(factory=dict)
     observed: dict[str, Tensor | float] = attrs.field(factory=dict)
@@ -110,9 +170,17 @@ class Run:
     message: str = ""
     """Why a policy stopped the run; empty unless one did."""
     seconds: float = 0.0
-    epoch_loss: tuple[Tensor, int] | None = None
+    epoch: Epoch = attrs.field(factory=Epoch)
     was_finite: bool = True
     summary: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def share_on_grid(self) -> float:
+        """The share of the non-embedding parameters that live on a grid."""
+        embeddings = {id(one.weight) for one in self.model.modules() if isinstance(one, nn.Embedding)}
+        others = [one for one in self.model.parameters() if id(one) not in embeddings]
+        on_grid = [one for one in others if (found := quantizer_of(one)) is not None and found.stored]
+        return sum(one.numel() for one in on_grid) / sum(one.numel() for one in others)
 
     @property
     def passes(self) -> float:
@@ -137,12 +205,15 @@ class Run:
             "flows": {name: flow.state_dict() for name, flow in quantized_flows(self.model).items()},
             "random": checkpoint.random_state(),
             "data": self.tokens.fingerprint,
+            "adjustments": {name: quantizer.adjustment for name, quantizer in self._quantizers()},
+            "switches": list(self.switches),
+            "action_counts": self.action_counts,
             "plugins": {watched.name: _state(watched.plugin) for watched in (*self.monitors, *self.policies)},
             "lr_factor": self.lr_factor,
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
-            "epoch_loss": self.epoch_loss,
+            "epoch": self.epoch.state_dict(),
             "was_finite": self.was_finite,
             "observed": self.observed,
             "unlogged": sorted(self.unlogged),
@@ -168,6 +239,7 @@ class Run:
                 f"{self.folder.path}: the data have changed since the checkpoint was written; "
                 "put them back, or start anew with --out"
             )
+        actions.repeat(self, state["switches"], state["adjustments"])
         self.model.load_state_dict(saved.model)
         self._load_optimizer(state["optimizer"])
         if self.storage:
@@ -189,8 +261,8 @@ class Run:
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in state["observed"].items()
         }
-        if state["epoch_loss"] is not None:
-            self.epoch_loss = (state["epoch_loss"][0].to(self.device), state["epoch_loss"][1])
+        self.epoch = Epoch.of(state["epoch"], self.device)
+        self.action_counts = {policy: dict(kinds) for policy, kinds in state["action_counts"].items()}
         checkpoint.set_random_state(state["random"])
         self.unlogged, self.interval = set(state["unlogged"]), Interval.of(state["interval"], self.device)
         self.message = state["message"]
@@ -227,9 +299,7 @@ class Run:
                 layer=self.layers[name],
                 format=quantizer.format if quantizer else None,
                 scale=_seen(quantizer.scale, parameter) if quantizer else None,
-                storage="grid"
-                if quantizer and quantizer.on_grid and quantizer.storage != "master"
-                else "master",
+                storage="grid" if quantizer and quantizer.stored else "master",
             )
             for name, parameter in self.trained.items()
             for quantizer in [quantizer_of(parameter)]
@@ -242,9 +312,9 @@ class Run:
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
 
-    @functools.cached_property
+    @property
     def quantized(self) -> dict[str, nn.Parameter]:
-        """Those of them that are quantised."""
+        """Those of them that are quantised now."""
         return {
             name: parameter for name, parameter in self.trained.items() if quantizer_of(parameter) is not None
         }

@@ -164,6 +164,10 @@ def _bits(x: float) -> int:
     return int.from_bytes(struct.pack(">d", x))
 
 
+# what torch.compiler.assume_constant_result does, which would import the compiler: a second
+_bits._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def empty_exponent(format: Format) -> int:
     """Return k where there is no amax yet: as if amax were 1 under a power-of-two largest value."""
     k = math.frexp(format.largest)[1] - 1

@@ -11,9 +11,10 @@ Rounding draws are a pure function of (seed, step, tensor, element): see `random
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from altgrad_core import native_landing, scaling
 from altgrad_core.error_compensation import ErrorCompensation
 from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
+from altgrad_core.grid_scales import OF_THE_WEIGHT
 from altgrad_core.grid_scales import GridScales as GridScales
-from altgrad_core.grid_scales import rms_of
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.recipe import refuse_off_grid
+
+if TYPE_CHECKING:
+    from altgrad_core.range_counts import LandingCounts
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
 """The roundings that leave nothing behind; an optimizer that lands on the grid by itself has these."""
@@ -48,12 +52,16 @@ class GridStorage:
     Weights that are loaded into the model are used as they are until the next step. Load them before
     `store_on_grid`, or call `snap()`; a checkpoint's are on their grids under the scales of its state.
 
+    A weight whose format or scale is changed within `regridding` goes on on its new grid. Its bound stays the
+    multiple of its initial rms that it was. Where a weight leaves, those after it draw from other streams.
+
     Attributes:
         weights: the Parameters on the grid, in the order of their random streams.
         scales: their `GridScales`; `scales.rescales` counts changes of scale.
         watched: set to a mapping from Parameter to its value before the step, and the next step leaves the
             update before rounding in `intended`, keyed alike. Residuals are no part of an update.
         feedback: the residuals that `error_feedback` keeps; None under other roundings.
+        ranges: what counts what landing cuts off, while a monitor asks for it; None otherwise.
     """
 
     def __init__(
@@ -67,30 +75,39 @@ class GridStorage:
         residual_format: Format | str | None = "same",
     ) -> None:
         self.optimizer = optimizer
-        self.weights = _grid_weights(optimizer)
         self.rounding = rounding
         self.seed = seed
         self.counter = 0
         self.watched: dict[Tensor, Tensor] = {}
         self.intended: dict[Tensor, Tensor] = {}
+        self.ranges: LandingCounts | None = None
+        self._bound, self._scale_mode, self._residual_format = bound, scale_mode, residual_format
+        self._take(_first_grid_weights(optimizer))
+        self.snap()
+        self._claim()
+        self._hook()
+
+    def _take(self, weights: Sequence[nn.Parameter]) -> None:
+        """Keep these weights from here on, by what their quantisers say now."""
+        self.weights = list(weights)
         self._quantizers = [_quantizer(weight) for weight in self.weights]
         for quantizer in self._quantizers:
             refuse_off_grid(quantizer.recipe)
         self._formats = [quantizer.format for quantizer in self._quantizers]
         self.feedback = self._compensation = None
-        if rounding == "error_feedback":
-            self.feedback = ErrorFeedback(self.weights, self._formats, residual_format)
-        elif rounding == "eco":
-            self._compensation = ErrorCompensation(optimizer, self.weights, self._formats)
-        self._bound, self._scale_mode = bound, scale_mode
-        self.snap()
-        self._claim()
-        self._hook()
+        if self.rounding == "error_feedback":
+            self.feedback = ErrorFeedback(self.weights, self._formats, self._residual_format)
+        elif self.rounding == "eco":
+            self._compensation = ErrorCompensation(self.optimizer, self.weights, self._formats)
 
     def snap(self) -> None:
         """Round the weights to nearest, under scales and bounds fitted to them now, as at the beginning."""
         self._begun = False
-        self.scales = GridScales(
+        self.scales = self._fitted_scales()
+        self._round("nearest_even", range(len(self.weights)), self.feedback or self._compensation)
+
+    def _fitted_scales(self) -> GridScales:
+        return GridScales(
             [weight.detach() for weight in self.weights],
             self._formats,
             [quantizer.scale for quantizer in self._quantizers],
@@ -99,8 +116,35 @@ class GridStorage:
             bound=self._bound,
             margins=[quantizer.margin for quantizer in self._quantizers],
             shrink_early=self.rounding == "stochastic",
+            adjustments=[quantizer.adjustment for quantizer in self._quantizers],
         )
-        self._round("nearest_even", range(len(self.weights)))
+
+    @contextlib.contextmanager
+    def regridding(self, weights: Collection[Tensor]) -> Iterator[None]:
+        """Have the formats and scales of these weights changed inside, and snap them to their new grids.
+
+        Between steps. Weights may leave the grid, or come to it. What has another format gets a scale anew;
+        what has not keeps its own, adjusted. Rounding is to nearest even. Residuals of error feedback are
+        given back first, and those of the new rounding kept, so that nothing is lost but what their format
+        does not hold; under `eco` the optimizer's moments stay as they are.
+        """
+        old, formats, scales, feedback = self.weights, self._formats, self.scales, self.feedback
+        changed = {id(weight) for weight in weights}
+        with torch.no_grad():
+            if feedback is not None and not self._begun:
+                self._give_back(feedback, [place for place, one in enumerate(old) if id(one) in changed])
+        yield
+        self._take(_grid_weights(self.optimizer))
+        self.scales = self._fitted_scales()
+        now = {id(weight): place for place, weight in enumerate(self.weights)}
+        same = {place: now[id(weight)] for place, weight in enumerate(old) if id(weight) in now}
+        self.scales.take_over(scales, same, OF_THE_WEIGHT)
+        same = {theirs: mine for theirs, mine in same.items() if self._formats[mine] == formats[theirs]}
+        self.scales.take_over(scales, same)
+        if self.feedback is not None and feedback is not None:
+            self.feedback.take_over(feedback, same)
+        self._claim()
+        self._round("nearest_even", [place for one, place in now.items() if one in changed], self.feedback)
 
     def _claim(self) -> None:
         """Have the forward pass use the weights as they are; a copy of a quantiser alone does not."""
@@ -125,7 +169,8 @@ class GridStorage:
             return
         _refuse_closure(args, keywords)
         if self.feedback is not None and not self._begun:
-            self._give_back(self.feedback)
+            self._give_back(self.feedback, range(len(self.weights)))
+            self._begun = True
             self.watched = {weight: weight.detach().clone() for weight in self.watched}
 
     @torch.no_grad()
@@ -136,10 +181,13 @@ class GridStorage:
                 hook.remove()
             return
         if self.feedback is not None and not self._begun:  # a step that calls its superclass's ends twice
-            self._give_back(self.feedback)
+            self._give_back(self.feedback, range(len(self.weights)))
         self._begun = False
         self.intended = {weight: weight - before for weight, before in self.watched.items()}
+        unrounded = None if self.ranges is None else self.ranges.unrounded(self.weights)
         self._land("stochastic" if self.rounding == "stochastic" else "nearest_even")
+        if self.ranges is not None and unrounded is not None:
+            self.ranges.add(unrounded, self.weights, self.scales)
         self.counter += 1
 
     def _land(self, rounding: str) -> None:
@@ -153,25 +201,26 @@ class GridStorage:
             amax = torch.zeros(len(self.weights), dtype=torch.float64, device=self.weights[0].device)
             amax[left] = scaling.amax([self.weights[index].detach() for index in left])
             self.scales.adapt(amax)
-        self._round(rounding, left)
+        self._round(rounding, left, self.feedback or self._compensation)
 
-    def _give_back(self, feedback: ErrorFeedback) -> None:
-        """Add the residuals to the weights that are on their grids."""
-        for index, weight in enumerate(self.weights):
+    def _give_back(self, feedback: ErrorFeedback, places: Collection[int]) -> None:
+        """Add the residuals to weights that are on their grids."""
+        for index in places:
+            weight = self.weights[index]
             weight.add_(feedback.residual(index, weight, self.scales.scales[index]))
-        self._begun = True
 
     def _released(self) -> bool:
         """Whether the model has been dequantised."""
         return any(quantizer_of(weight) is None for weight in self.weights)
 
     @torch.no_grad()
-    def _round(self, rounding: str, places: Collection[int]) -> None:
-        """Round weights to their grids and limit them there, and put their residuals where they belong."""
+    def _round(
+        self, rounding: str, places: Collection[int], keeper: ErrorFeedback | ErrorCompensation | None
+    ) -> None:
+        """Round weights to their grids and limit them there, and give their residuals to the keeper."""
         if not places:
             return
         limits, bounds = self.scales.limits(), self.scales.bounds()
-        keeper = self.feedback or self._compensation
         for index in places:
             weight, format = self.weights[index], self._formats[index]
             stream = (self.seed, self.counter, index)
@@ -255,34 +304,6 @@ def store_on_grid(
     )
 
 
-class MasterBound:
-    """Limits float32 master weights to a multiple of their initial rms, after each step.
-
-    A weight whose initial rms is 0 has no bound. Raises ValueError for a bound of 0, which would mean none.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], bound: float
-    ) -> None:
-        if not (math.isfinite(bound) and bound > 0):
-            raise ValueError(f"bound is a multiple of the initial rms, more than 0, not {bound!r}")
-        self.weights = list(weights)
-        rms = rms_of(self.weights)
-        self.limits = torch.where(rms > 0, bound * rms, math.inf)
-        optimizer.register_step_post_hook(self._after_step)
-
-    @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
-        for weight, limit in zip(self.weights, self.limits.unbind(), strict=True):
-            weight.copy_(torch.minimum(torch.maximum(weight, -limit), limit))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"limits": self.limits}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.limits.copy_(state["limits"])
-
-
 def _within(weight: Tensor, bounds: Tensor | None, index: int) -> Tensor:
     """Return the weight limited to its bound, as a float32 master is: no residual lies beyond."""
     return weight if bounds is None else torch.minimum(torch.maximum(weight, -bounds[index]), bounds[index])
@@ -304,12 +325,16 @@ def _quantizer(weight: Tensor) -> Any:
 
 
 def _grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    weights = [
+    return [
         parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
         if (quantizer := quantizer_of(parameter)) is not None and quantizer.storage != "master"
     ]
+
+
+def _first_grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    weights = _grid_weights(optimizer)
     if not weights:
         raise ValueError(
             "the optimizer holds no quantised weight to store on a grid: quantize_model(model, format) first"

@@ -110,6 +110,32 @@ def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: 
             encoder.use_nested_tensor, encoder.nested_before_surgery = False, True
 
 
+def requantize(modules: Sequence[Any], layer: LayerRecipes) -> None:
+    """Give the weight that these quantised Linears share another recipe, or none, under a scale fitted to it.
+
+    A weight on a grid leaves it, until what keeps weights there takes it up again (`GridStorage.regridding`).
+    Inputs and gradients stay quantised as they are.
+    """
+    first, *_ = modules
+    quantizer: WeightQuantizer | None = first.quantizer
+    if quantizer is not None and layer.weights is None:
+        quantizer.detach(first.weight)
+        quantizer = None
+    elif quantizer is not None and layer.weights is not None:
+        quantizer.switch(layer.weights, storage=layer.storage, geometry=layer.geometry, weight=first.weight)
+    elif layer.weights is not None:
+        quantizer = WeightQuantizer(
+            layer.weights,
+            storage=layer.storage,
+            geometry=layer.geometry,
+            transposed=not isinstance(first, nn.Linear),  # a Conv1D
+        )
+        quantizer.fit(first.weight)
+        quantizer.attach(first.weight)
+    for module in modules:
+        module.quantizer = quantizer
+
+
 def _encoders(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
 
@@ -235,10 +261,11 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:  # an outer context's stay held when this one ends
         pairs = _to_hold(model)
         refit(pairs)
+        counts = model.training and torch.is_grad_enabled()
         for quantizer, weight in pairs:
-            quantizer.held = quantizer.recipe.quantize(weight, quantizer.scale)
+            quantizer.hold(weight, counts)
             stack.callback(setattr, quantizer, "held", None)
-        flows = [flow for flow in quantized_flows(model).values() if flow.hold()]
+        flows = [flow for flow in quantized_flows(model).values() if flow.hold(counts)]
         stack.push(lambda error, *_: _release(flows, enter=error is None))
         yield
 

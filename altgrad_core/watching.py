@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint
-from altgrad_core.hookspecs import Step, Stop
+from altgrad_core.actions import carry_out
+from altgrad_core.hookspecs import Action, AdjustScale, SkipStep, Step, Stop, SwitchFormat
 from altgrad_core.record import now
+from altgrad_core.registry import UsageError
 from altgrad_core.run_state import PluginFailure, Run, Watched
 
 READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
@@ -27,6 +29,9 @@ READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", 
 
 STEP_EXTRAS = ("before", "intended")
 """What a monitor's `needs` may ask of a step."""
+
+EPOCH_SUMMARIES = ("sum", "mean", "")
+"""How a monitor's `provides` may have an epoch sum up a quantity; empty: not at all."""
 
 # --- policies ----------------------------------------------------------------------------------------
 
@@ -55,9 +60,34 @@ def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
         except Exception as error:
             raise PluginFailure(watched.error("decide", error)) from error
         if action is not None:
-            _record_action(run, watched, action, read)
+            _record_action(run, watched, action, read, _carried_out(run, watched, action))
             return action
     return None
+
+
+def _carried_out(run: Run, watched: Watched, action: Any) -> dict[str, Any]:
+    """Carry out an action on formats and scales; return what an event tells of it beside its fields."""
+    if not isinstance(action, Action):
+        raise PluginFailure(
+            f"{watched.name} of {watched.owner}: decide answered {action!r}; it must be an action of "
+            "altgrad_core.hookspecs, or None"
+        )
+    try:
+        return carry_out(run, action)
+    except ValueError as error:
+        raise PluginFailure(
+            f"{watched.name} of {watched.owner}: {type(action).__name__} cannot be carried out: {error}"
+        ) from error
+
+
+def skips_update(run: Run, action: Any) -> bool:
+    """Whether the optimizer does not step: a policy says so, or answers a step that is not finite otherwise.
+
+    Gradients that are not finite come from the format, or the scale, that has just been given up.
+    """
+    if isinstance(action, SwitchFormat | AdjustScale):
+        return not run.was_finite
+    return isinstance(action, SkipStep | Stop)
 
 
 def _keep_last_finite(run: Run) -> None:
@@ -70,7 +100,11 @@ def _keep_last_finite(run: Run) -> None:
     run.folder.event(run.step + 1, "checkpoint", message, **details)
 
 
-def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, float]) -> None:
+def _record_action(
+    run: Run, watched: Watched, action: Any, read: Mapping[str, float], effects: Mapping[str, Any]
+) -> None:
+    counts = run.action_counts.setdefault(watched.name, {})
+    counts[type(action).__name__] = counts.get(type(action).__name__, 0) + 1
     details = {key: value for key, value in attrs.asdict(action).items() if key != "reason"}
     kind = type(action).__name__
     run.folder.event(
@@ -81,6 +115,8 @@ def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, f
         action=kind,
         details=details,
         metrics=dict(read),
+        update="skipped" if skips_update(run, action) else "taken",
+        **effects,
     )
     run.terminal.warning(f"step {run.step + 1}: {watched.name}: {kind}: {action.reason}")
     if isinstance(action, Stop):
@@ -88,19 +124,29 @@ def _record_action(run: Run, watched: Watched, action: Any, read: Mapping[str, f
 
 
 def to_host(values: list[Tensor | float]) -> list[float]:
-    """Return numbers from tensors of one element and floats, by one transfer; some may be here already."""
-    away = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
-    tensors = [value.detach().double().reshape(()) for value, far in zip(values, away, strict=True) if far]  # type: ignore[union-attr]
-    moved = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(moved) if far else float(value) for value, far in zip(values, away, strict=True)]
+    """Return numbers from tensors of one element and floats, by one transfer from each device they are on."""
+    away: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            away.setdefault(value.device, []).append(value.detach().double().reshape(()))
+    moved = {device: iter(torch.stack(found).tolist()) for device, found in away.items()}
+    return [next(moved[value.device]) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 # --- monitors ----------------------------------------------------------------------------------------
 
 
 def due_monitors(run: Run, index: int) -> list[Watched]:
-    """Return the monitors that observe this step: by their interval, or because a policy reads them."""
-    wanted = {need.partition("/")[0] for policy in run.policies for need in policy.plugin.needs}
+    """Return the monitors that observe this step: by their interval, or because a policy reads them.
+
+    A policy reads them in every step, or in every so many, where it has an attribute `every` that says so.
+    """
+    wanted = {
+        need.partition("/")[0]
+        for policy in run.policies
+        if index % getattr(policy.plugin, "every", 1) == 0
+        for need in policy.plugin.needs
+    }
     return [
         watched
         for watched in run.monitors
@@ -139,11 +185,21 @@ def observe_after(run: Run, due: list[Watched], loss: Tensor, before: Mapping[st
                 metrics = _checked(watched, watched.plugin.observe(step))
             run.observed.update(metrics)
             run.unlogged.update(metrics)
+            _keep_totals(run, watched, metrics)
         except PluginFailure:
             raise
         except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
             drop(run, watched, "observe", error)
         watched.seconds += now() - begun
+
+
+def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> None:
+    """Keep what the epoch sums up of a monitor: the totals of the quantities that it declares."""
+    for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
+        total = metrics.get(f"{watched.name}/{quantity}/total")
+        if how and total is not None:
+            own = total.clone() if isinstance(total, Tensor) else total  # it may be a buffer of the monitor's
+            run.interval.totals.setdefault(f"{watched.name}/{quantity}", []).append(own)
 
 
 @contextlib.contextmanager
@@ -164,7 +220,7 @@ def _looking_only(run: Run, watched: Watched) -> Iterator[None]:
 
 def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) -> Step:
     """Return the step as monitors see it."""
-    gradients, intended, counts = {}, {}, {}
+    gradients, counts = {}, {}
     own_counts = getattr(run.optimizer, "counts", {})
     stored = {**getattr(run.optimizer, "intended", {}), **(run.storage.intended if run.storage else {})}
     for name, parameter in run.trained.items():
@@ -172,9 +228,8 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
             gradients[name] = parameter.grad
         if parameter in own_counts:
             counts[name] = own_counts[parameter]
-        if "intended" in needs and name in before:
-            found = stored.get(parameter)
-            intended[name] = parameter.detach() - before[name] if found is None else found
+    recorded = {name: stored[run.trained[name]] for name in before if run.trained[name] in stored}
+    intended = Updates(recorded, run.trained, before) if "intended" in needs else {}
     return Step(
         index=run.step,
         loss=loss,
@@ -187,7 +242,34 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
     )
 
 
+class Updates(Mapping[str, Tensor]):
+    """The intended updates by parameter name: as recorded, else the actual one, made when it is asked for."""
+
+    def __init__(
+        self, recorded: Mapping[str, Tensor], after: Mapping[str, Tensor], before: Mapping[str, Tensor]
+    ) -> None:
+        self._recorded, self._after, self._before = recorded, after, before
+
+    def recorded(self, name: str) -> Tensor | None:
+        """Return the update that somebody kept before rounding; None where it is the actual one."""
+        return self._recorded.get(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._recorded.get(name)
+        return self._after[name].detach() - self._before[name] if found is None else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._before  # Mapping's own would make the difference
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+
 def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
+    provides = getattr(watched.plugin, "provides", None)
     for name, value in metrics.items():
         if name not in watched.known and not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
             raise ValueError(f"the metric {name!r} must be named '{watched.name}/<quantity>/<layer>'")
@@ -195,17 +277,32 @@ def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping
             raise ValueError(f"the metric {name!r} must be one number, it has the shape {tuple(value.shape)}")
         if not isinstance(value, Tensor | float | int):
             raise TypeError(f"the metric {name!r} must be a number, it is {value!r}")
+        if name not in watched.known and provides is not None and name.split("/")[1] not in provides:
+            raise ValueError(f"the metric {name!r} is not in its `provides`: {', '.join(provides)}")
     watched.known.update(metrics)
     return metrics
 
 
 def drop(run: Run, watched: Watched, method: str, error: BaseException) -> None:
+    """Take a monitor out of the run, with everything that it has reported."""
     run.monitors.remove(watched)
-    run.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on")
+    mine = f"{watched.name}/"
+    run.observed = {name: one for name, one in run.observed.items() if not name.startswith(mine)}
+    run.unlogged = {name for name in run.unlogged if not name.startswith(mine)}
+    run.interval.totals = {
+        name: one for name, one in run.interval.totals.items() if not name.startswith(mine)
+    }
+    run.epoch.forget(watched.name)
+    readers = [one.name for one in run.policies if any(need.startswith(mine) for need in one.plugin.needs)]
+    without = f"; without its metrics: {', '.join(readers)}" if readers else ""
+    run.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on{without}")
 
 
 def call_each(run: Run, method: str, *arguments: Any) -> None:
-    """Call an optional method of every monitor and policy that has it."""
+    """Call an optional method of every monitor and policy that has it.
+
+    A UsageError, such as a monitor's whose run lacks what it watches, ends the run: it is the user's to mend.
+    """
     for watched in (*run.monitors, *(run.policies if method == "start" else ())):
         call = getattr(watched.plugin, method, None)
         if call is None:
@@ -213,7 +310,7 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
         try:
             with _looking_only(run, watched):
                 call(*arguments)
-        except PluginFailure:
+        except (PluginFailure, UsageError):
             raise
         except Exception as error:
             if watched not in run.monitors:

@@ -10,8 +10,9 @@ from torch import nn
 from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.groups import param_groups
+from altgrad_core.master_bound import MasterBound
 from altgrad_core.rules import Rule
-from altgrad_core.storage import MasterBound, store_on_grid
+from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])

@@ -355,3 +355,48 @@ def test_the_command_quantize_prints_every_job_and_its_target():
     theirs = [row["job"] for row in result["rows"] if row["who"] == "torch casts"]
     assert theirs == ["nearest_even", "encode", "decode"]
     assert result["new"]["formats"] == 40
+
+
+@pytest.fixture
+def watching(benchmark, monkeypatch, tmp_path):
+    """Return a function (flags) -> what monitors.py prints as JSON, for a model as small as can be."""
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path))
+    sizes = "--n-layer 1 --n-embd 12 --block-size 8 --batch-size 1 --parameters 5000 --threads 1 --json"
+
+    def run(capsys, flags):
+        monkeypatch.setattr(sys, "argv", ["monitors.py", *sizes.split(), *flags.split()])
+        before = torch.get_num_threads()
+        try:
+            benchmark("monitors").main()
+        finally:
+            torch.set_num_threads(before)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_monitors_prints_the_share_of_each_that_is_asked_for(watching, capsys):
+    result = watching(capsys, "--only flip rank position --turns 3 --step-turns 0")
+    rows = {row["monitor"]: row for row in result["shares"]}
+    assert {name: row["every"] for name, row in rows.items()} == {"flip": 1, "rank": 100, "position": 100}
+    assert all(row["missing"] == "" and row["milliseconds"] is not None for row in rows.values())
+    assert result["sum_of_shares"] == pytest.approx(sum(row["share"] for row in rows.values()))
+
+
+def test_a_monitor_that_cannot_be_measured_is_a_row_that_says_so(watching, capsys):
+    result = watching(capsys, "--only wandb --turns 1 --step-turns 0")  # mirrors what others have observed
+    (row,) = result["shares"]
+    assert (row["monitor"], row["share"], row["missing"]) == ("wandb", None, "it observes no step")
+    assert result["sum_of_shares"] == 0
+
+
+@pytest.mark.slow
+def test_monitors_prints_every_installed_one_and_multiples_of_adamw(watching, capsys):
+    result = watching(capsys, "--turns 3 --step-turns 3")
+    assert {"flip", "stall", "descent"} <= {row["monitor"] for row in result["shares"]}
+    assert all((row["share"] is None) == bool(row["missing"]) for row in result["shares"])
+    raced = {(row["storage"], row["who"]): row for row in result["multiples"]}
+    assert len(raced) == 7
+    assert ("master", "founding tracker: quantises twice") in raced
+    targets = {who for (_, who), row in raced.items() if row["target"] is not None}
+    assert targets == {"flip + stall"}

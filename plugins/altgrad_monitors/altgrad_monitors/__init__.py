@@ -5,12 +5,13 @@ This module is light: options and registration; the monitors themselves import t
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import attrs
 
 from altgrad_core.hookspecs import Component, hookimpl
-from altgrad_core.options import at_least, option, regexes
+from altgrad_core.options import FieldError, StiffnessChoice, at_least, between, option, regexes
 
 
 @attrs.frozen(kw_only=True)
@@ -25,6 +26,140 @@ class MonitorOptions:
         "one metric for each layer, or for each type of layer: attention, attention_output, mlp, "
         "classifier, embedding, other",
         default="layer",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class FidelityOptions(MonitorOptions):
+    """Two extra gradients of the whole step: the quantised one and the float32 reference."""
+
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class FisherOptions(MonitorOptions):
+    """The diagonal empirical Fisher beside the format's metric 1/S^2."""
+
+    every: int = option("interval between observations", unit="steps", default=500, validator=at_least(1))
+    batches: int = option("micro-batches whose gradients are squared", default=8, validator=at_least(1))
+    formula: StiffnessChoice = option(
+        "a stiffness formula, or a table with options: S", default=StiffnessChoice("grid")
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.formula.geometry.refresh == "never":
+            raise FieldError(
+                "formula", 'refresh = "never" is for optimizers; S here is that of the weights now'
+            )
+
+
+@attrs.frozen(kw_only=True)
+class KurtosisOptions(MonitorOptions):
+    """Excess kurtosis of the Linears' inputs; `layers` are theirs."""
+
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+    alert: float = option("excess kurtosis above which there is an alert", default=10.0)
+
+
+@attrs.frozen(kw_only=True)
+class AttentionEntropyOptions(MonitorOptions):
+    """Mean entropy of causal attention; `layers` are its Linears, such as transformer.h.0.attn.c_attn."""
+
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+    alert: float = option("mean entropy below which there is an alert", unit="nats", default=1.0)
+
+
+@attrs.frozen(kw_only=True)
+class WandbOptions:
+    """Weights & Biases, beside the run folder; needs altgrad-monitors[wandb]."""
+
+    mode: Literal["offline", "online", "disabled"] = option(
+        "offline: into the run folder, for `wandb sync`; online: to the server as well; disabled: nothing",
+        default="offline",
+    )
+    project: str = option("the W&B project", default="altgrad")
+    entity: str | None = option("the W&B user or team; left out: your own default", default=None)
+    patience: float = option(
+        "how long the end of a run waits for W&B", unit="seconds", default=30.0, validator=at_least(0)
+    )
+
+
+@attrs.frozen(kw_only=True)
+class RankOptions(MonitorOptions):
+    every: int = option("interval between checks", unit="steps", default=100, validator=at_least(1))
+    baseline: str | None = option(
+        "folder of a run whose rank averages are the reference for warnings; left out: this run's own after "
+        "the warm-up",
+        default=None,
+    )
+    warmup: int = option(
+        "first step whose average may be the reference, without a baseline",
+        unit="steps",
+        default=100,
+        validator=at_least(0),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class GradientOptions(MonitorOptions):
+    every: int = option("interval between checks", unit="steps", default=10, validator=at_least(1))
+    window: int = option(
+        "an element is dead after so many checks in a row without a gradient",
+        unit="checks",
+        default=10,
+        validator=between(1, 254),
+    )
+
+
+def _follows_the_weights(_: Any, field: Any, value: StiffnessChoice) -> None:
+    if value.geometry.refresh != "step":
+        raise ValueError("a monitor looks at the weights as they are; leave out refresh, or set it to 'step'")
+
+
+@attrs.frozen(kw_only=True)
+class StiffnessOptions(MonitorOptions):
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+    formula: StiffnessChoice = option(
+        "a stiffness formula, or a table with options",
+        default=StiffnessChoice("grid"),
+        validator=_follows_the_weights,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class AlignmentOptions(MonitorOptions):
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class MagnitudeOptions(MonitorOptions):
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class UlpOptions(MonitorOptions):
+    """As every monitor's; medians take their time."""
+
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class PositionOptions(MonitorOptions):
+    """As every monitor's; positions move slowly."""
+
+    optimizer_options: ClassVar[Mapping[str, Any]] = {"track_position": True}
+    """Options without which an optimizer keeps nothing to report."""
+
+    every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class RangeOptions(MonitorOptions):
+    every: int = option("interval between observations", unit="steps", default=10, validator=at_least(1))
+    alpha: float = option(
+        "weight of the newest amax in its average over the observed steps",
+        default=0.1,
+        validator=between(0, 1),
     )
 
 
@@ -48,5 +183,92 @@ def altgrad_monitors() -> list[Component]:
             summary="how much of the intended update arrives in the weights",
             options=MonitorOptions,
             target="altgrad_monitors.descent:Descent",
+        ),
+        Component(
+            name="range",
+            summary="overflow, underflow and non-finite elements wherever something is rounded",
+            options=RangeOptions,
+            target="altgrad_monitors.range:Range",
+        ),
+        Component(
+            name="fidelity",
+            summary="the quantised gradient beside a float32 one: cosine and SNR",
+            options=FidelityOptions,
+            target="altgrad_monitors.fidelity:Fidelity",
+        ),
+        Component(
+            name="fisher",
+            summary="rank correlation of the loss's empirical Fisher with the format's metric 1/S^2",
+            options=FisherOptions,
+            target="altgrad_monitors.fisher:Fisher",
+        ),
+        Component(
+            name="kurtosis",
+            summary="excess kurtosis of the activations, with an alert",
+            options=KurtosisOptions,
+            target="altgrad_monitors.kurtosis:Kurtosis",
+        ),
+        Component(
+            name="attention_entropy",
+            summary="mean entropy of attention, with an alert",
+            options=AttentionEntropyOptions,
+            target="altgrad_monitors.attention_entropy:AttentionEntropy",
+            source="arXiv 2303.06296",
+        ),
+        Component(
+            name="wandb",
+            summary="mirrors every metric to Weights & Biases",
+            options=WandbOptions,
+            target="altgrad_monitors.wandb:Wandb",
+        ),
+        Component(
+            name="rank",
+            summary="stable and effective rank of the weight matrices, and a warning where they collapse",
+            options=RankOptions,
+            target="altgrad_monitors.rank:Rank",
+            source="Rudelson & Vershynin 2007; Roy & Vetterli 2007",
+        ),
+        Component(
+            name="gradient",
+            summary="size of the gradients, their signal-to-noise ratio, and elements that do not move",
+            options=GradientOptions,
+            target="altgrad_monitors.gradient:Gradient",
+        ),
+        Component(
+            name="stiffness",
+            summary="distribution of the local spacing S, and its correlation with the gradients",
+            options=StiffnessOptions,
+            target="altgrad_monitors.stiffness:StiffnessField",
+        ),
+        Component(
+            name="alignment",
+            summary="distance of the weights to their grid, and how they use its codes",
+            options=AlignmentOptions,
+            target="altgrad_monitors.alignment:Alignment",
+        ),
+        Component(
+            name="magnitude",
+            summary="how large the weights are, and whether they run away or collapse",
+            options=MagnitudeOptions,
+            target="altgrad_monitors.magnitude:Magnitude",
+        ),
+        Component(
+            name="ulp",
+            summary="how far a step moves the weights, in spacings; rounding noise; sign changes",
+            options=UlpOptions,
+            target="altgrad_monitors.ulp:Ulp",
+        ),
+        Component(
+            name="position",
+            summary="how far weights have moved since the beginning, in spacings, and their rungs",
+            options=PositionOptions,
+            target="altgrad_monitors.position:Position",
+        ),
+        Component(
+            name="oscillation",
+            summary="share of weights that go back and forth between grid values",
+            options=MonitorOptions,
+            target="altgrad_monitors.oscillation:Oscillation",
+            source="arXiv 2203.11086",
         ),
     ]

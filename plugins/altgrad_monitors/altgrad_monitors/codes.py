@@ -2,12 +2,17 @@
 
 A weight's code is its rung under the quantiser's scale. A change of scale re-codes a whole tensor, and its
 elements then count as flipped, as they do in the stored bytes.
+
+What the monitors count of a step is counted once however many of them ask, and on a CPU by one pass over each
+weight, which writes its codes over those of the step before. Who needs both asks for them when it starts.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -16,35 +21,16 @@ from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.kernels import flat, kernel
-
-_BYTE_NAN, _WORD_NAN = -128, -32768
-
-
-@kernel
-def codes(value: Tensor, format: Format, scale: Tensor) -> Tensor:
-    """Return the rungs of value*scale as int8 (formats to 8 bits) or int16; NaN gets the lowest integer."""
-    rungs = format.rung(value * scale)
-    if format.bits <= 8:
-        return rungs.clamp_(min=_BYTE_NAN).to(torch.int8)
-    return rungs.clamp_(min=_WORD_NAN).to(torch.int16)
-
-
-def row_of(scale: Tensor) -> Tensor:
-    """Return a weight's scale for `flat` values: 0-d as it is, or one for each element."""
-    return flat(scale) if scale.dim() else scale
-
-
-@kernel
-def _compared(before: Tensor, now: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many codes changed, how many elements have a gradient, and how many both: 0-d int64."""
-    flipped, updated = now != before, gradient != 0
-    return flipped.sum(), updated.sum(), (flipped & updated).sum()
+from altgrad_core.kernels import flat
+from altgrad_monitors import native_tally, tally
+from altgrad_monitors.tally import Asked, Tally
+from altgrad_monitors.tally import codes as codes
+from altgrad_monitors.tally import row_of as row_of
 
 
 @attrs.frozen(kw_only=True)
 class Flips:
-    """One weight in one step; 0-d int64 device tensors."""
+    """One weight in one step; the counts are 0-d int64 device tensors."""
 
     flips: Tensor
     """Codes that changed."""
@@ -62,54 +48,124 @@ class CodeBook:
     """The codes of every quantised weight of one run, as of the last step that was looked at."""
 
     def __init__(self, run: Any) -> None:
-        self._codes: dict[str, Tensor] = {}
+        self.wanted: set[str] = set()
+        self.both_codes = False
         self._index = run.step
-        self._found: dict[str, Flips] = {}
-        for name, weight in run.weights().items():
-            if weight.format is not None and weight.scale is not None:
-                self._codes[name] = codes(flat(weight.value), weight.format, row_of(weight.scale))
+        self._tally: Tally | None = None
+        self._before: dict[str, Tensor] = {}
+        self._codes: dict[str, Tensor] = {}
+        self._formats: dict[str, Format | None] = {}
+        self._follow(_quantised(run.weights()))
+
+    def tally(self, step: Step) -> Tally:
+        """Return what is wanted of this step's weights that have a gradient; computed once.
+
+        Where steps were left out in between, or a weight has another format since, the codes before the step
+        come from `step.before`; where that is not there either, no code counts as flipped.
+        """
+        if self._tally is None or step.index != self._index:
+            weights = _quantised(step.weights)
+            left_out = step.index != self._index + 1
+            stale = {name for name, weight in weights.items() if left_out or not self._knows(name, weight)}
+            self._follow(weights)
+            asked = {
+                name: tally.asked(step, name, self.wanted, name in stale)
+                for name in weights
+                if name in step.gradients
+            }
+            self._tally, self._index = self._tallied(asked, step), step.index
+        return self._tally
 
     def flips(self, step: Step) -> dict[str, Flips]:
-        """Return the flips of this step by parameter name; computed once however many monitors ask.
+        """Return the flips of this step by parameter name, with the codes before and after it.
 
-        Where steps were left out in between, the codes before come from `step.before`.
+        Raises RuntimeError where only counts were asked for at the start.
         """
-        if step.index != self._index:
-            consecutive = step.index == self._index + 1
-            self._found = {
-                name: self._compare(name, weight, step, consecutive)
-                for name, weight in step.weights.items()
-                if weight.format is not None and name in step.gradients
-            }
-            self._index = step.index
-        return self._found
+        if not self.both_codes:
+            raise RuntimeError("the codes before a step are not kept: start with book_of(run)")
+        found = self.tally(step)
+        columns = (found.column(name).unbind() for name in ("flips", "updates", "flips_of_updated"))
+        return {
+            name: Flips(
+                flips=flips,
+                updates=updates,
+                flips_of_updated=both,
+                before=self._before[name],
+                now=self._codes[name],
+            )
+            for name, flips, updates, both in zip(found.names, *columns, strict=True)
+        }
 
-    def _compare(self, name: str, weight: Weight, step: Step, consecutive: bool) -> Flips:
-        assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-        now = codes(flat(weight.value), weight.format, row_of(weight.scale))
-        if consecutive or name not in step.before:
-            before = self._codes.get(name, now)
-        else:
-            before = codes(flat(step.before[name]), weight.format, row_of(weight.scale))
-        self._codes[name] = now
-        flips, updates, both = _compared(before, now, flat(step.gradients[name]))
-        return Flips(flips=flips, updates=updates, flips_of_updated=both, before=before, now=now)
+    def _knows(self, name: str, weight: Weight) -> bool:
+        """Whether the codes kept of a weight are of the format it has now."""
+        kept = self._formats.get(name)
+        return kept is weight.format or kept == weight.format  # most are the same object: sooner told
+
+    def _follow(self, weights: Mapping[str, Weight]) -> None:
+        """Take up weights that have been quantised since, or in another format; forget those that are not."""
+        for name in self._codes.keys() - weights.keys():
+            del self._codes[name], self._formats[name]
+        for name, weight in weights.items():
+            if not self._knows(name, weight):
+                self._codes[name], self._formats[name] = _codes(weight), weight.format
+
+    def _tallied(self, asked: dict[str, Asked], step: Step) -> Tally:
+        """Tally a step, and take up the codes after it: in one pass where there is a loop for it."""
+        before = {name: self._codes[name] for name in asked}
+        now = {name: torch.empty_like(one) for name, one in before.items()} if self.both_codes else before
+        taken = native_tally.tallied(asked, step, before, now)
+        done = set() if taken is None else set(taken.names)
+        others = {name: ask for name, ask in asked.items() if name not in done}
+        now = {name: now[name] if name in done else _codes(step.weights[name]) for name in asked}
+        for name in (name for name, ask in others.items() if ask.recode):
+            before[name] = _codes(step.weights[name], step.before[name])
+        parts = [] if taken is None else [taken]
+        if others:
+            parts.append(tally.tallied(others, step, before, now))
+        self._before = before if self.both_codes else {}
+        self._codes |= now
+        return tally.joined(parts, list(asked))
+
+
+def _codes(weight: Weight, value: Tensor | None = None) -> Tensor:
+    """Return the codes of a weight, or of other values of it, as one row."""
+    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
+    return codes(flat(weight.value if value is None else value), weight.format, row_of(weight.scale))
 
 
 _BOOKS: weakref.WeakKeyDictionary[Any, CodeBook] = weakref.WeakKeyDictionary()
 
 
-def book_of(run: Any) -> CodeBook:
-    """Return the run's code book, made at the first asking."""
+def book_of(run: Any, *wanted: str) -> CodeBook:
+    """Return the run's code book, made at the first asking.
+
+    wanted: what is tallied, of `flips`, `stall` and `descent`; nothing means flips with the codes on both
+    sides of the step, which takes a second byte a weight.
+    """
     if run not in _BOOKS:
         _BOOKS[run] = CodeBook(run)
-    return _BOOKS[run]
+    book = _BOOKS[run]
+    book.wanted |= set(wanted)
+    book.both_codes |= not wanted
+    return book
 
 
 def chosen(pattern: str, step: Step) -> dict[str, Weight]:
     """Return the quantised weights of the step whose layer the pattern matches, by parameter name."""
     return {
-        name: weight
-        for name, weight in step.weights.items()
-        if weight.format is not None and re.fullmatch(pattern, weight.layer)
+        name: weight for name, weight in _quantised(step.weights).items() if _matches(pattern, weight.layer)
     }
+
+
+@functools.cache
+def _matches(pattern: str, layer: str) -> bool:
+    return re.fullmatch(pattern, layer) is not None
+
+
+def layers_of(pattern: str, step: Step, names: Collection[str]) -> dict[str, str]:
+    """Return the layers of those of these weights that are `chosen`, by parameter name."""
+    return {name: one.layer for name, one in chosen(pattern, step).items() if name in names}
+
+
+def _quantised(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    return {name: weight for name, weight in weights.items() if weight.format is not None}

@@ -7,13 +7,14 @@ averages 1. Under GridOptim both are in rungs and intended is -r.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from altgrad_core.hookspecs import Step, Weight
+from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import chosen
-from altgrad_monitors.reporting import Share, pooled, reported
+from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.tally import shares
 
 
 class Descent:
@@ -26,26 +27,16 @@ class Descent:
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
         self._options = options
+        self._book: CodeBook | None = None
+
+    def start(self, run: Any) -> None:
+        self._book = book_of(run, "descent")
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return `descent/quality/<layer>`; NaN where no update was intended."""
-        products = {
-            weight.layer: _products(name, weight, step)
-            for name, weight in chosen(self._options.layers, step).items()
-            if name in step.intended
-        }
-        return reported("descent/quality", products, pooled, self._options.per)
-
-
-def _products(name: str, weight: Weight, step: Step) -> Share:
-    """Return <intended, actual> and |intended|^2 in float64."""
-    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    intended = step.intended[name].double()
-    if step.intended_in_rungs and name in step.counts:
-        after, before = (
-            weight.format.rung(value * weight.scale) for value in (weight.value, step.before[name])
-        )
-        actual = (after - before).double()
-    else:
-        actual = weight.value.double() - step.before[name].double()
-    return (intended * actual).sum(), intended.square().sum()
+        assert self._book is not None
+        tally = self._book.tally(step)
+        layers = layers_of(self._options.layers, step, tally.names)
+        tally = tally.of(list(layers))
+        products = tally.column("product"), tally.column("square")
+        return shares("descent/quality", list(layers.values()), *products, self._options.per)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, book_of, chosen
-from altgrad_monitors.reporting import reported, summed
+from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.tally import added_up
+
+_COLUMNS = {"flip_count": "flips", "update_count": "updates", "flips_of_updated": "flips_of_updated"}
 
 
 class Flip:
@@ -29,21 +31,16 @@ class Flip:
         self._book: CodeBook | None = None
 
     def start(self, run: Any) -> None:
-        self._book = book_of(run)
+        self._book = book_of(run, "flips")
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the three counts of each layer and in total."""
         assert self._book is not None
-        found = self._book.flips(step)
-        layers = {
-            name: one.layer for name, one in chosen(self._options.layers, step).items() if name in found
-        }
+        tally = self._book.tally(step)
+        layers = layers_of(self._options.layers, step, tally.names)
+        tally = tally.of(list(layers))
         metrics: dict[str, Tensor | float] = {}
-        for quantity, field in (
-            ("flip_count", "flips"),
-            ("update_count", "updates"),
-            ("flips_of_updated", "flips_of_updated"),
-        ):
-            counts = {layer: getattr(found[name], field) for name, layer in layers.items()}
-            metrics |= reported(f"flip/{quantity}", counts, summed, self._options.per)
+        for quantity, column in _COLUMNS.items():
+            counts = tally.column(column)
+            metrics |= added_up(f"flip/{quantity}", list(layers.values()), counts, self._options.per)
         return metrics

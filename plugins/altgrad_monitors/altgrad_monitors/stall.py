@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad_core.format import Format
-from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.kernels import flat, kernel
+from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, Flips, book_of, chosen, row_of
-from altgrad_monitors.reporting import Share, pooled, reported
+from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.tally import Tally, shares
 
 
 class Stall:
@@ -39,61 +37,33 @@ class Stall:
         self._book: CodeBook | None = None
 
     def start(self, run: Any) -> None:
-        self._book = book_of(run)
+        self._book = book_of(run, "stall")
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the ratios of each layer and in total; NaN where a ratio is undefined."""
         assert self._book is not None
-        found = self._book.flips(step)
-        metrics: dict[str, Tensor | float] = {}
-        weights = {
-            name: weight for name, weight in chosen(self._options.layers, step).items() if name in found
+        tally = self._book.tally(step)
+        layers = layers_of(self._options.layers, step, tally.names)
+        tally = tally.of(list(layers))
+        flips, updates = _arrived(tally, step)
+        moved = tally.column("moved").double()
+        ratios = {
+            "stall_ratio": (updates - flips, updates),
+            "bit_stall": (tally.column("stayed").double(), moved),
+            "expected_stall": (tally.column("lost"), tally.column("updates").double()),
         }
-        for quantity, share in (
-            ("stall_ratio", stalled),
-            ("bit_stall", bit_stalled),
-            ("expected_stall", expected),
-        ):
-            shares = {
-                weight.layer: share(name, weight, found[name], step) for name, weight in weights.items()
-            }
-            metrics |= reported(f"stall/{quantity}", shares, pooled, self._options.per)
+        metrics: dict[str, Tensor | float] = {}
+        for quantity, (parts, wholes) in ratios.items():
+            metrics |= shares(f"stall/{quantity}", list(layers.values()), parts, wholes, self._options.per)
         return metrics
 
 
-def stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
-    flips, updates = step.counts.get(name, (found.flips_of_updated, found.updates))
-    return (updates - flips).double(), updates.double()
-
-
-def bit_stalled(name: str, weight: Weight, found: Flips, step: Step) -> Share:
-    stayed, moved = _stayed(flat(weight.value), flat(step.before[name]), found.now, found.before)
-    return stayed.double(), moved.double()
-
-
-def expected(name: str, weight: Weight, found: Flips, step: Step) -> Share:
-    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    in_rungs = step.intended_in_rungs and name in step.counts
-    before = None if in_rungs else flat(step.before[name])
-    intended, gradient = flat(step.intended[name]), flat(step.gradients[name])
-    lost = _lost(intended, gradient, before, row_of(weight.scale), weight.format)
-    return lost, found.updates.double()
-
-
-@kernel
-def _stayed(now: Tensor, before: Tensor, code: Tensor, code_before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many elements moved without changing their code, and how many moved: 0-d int64."""
-    moved = now != before
-    return (moved & (code == code_before)).sum(), moved.sum()
-
-
-@kernel
-def _lost(intended: Tensor, gradient: Tensor, before: Tensor | None, scale: Tensor, format: Format) -> Tensor:
-    """Return the expected number of updated elements whose code stays, 0-d float64.
-
-    intended: in rungs where `before` is None, else in weight units.
-    """
-    size = intended.abs()
-    if before is not None:
-        size = size * scale / format.spacing(before * scale)
-    return ((1 - size.clamp(max=1)) * (gradient != 0)).sum(dtype=torch.float64)
+def _arrived(tally: Tally, step: Step) -> tuple[Tensor, Tensor]:
+    """Return flips and updates of each weight, the optimizer's own counts where it has them: float64."""
+    flips, updates = tally.column("flips_of_updated").double(), tally.column("updates").double()
+    if not step.counts or not tally.names:
+        return flips, updates
+    seen = zip(tally.names, flips.unbind(), updates.unbind(), strict=True)
+    rows = [step.counts.get(name, (flip, update)) for name, flip, update in seen]
+    own_flips, own_updates = zip(*rows, strict=True)
+    return tuple(torch.stack([one.double() for one in column]) for column in (own_flips, own_updates))  # type: ignore[return-value]

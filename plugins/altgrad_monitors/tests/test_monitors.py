@@ -142,13 +142,13 @@ def test_a_nan_weight_does_not_stop_the_counting():
     ("after", "quality"), [([0.25, -0.5], 1.0), ([0.0, 0.0], 0.0), ([0.5, -1.0], 2.0), ([0.25, 0.0], 0.2)]
 )
 def test_descent_quality_projects_the_actual_update_on_the_intended_one(after, quality):
-    descent = Descent(MonitorOptions())
+    descent = started(Descent, [0.0, 0.0])
     seen = numbers(descent.observe(step(1, after, [1.0, 1.0], before=[0.0, 0.0], intended=[0.25, -0.5])))
     assert seen["descent/quality/total"] == pytest.approx(quality)
 
 
 def test_descent_under_whole_rung_updates_counts_rungs():
-    descent = Descent(MonitorOptions())
+    descent = started(Descent, [0.0, 0.0])
     counts = {f"{LAYER}.weight": (torch.tensor(1), torch.tensor(2))}
     seen = numbers(
         descent.observe(
@@ -165,8 +165,8 @@ def test_monitors_change_nothing():
     seen = step(1, [0.3, 0.1], [1.0, 0.0], before=[0.0, 0.0], intended=[0.3, 0.1])
     kept = [tensor.clone() for tensor in (*seen.gradients.values(), *seen.before.values())]
     state = torch.get_rng_state()
-    for monitor in (started(Flip, [0.0, 0.0]), started(Stall, [0.0, 0.0]), Descent(MonitorOptions())):
-        monitor.observe(seen)
+    for monitor in (Flip, Stall, Descent):
+        started(monitor, [0.0, 0.0]).observe(seen)
     after = (*seen.gradients.values(), *seen.before.values())
     assert all(map(torch.equal, kept, after))
     assert torch.equal(torch.get_rng_state(), state)

@@ -84,6 +84,9 @@ class ManifoldAdamWOptions:
     decay_lr: float = option(
         "rate of the decay where lr is not in weight units", default=1e-3, validator=at_least(0)
     )
+    track_position: bool = option(
+        "count how far each quantised weight moves, in ULPs, at 4 bytes a weight", default=False
+    )
 
 
 @attrs.frozen(kw_only=True)

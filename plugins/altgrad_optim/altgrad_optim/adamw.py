@@ -73,7 +73,9 @@ def moments(
     waiting, torch's fused update wants it beside the parameter.
     """
     step = state["step"] if "step" in state else torch.zeros((), dtype=torch.float32)
-    state["step"] = step.to(step_device)
+    if step.device != torch.device(step_device):
+        step = step.to(step_device)
+    state["step"] = step
     for name in names:
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

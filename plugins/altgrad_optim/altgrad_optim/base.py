@@ -25,6 +25,8 @@ class GeometryOptimizer(torch.optim.Optimizer):
 
     _own: ClassVar[tuple[str, ...]] = ()
     """Attributes beside torch's that a copy or a pickle of the optimizer keeps."""
+    _uncast: ClassVar[tuple[str, ...]] = ()
+    """Tensors of a parameter's state whose dtype is their own; torch loads all others in the parameter's."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         given = "lr" in param_group
@@ -44,6 +46,15 @@ class GeometryOptimizer(torch.optim.Optimizer):
             return float(self.defaults["lr"] * schedule_factor(group))
         return float(group["lr"])
 
+    def _place_of(self, weight: Tensor) -> tuple[dict[str, Any], int]:
+        """Return the group of a weight, and its index there."""
+        return next(
+            (group, index)
+            for group in self.param_groups
+            for index, one in enumerate(group["params"])
+            if one is weight
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
@@ -61,6 +72,16 @@ class GeometryOptimizer(torch.optim.Optimizer):
             for key in GEOMETRY_KEYS:
                 group.pop(key, None)
             group.update(own)
+        self._take_uncast(state_dict)
+
+    def _take_uncast(self, state_dict: dict[str, Any]) -> None:
+        """Take up what torch has cast to the parameters' dtype as it was saved."""
+        saved = [place for group in state_dict["param_groups"] for place in group["params"]]
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        for place, parameter in zip(saved, mine, strict=True):
+            for name in self._uncast:
+                if name in (state := state_dict["state"].get(place, {})):
+                    self.state[parameter][name] = state[name].to(parameter.device, copy=True)
 
 
 def split_by_grid(
@@ -74,16 +95,21 @@ def split_by_grid(
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is None:
             continue
-        if parameter.grad.is_sparse:
-            raise RuntimeError(
-                "sparse gradients are not supported; use torch.optim.SparseAdam for this parameter"
-            )
+        refuse_sparse(parameter.grad)
         grid = grid_of(group, index)
         if grid is None:
             plain.append(parameter)
         else:
             gridded.append((parameter, *grid))
     return gridded, plain
+
+
+def refuse_sparse(gradient: Tensor) -> None:
+    """Raise RuntimeError on a sparse gradient."""
+    if gradient.is_sparse:
+        raise RuntimeError(
+            "sparse gradients are not supported; use torch.optim.SparseAdam for this parameter"
+        )
 
 
 def schedule_factor(group: dict[str, Any]) -> float:

@@ -27,7 +27,7 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import attrs
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.format import Format, bounded
-from altgrad_core.grid_scales import GridScales
+from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
@@ -52,9 +52,8 @@ from altgrad_optim.base import (
     refuse_bad,
     refuse_betas,
     schedule_factor,
-    split_by_grid,
 )
-from altgrad_optim.members import Member, members
+from altgrad_optim.members import Member, circumstances, members, with_gradients
 from altgrad_optim.rungs import counted, landed, master_values, rung_coordinate, taken_step
 
 STORAGES = ("grid", "master")
@@ -75,7 +74,7 @@ class GridOptim(GeometryOptimizer):
 
     Attributes:
         flips, updates: 0-d int64 device tensors: weights whose code changed, and elements with a non-zero
-            gradient, in the last step. `counts` holds both by Parameter.
+            gradient, in the last step. `counts` has both by Parameter.
         watch: set it to True and each step leaves -r, the update in rungs before rounding, in `intended`.
         scales: the `GridScales`, None before there is a weight with a grid.
     Raises ValueError on options out of range.
@@ -93,11 +92,14 @@ class GridOptim(GeometryOptimizer):
         "scales",
         "watch",
         "intended",
-        "counts",
         "flips",
         "updates",
+        "_counts",
+        "_taken",
         "_members",
         "_index",
+        "_placed",
+        "_settled",
     )
 
     def __init__(
@@ -147,10 +149,13 @@ class GridOptim(GeometryOptimizer):
         self.scales: GridScales | None = None
         self.watch = False
         self.intended: dict[Tensor, Tensor] = {}
-        self.counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.flips, self.updates = torch.zeros((2,), dtype=torch.int64).unbind()
+        self._counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._taken: list[one_pass.Taken] = []
         self._members: list[Member] = []
         self._index: dict[Tensor, int] = {}
+        self._placed: list[list[Member | None]] = []
+        self._settled: list[Any] = []
         super().__init__(
             groups,
             {
@@ -176,12 +181,10 @@ class GridOptim(GeometryOptimizer):
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
         self._settle()
-        self.counts, self.intended = {}, {}
+        self._counts, self._taken, self.intended = {}, [], {}
         landings: dict[int, _Landing] = {}
-        for group in self.param_groups:
-            gridded, plain = split_by_grid(group)
-            moving = [self._members[self._index[weight]] for weight, *_ in gridded if weight in self._index]
-            plain += [weight for weight, *_ in gridded if weight not in self._index]
+        for group, placed in zip(self.param_groups, self._placed, strict=True):
+            moving, plain = with_gradients(group["params"], placed)
             landed = self._land_in_one_pass(group, moving)
             for member in (member for member in moving if member.index not in landed):
                 landings[member.index] = self._move(group, member)
@@ -191,26 +194,34 @@ class GridOptim(GeometryOptimizer):
         self.counter += 1
         return loss
 
-    def _started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
+    @property
+    def counts(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """(flips, updates) of each weight in the last step, 0-d int64 on its device, by Parameter."""
+        found = {}
+        for taken in self._taken:
+            weights = [member.weight for member in taken.members]
+            rows = zip(*(column.unbind() for column in taken.counts.unbind(1)), strict=True)
+            found |= dict(zip(weights, rows, strict=True))
+        return found | self._counts
+
+    def started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
         """Return the weight's moments, or its velocity, made at its first step."""
-        names = ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
-        moments(self.state[weight], weight, *names)
-        return [self.state[weight][name] for name in names]
+        state, names = self.state[weight], moment_names(group)
+        moments(state, weight, *names)
+        return [state[name] for name in names]
 
     def _land_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> set[int]:
         """Move and land weights by the loops in C, and return the places of those that there are loops for.
 
         A scale that may have to change is looked at here.
         """
-        states = {member.index: self._started(group, member.weight) for member in members}
-        borrowed = one_pass.borrowed(group, members, states)
-        if borrowed:
-            steps = one_pass.taken(self, group, borrowed)
-            for member, values, past_end in steps.left():
-                self._land({member.index: _Landing(values, torch.tensor(past_end))}, rare=True)
-            for member, counts in zip((one.member for one in borrowed), steps.counts, strict=True):
-                self.counts.setdefault(member.weight, counts)
-        return {one.member.index for one in borrowed}
+        taken = one_pass.taken(self, group, members)
+        if taken is None:
+            return set()
+        self._taken.append(taken)
+        for member, values, past_end in taken.left():
+            self._land({member.index: _Landing(values, torch.tensor(past_end))}, rare=True)
+        return {member.index for member in taken.members}
 
     def decay(self, group: dict[str, Any]) -> float:
         """Return the factor of the decay: of w in the gradient, or under Adam of w in spacings."""
@@ -234,7 +245,7 @@ class GridOptim(GeometryOptimizer):
     def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
         """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
         state, decay, lr = self.state[weight], self.decay(group), self.grid_lr(group)
-        first, *second = self._started(group, weight)
+        first, *second = self.started(group, weight)
         state["step"] += 1
         if not second:
             gradient = weight.grad + weight * decay if decay else weight.grad
@@ -269,17 +280,15 @@ class GridOptim(GeometryOptimizer):
                 keys = self._rerounding_keys(member)
                 values = land(landing.target, ratios[index], scale, limit, keys, member.format)
             values = values.view_as(member.weight)
-            self.counts[member.weight] = count(*map(flat, (values, member.weight, member.weight.grad)))
+            self._counts[member.weight] = count(*map(flat, (values, member.weight, member.weight.grad)))
             member.weight.copy_(values)
 
     def _count(self) -> None:
         """Add up the flips and updates of the step's weights."""
-        if not self.counts:
-            self.flips, self.updates = torch.zeros_like(self.flips), torch.zeros_like(self.updates)
-            return
-        self.flips, self.updates = (
-            torch.stack(each).sum() for each in zip(*self.counts.values(), strict=True)
-        )
+        totals = [taken.counts.sum(0) for taken in self._taken]
+        totals += [torch.stack(both) for both in self._counts.values()]
+        total = torch.stack(totals).sum(0) if totals else torch.zeros((2,), dtype=torch.int64)
+        self.flips, self.updates = total.unbind()
 
     def _rerounding_keys(self, member: Member) -> Tensor | None:
         """Return the random stream of the rounding after a change of scale; None: nearest even."""
@@ -300,12 +309,42 @@ class GridOptim(GeometryOptimizer):
 
     # --- which weights move in rungs, and their first snap -------------------------------------------
 
-    def _settle(self) -> None:
+    def regrid(self, weights: Iterable[Tensor]) -> None:
+        """Snap weights whose format or scale has been changed between two steps to their new grids.
+
+        What has another format gets a scale anew, what has not keeps its own, adjusted; bounds and moments
+        stay. Under master the rung coordinate follows from the weight's value. Where a weight begins or
+        ceases to move in rungs, and its new update lacks a moment, moments and step count begin anew.
+        """
+        changed = {id(weight) for weight in weights}
+        self._settle(changed)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if id(weight) in changed:
+                    self._carry_over(group, weight)
+
+    def _carry_over(self, group: dict[str, Any], weight: Tensor) -> None:
+        """Keep of a weight's state what its update needs further; begin anew where a moment is missing."""
+        state, in_rungs = self.state[weight], weight in self._index
+        needed = moment_names(group) if in_rungs else ("exp_avg", "exp_avg_sq")
+        kept = {"rung_coordinate"} if in_rungs else set()
+        if all(name in state for name in needed):
+            kept |= {*needed, "step"}
+        for name in state.keys() - kept:
+            del state[name]
+
+    def _settle(self, changed: Set[int] = frozenset()) -> None:
         """Find the weights that move in rungs, whenever they change, and snap the new ones."""
-        found = members(self.param_groups, self.storage)
-        if [one.identity for one in found] == [one.identity for one in self._members]:
+        surroundings = circumstances(self.param_groups)
+        if surroundings == self._settled and not changed:
+            return
+        self._settled, found = surroundings, members(self.param_groups, self.storage)
+        at = {one.weight: one for one in found}
+        self._placed = [[at.get(weight) for weight in group["params"]] for group in self.param_groups]
+        if [one.identity for one in found] == [one.identity for one in self._members] and not changed:
             return
         before, scales_before = {one.identity: one.index for one in self._members}, self.scales
+        places_before = {id(one.weight): one.index for one in self._members}
         self._members = found
         self._index = {member.weight: member.index for member in found}
         self.scales = None
@@ -320,11 +359,15 @@ class GridOptim(GeometryOptimizer):
             margins=[member.quantizer.margin if member.quantizer else 1.0 for member in found],
             bound=self.bound,
             shrink_early=self.storage_rounding == "stochastic",
+            adjustments=[member.quantizer.adjustment if member.quantizer else 1.0 for member in found],
         )
-        places = {before[one.identity]: one.index for one in found if one.identity in before}
         if scales_before is not None:
+            places = {before[one.identity]: one.index for one in found if one.identity in before}
+            known = {id(one.weight): one.index for one in found}
+            same = {places_before[one]: known[one] for one in changed & places_before.keys() & known.keys()}
+            self.scales.take_over(scales_before, same, OF_THE_WEIGHT)
             self.scales.take_over(scales_before, places)
-        self._snap([member for member in found if member.identity not in before])
+        self._snap([one for one in found if one.identity not in before or id(one.weight) in changed])
 
     @torch.no_grad()
     def _snap(self, members: Iterable[Member]) -> None:
@@ -387,6 +430,11 @@ class GridOptim(GeometryOptimizer):
         self.seed, self.counter = own["seed"], own["counter"]
         if self.scales is not None:
             self.scales.load_state_dict(own["scales"])
+
+
+def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
+    """Return what the state of a weight that moves in rungs holds beside its steps."""
+    return ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
 
 
 @attrs.frozen(eq=False)

@@ -40,8 +40,8 @@ from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.lookup import get_stiffness
 from altgrad_core.stiffness import grid_stiffness
-from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions, native_steps
-from altgrad_optim.adamw import adamw_direction, corrections, moments, plain_step, root
+from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions, native_steps, position
+from altgrad_optim.adamw import adamw_direction, moments, plain_step, root
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -53,6 +53,7 @@ from altgrad_optim.base import (
     schedule_factor,
     split_by_grid,
 )
+from altgrad_optim.position import Position
 
 NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms": lambda s: s.double().square().mean().sqrt(),
@@ -74,10 +75,13 @@ class ManifoldAdamW(GeometryOptimizer):
     weight_decay: decoupled, w *= 1 - rate * weight_decay; the rate is lr, or decay_lr (following the
         schedule) where lr is not in weight units (q != 0 under normalize="none").
     other_lr: learning rate of the parameters that have no grid: plain AdamW.
+    track_position: whether to count how far each weight with a grid moves, in ULPs; see `position`. It costs
+        a buffer and two passes over the weights.
     Raises ValueError on options out of range.
     """
 
     _own = ("stiffness",)
+    _uncast = (position.NAME,)
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class ManifoldAdamW(GeometryOptimizer):
         max_stiffness: float = 1e6,
         other_lr: float = 1e-3,
         decay_lr: float = 1e-3,
+        track_position: bool = False,
     ) -> None:
         refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
         refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
@@ -102,6 +107,8 @@ class ManifoldAdamW(GeometryOptimizer):
             raise ValueError(
                 f"Invalid normalize value: {normalize!r}; use one of {', '.join(NORMALIZERS)}, none"
             )
+        if track_position not in (True, False):
+            raise ValueError(f"Invalid track_position value: {track_position!r}; use True or False")
         p, q = exponents(placement)
         self.stiffness: Stiffness = get_stiffness(stiffness)
         super().__init__(
@@ -117,6 +124,7 @@ class ManifoldAdamW(GeometryOptimizer):
                 "max_stiffness": max_stiffness,
                 "other_lr": other_lr,
                 "decay_lr": decay_lr,
+                "track_position": track_position,
             },
         )
 
@@ -132,11 +140,14 @@ class ManifoldAdamW(GeometryOptimizer):
         borrowed = self._borrowed_format()
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
+            tracked = gridded if group.get("track_position") else []
             if borrowed is not None:
                 unit = torch.ones(())  # the formula fits its own scale
                 gridded = [(weight, borrowed, unit) for weight in plain if weight.dim() >= 2]
                 plain = [weight for weight in plain if weight.dim() < 2]
+            before = position.starts(tracked)
             self._update(group, gridded)
+            position.advance(self.state, tracked, before)
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
@@ -159,26 +170,33 @@ class ManifoldAdamW(GeometryOptimizer):
 
     def _update(self, group: dict[str, Any], gridded: Sequence[tuple[Tensor, Format, Tensor]]) -> None:
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
-        p, q, lr, kept = group["p"], group["q"], self.grid_lr(group), self._kept(group)
+        p, q = group["p"], group["q"]
         fast = native_steps.available() and {p, q} <= native_steps.POWERS.keys()
-        blocks, by_spacing, moves = native.Blocks(), self._is_spacing, []
+        blocks, moves = native.Blocks(), []
+        kept: list[object] = []  # what the loops read, until they have
         for weight, format, scale in gridded:
             state = self.state[weight]
             moments(state, weight, "exp_avg", "exp_avg_sq")
-            state["step"] += 1
             memory = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
             loops = blocks.of(format) if fast and native.readable(*memory) else None
             if loops is None:
                 self._update_in_passes(group, weight, format, scale)
                 continue
-            stiffness = None
-            if (p or q) and not by_spacing:
-                stiffness = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
-            step = corrections(int(state["step"]), group["betas"])
-            moves.append(native_steps.ManifoldMove(*memory, stiffness, loops, scale, step, lr, kept))
+            stiffness, loop = 0, self._loop_of(format, loops) if p or q else loops
+            if loop is None:
+                spread = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
+                stiffness, loop = spread.data_ptr(), loops
+                kept.append(spread)
+            kept.append(loop)
+            function = loop.spacings if isinstance(loop, native.BlockLoops) else loop.function
+            addresses = [one.data_ptr() for one in (*memory, state["step"])]
+            grid = function, loop.context, scale.data_ptr()
+            moves.append(native_steps.ManifoldMove(*addresses, stiffness, *grid, weight.numel()))
         if moves:
             native_steps.manifold_steps(
                 moves,
+                lr=self.grid_lr(group),
+                decay=self._kept(group),
                 betas=group["betas"],
                 eps=group["eps"],
                 powers=(p, q),
@@ -186,12 +204,20 @@ class ManifoldAdamW(GeometryOptimizer):
                 max_stiffness=group["max_stiffness"],
             )
 
-    @property
-    def _is_spacing(self) -> bool:
-        """Whether the stiffness is the spacing of the weight's own format, which the loops in C know."""
+    def _loop_of(
+        self, format: Format, loops: native.BlockLoops
+    ) -> native.BlockLoops | native.SpacingLoop | None:
+        """Return the loop in C that knows the stiffness of weights of a format, None where there is none.
+
+        The spacing of their own grid is among the format's; a formula may offer another.
+        """
+        if getattr(self.stiffness, "refresh", "step") != "step" or getattr(self.stiffness, "of_format", None):
+            return None
         formula = getattr(self.stiffness, "formula", self.stiffness)
-        current = getattr(self.stiffness, "refresh", "step") == "step"
-        return formula is grid_stiffness and current and getattr(self.stiffness, "of_format", None) is None
+        if formula is grid_stiffness:
+            return loops
+        offered = getattr(self.stiffness, "block_loop", None) or getattr(formula, "block_loop", None)
+        return offered(format) if offered is not None else None
 
     def _kept(self, group: dict[str, Any]) -> float:
         """Return what decay leaves of a weight in one step."""
@@ -205,6 +231,7 @@ class ManifoldAdamW(GeometryOptimizer):
         stiffness = (
             self._stiffness_at(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
         )
+        state["step"] += 1
         gradient = weight.grad if stiffness is None else weight.grad * powered(stiffness, p)
         direction = adamw_direction(
             gradient, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["betas"], group["eps"]
@@ -222,12 +249,7 @@ class ManifoldAdamW(GeometryOptimizer):
         state = self.state.get(weight)
         if not state:
             return None
-        group, index = next(
-            (group, index)
-            for group in self.param_groups
-            for index, one in enumerate(group["params"])
-            if one is weight
-        )
+        group, index = self._place_of(weight)
         lr = self.grid_lr(group)
         rate = adam_rate(state["exp_avg_sq"], state["step"], lr, group["betas"], group["eps"])
         grid = grid_of(group, index)
@@ -236,13 +258,23 @@ class ManifoldAdamW(GeometryOptimizer):
             rate = rate * normalized(powered(stiffness, group["q"]), group["normalize"])
         return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
 
+    @torch.no_grad()
+    def position_of(self, weight: Tensor) -> Position | None:
+        """Return how far the weight has moved and where it is; None where that is not tracked, or not yet."""
+        moved = self.state.get(weight, {}).get(position.NAME)
+        grid = None if moved is None else grid_of(*self._place_of(weight))
+        if moved is None or grid is None:
+            return None
+        format, scale = grid
+        return Position(moved=moved, rung=format.rung(weight * scale))
+
     def _stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
         """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
         if getattr(self.stiffness, "refresh", "step") != "never":
             return self.stiffness(weight, format, scale)
         state = self.state[weight]
         if "stiffness" not in state:
-            _refuse_late_start(int(state["step"]) - 1)
+            _refuse_late_start(int(state["step"]))
             state["stiffness"] = self.stiffness(weight, format, scale).clone()
         return state["stiffness"]
 
@@ -308,4 +340,5 @@ def build(options: ManifoldAdamWOptions, inputs: OptimizerInputs) -> ManifoldAda
         max_stiffness=options.max_stiffness,
         other_lr=options.other_lr,
         decay_lr=options.decay_lr,
+        track_position=options.track_position,
     )

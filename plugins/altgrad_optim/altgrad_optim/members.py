@@ -13,6 +13,7 @@ from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.recipe import refuse_off_grid
+from altgrad_optim.base import refuse_sparse
 
 
 @attrs.frozen(eq=False)
@@ -60,3 +61,34 @@ def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
                     refuse_off_grid(quantizer.recipe)
                 found.append(Member(weight, *grid, quantizer, len(found), own == "master"))
     return found
+
+
+def circumstances(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    """Return what `members` depends on, quickly: as long as it stays equal, so do they."""
+    return [
+        (id(weight), quantizer, (quantizer.recipe, quantizer.storage, quantizer.geometry))
+        if quantizer is not None
+        else (id(weight), group.get("format"))
+        for group in groups
+        for weight in group["params"]
+        for quantizer in (quantizer_of(weight),)
+    ]
+
+
+def with_gradients(
+    parameters: Iterable[Tensor], members: Iterable[Member | None]
+) -> tuple[list[Member], list[Tensor]]:
+    """Return those that have a gradient: the members, and the parameters that are none.
+
+    Raises RuntimeError on a sparse gradient.
+    """
+    moving, plain = [], []
+    for parameter, member in zip(parameters, members, strict=True):
+        if parameter.grad is None:
+            continue
+        refuse_sparse(parameter.grad)
+        if member is None:
+            plain.append(parameter)
+        else:
+            moving.append(member)
+    return moving, plain

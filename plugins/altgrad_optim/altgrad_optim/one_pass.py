@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from altgrad_core import native
 from altgrad_core.random_bits import stream_key_table
 from altgrad_optim import native_steps
-from altgrad_optim.adamw import corrections
 from altgrad_optim.members import Member
 
 if TYPE_CHECKING:
@@ -27,73 +26,71 @@ class Borrowed(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step of a group's weights that has been taken."""
+    """A step of some of a group's weights that has been taken."""
 
     members: Sequence[Member]
     steps: native_steps.GridSteps
 
     @property
-    def counts(self) -> list[tuple[Tensor, Tensor]]:
+    def counts(self) -> Tensor:
+        """(n, 2) int64: the flips and updates of each weight, 0 where it has not landed."""
         return self.steps.counts
 
     def left(self) -> Iterator[tuple[Member, Tensor, bool]]:
         """Yield the weights that have not landed; see `GridSteps.left`."""
         for place, values, past_end in self.steps.left():
-            yield self.members[place], values, past_end
+            member = self.members[place]
+            yield member, values.view_as(member.weight), past_end
 
 
-def borrowed(
-    group: dict[str, Any], members: Sequence[Member], states: Mapping[int, Sequence[Tensor]]
-) -> list[Borrowed]:
-    """Return the weights that there are loops for; `states` has their moments, by their places."""
+def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Taken | None:
+    """Take the step of those of a group's weights that there are loops for; None: of none."""
     if group["rounding"] != "rung" or not native_steps.available():
-        return []
+        return None
     blocks, found = native.Blocks(), []
     for member in members:
-        loops, moments = None if member.master else blocks.of(member.format), states[member.index]
-        if loops is not None and native.readable(member.weight, member.weight.grad, *moments):
-            found.append(Borrowed(member, loops, moments))
-    return found
-
-
-def taken(optimizer: GridOptim, group: dict[str, Any], weights: Sequence[Borrowed]) -> Taken:
-    """Take the step of a group's weights."""
+        loops = None if member.master else blocks.of(member.format)
+        if loops is not None:
+            moments = optimizer.started(group, member.weight)
+            if native.readable(member.weight, member.weight.grad, *moments):
+                found.append(Borrowed(member, loops, moments))
+    if not found:
+        return None
+    keys = stream_key_table(optimizer.seed, optimizer.counter, [one.member.index for one in found])
     steps = native_steps.GridSteps(
-        moves(optimizer, group, weights),
+        [_move(optimizer, one, keys.data_ptr() + 8 * row) for row, one in enumerate(found)],
+        lr=optimizer.grid_lr(group),
+        decay=optimizer.decay(group),
         betas=group["betas"],
         eps=group["eps"],
         momentum=group["momentum"],
         clip=group["rung_clip"],
         adam=group["normalize"] == "adam",
     )
-    return Taken([one.member for one in weights], steps)
+    return Taken([one.member for one in found], steps)
 
 
-def moves(
-    optimizer: GridOptim, group: dict[str, Any], weights: Sequence[Borrowed]
-) -> Iterator[native_steps.GridMove]:
-    """Yield each weight's step for the loops, and count it."""
-    scales, lr, decay = optimizer.scales_in_use(), optimizer.grid_lr(group), optimizer.decay(group)
-    keys = stream_key_table(optimizer.seed, optimizer.counter, [one.member.index for one in weights])
-    for (member, loops, (first, *second)), own in zip(weights, keys, strict=True):
-        weight, state = member.weight, optimizer.state[member.weight]
-        state["step"] += 1
-        if optimizer.watch:
-            optimizer.intended[weight] = torch.empty_like(weight)
-        on_host = scales.on_host(member.index)
-        yield native_steps.GridMove(
-            weight=weight,
-            gradient=weight.grad,
-            first_moment=first,
-            second_moment=second[0] if second else None,
-            intended=optimizer.intended.get(weight),
-            format=loops,
-            scale=scales.scales[member.index],
-            keys=own,
-            corrections=corrections(int(state["step"]), group["betas"]),
-            lr=lr,
-            decay=decay,
-            limits=on_host.limits,
-            rungs=member.rungs,
-            quiet=on_host.quiet,
-        )
+def _move(optimizer: GridOptim, borrowed: Borrowed, keys: int) -> native_steps.GridMove:
+    """Return a weight's step for the loops; keys: the address of its random keys."""
+    (member, loops, (first, *second)), scales = borrowed, optimizer.scales_in_use()
+    weight, on_host = member.weight, scales.on_host(member.index)
+    intended = 0
+    if optimizer.watch:
+        optimizer.intended[weight] = torch.empty_like(weight)
+        intended = optimizer.intended[weight].data_ptr()
+    return native_steps.GridMove(
+        weight.data_ptr(),
+        weight.grad.data_ptr(),
+        first.data_ptr(),
+        second[0].data_ptr() if second else 0,
+        optimizer.state[weight]["step"].data_ptr(),
+        intended,
+        loops.rungs,
+        loops.values,
+        loops.spacings,
+        loops.context,
+        scales.scales[member.index].data_ptr(),
+        keys,
+        weight.numel(),
+        (*on_host.limits, *member.rungs, *on_host.quiet),
+    )

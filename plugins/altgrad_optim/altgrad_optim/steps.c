@@ -18,7 +18,8 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-#define PIECE 1024 /* elements of a block */
+#define PIECE 1024      /* elements of a block */
+#define GRID_PIECE 512  /* the same of GridOptim, which has more beside each weight in the first cache */
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
@@ -35,21 +36,33 @@ static inline float limited(float x, float low, float high) {
 /* --- Adam's direction ---------------------------------------------------------------------------------------- */
 
 typedef struct {
+    double beta1, beta2;
     float first, second; /* 1 - beta1, and beta2 */
     float rest;          /* 1 - beta2 */
     float eps;
 } Moments;
 
-/* What the bias corrections make of a step: 1 / (1 - beta1^t), and 1 / sqrt(1 - beta2^t). */
+/* What the bias corrections multiply by: 1 / (1 - beta1^t), and 1 / sqrt(1 - beta2^t). */
 typedef struct {
     float first, second;
 } Correction;
 
-/* Updates the moments by the gradient g and returns Adam's direction; see adamw.py. */
+/* Counts a weight's step, its t-th, and returns the corrections of it. */
+static Correction counted(float *counter, const Moments *k) {
+    const double t = *counter += 1.0f;
+    return (Correction){(float)(1.0 / (1.0 - pow(k->beta1, t))), (float)(1.0 / sqrt(1.0 - pow(k->beta2, t)))};
+}
+
+/* Adam's direction from the moments; see adamw.py. */
+static inline float direction_of(float m, float v, Moments k, Correction c) {
+    return m / (sqrtf(v) * c.second + k.eps) * c.first;
+}
+
+/* Updates the moments by the gradient g and returns Adam's direction. */
 static inline float direction(float g, float *m, float *v, Moments k, Correction c) {
     *m = *m + (g - *m) * k.first;
     *v = *v * k.second + (g * g) * k.rest;
-    return *m / (sqrtf(*v) * c.second + k.eps) * c.first;
+    return direction_of(*m, *v, k, c);
 }
 
 /* --- ManifoldAdamW ------------------------------------------------------------------------------------------- */
@@ -61,24 +74,20 @@ typedef struct {
     Moments moments;
     int32_t gradient_power, update_power, normalize;
     float max_stiffness, smallest; /* S is at most the first; a spacing at least the second */
+    float lr, decay;               /* w is multiplied by the latter */
 } Manifold;
 
 typedef struct {
     float *w;
     const float *g;
     float *m, *v;
+    float *counter; /* steps taken so far */
     const float *stiffness; /* S of each weight; NULL: the spacing of the format */
     Spacings spacings;
     const void *context;
     const float *scale;
     int64_t n;
 } Weight;
-
-typedef struct {
-    double first, second; /* the bias corrections */
-    double lr;
-    double decay; /* w is multiplied by it */
-} Step;
 
 static inline int is_power_of_two(float s) {
     int32_t b;
@@ -138,11 +147,10 @@ static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t n
 
 /* One step of n weights; p, q: S^p and S^q, where there are such. */
 static inline __attribute__((always_inline)) void
-manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o, const float *p,
+manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n, const Manifold *o, const float *p,
                const float *q, float norm, const int with_p, const int with_q) {
     const Moments k = o->moments;
-    const Correction c = {(float)step->first, (float)step->second};
-    const float lr = (float)step->lr, decay = (float)step->decay;
+    const float lr = o->lr, decay = o->decay;
     float *w = t->w + at, *m = t->m + at, *v = t->v + at;
     const float *g = t->g + at;
     SIMD EACH {
@@ -152,17 +160,18 @@ manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const M
     }
 }
 
-static void any_manifold_piece(const Weight *t, const Step *step, int64_t at, int32_t n, const Manifold *o,
+static void any_manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n, const Manifold *o,
                                const float *p, const float *q, float norm) {
-    if (p && q) manifold_piece(t, step, at, n, o, p, q, norm, 1, 1);
-    else if (p) manifold_piece(t, step, at, n, o, p, q, norm, 1, 0);
-    else if (q) manifold_piece(t, step, at, n, o, p, q, norm, 0, 1);
-    else manifold_piece(t, step, at, n, o, p, q, norm, 0, 0);
+    if (p && q) manifold_piece(t, c, at, n, o, p, q, norm, 1, 1);
+    else if (p) manifold_piece(t, c, at, n, o, p, q, norm, 1, 0);
+    else if (q) manifold_piece(t, c, at, n, o, p, q, norm, 0, 1);
+    else manifold_piece(t, c, at, n, o, p, q, norm, 0, 0);
 }
 
-static void manifold_step(const Weight *t, const Step *step, const Manifold *o, float *powers, double *parts, int split) {
+static void manifold_step(const Weight *t, const Manifold *o, float *powers, double *parts, int split) {
     const int64_t pieces = (t->n + PIECE - 1) / PIECE;
     const int with_p = o->gradient_power != ONE, with_q = o->update_power != ONE, whole = with_q && o->normalize;
+    const Correction c = counted(t->counter, &o->moments);
     float norm = 1.0f;
     if (whole) {
         _Pragma("omp parallel for schedule(static) if (split)")
@@ -181,18 +190,18 @@ static void manifold_step(const Weight *t, const Step *step, const Manifold *o, 
         float p[PIECE], q[PIECE];
         if (with_p) powers_of(t, at, n, o, o->gradient_power, p);
         if (with_q && !whole) powers_of(t, at, n, o, o->update_power, q);
-        any_manifold_piece(t, step, at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
+        any_manifold_piece(t, c, at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
     }
 }
 
 /* One step of every weight: threads take a weight each, or with `split` share each one.
    powers, parts: for every thread room for S^q of the largest weight, `room` numbers, and for its pieces' sums. */
-void manifold_steps(int64_t count, const Weight *weights, const Step *steps, const Manifold *o, float *powers,
-                    double *parts, int64_t room, int32_t split) {
+void manifold_steps(int64_t count, const Weight *weights, const Manifold *o, float *powers, double *parts,
+                    int64_t room, int32_t split) {
     _Pragma("omp parallel for schedule(dynamic) if (!split)")
     for (int64_t each = 0; each < count; each++) {
         const int64_t mine = split ? 0 : omp_get_thread_num() * room;
-        manifold_step(&weights[each], &steps[each], o, powers + mine, parts + mine / PIECE, split);
+        manifold_step(&weights[each], o, powers + mine, parts + mine / PIECE, split);
     }
 }
 
@@ -201,13 +210,15 @@ void manifold_steps(int64_t count, const Weight *weights, const Step *steps, con
 typedef struct {
     Moments moments;
     float momentum, clip;
-    int32_t adam; /* Adam's direction, else the velocity */
+    float lr, decay; /* the decay is coupled without Adam */
+    int32_t adam;    /* Adam's direction, else the velocity */
 } Grid;
 
 typedef struct {
     float *w;
     const float *g;
     float *m, *v; /* moments; without Adam m is the velocity */
+    float *counter; /* steps taken so far */
     float *intended; /* -r is left here, unless it is NULL */
     Rungs rungs;
     Values values;
@@ -219,19 +230,26 @@ typedef struct {
 } Member;
 
 typedef struct {
-    double first, second;          /* Adam's bias corrections */
-    double lr, decay;              /* the decay is coupled without Adam */
-    double low, high;              /* limits of the values, scaled units */
-    double least_rung, most_rung;  /* of the format */
-    double quiet_low, quiet_high;  /* the scale stays where low < amax <= high, weight units */
+    double low, high;             /* limits of the values, scaled units; infinite without a bound */
+    double least_rung, most_rung; /* of the format */
+    double quiet_low, quiet_high; /* the scale stays where low < amax <= high, weight units */
 } Move;
 
 typedef struct {
-    int64_t flips, updates; /* weights that changed, and elements with a gradient */
+    int64_t flips, updates; /* weights that changed, and elements with a gradient; 0 for what has not landed */
     int64_t past;           /* whether one was pushed past the end */
     float *left;            /* the unrounded values of a weight that has not landed */
     int64_t failed;         /* whether there was no memory for them */
 } Landing;
+
+/* What a piece tells of the rungs its weights went to, before any limit. */
+typedef struct {
+    int32_t least, most;
+    int32_t undefined; /* whether a weight or its step is NaN */
+    int64_t updates, flips;
+} Seen;
+
+static const Seen NOTHING_SEEN = {INT32_MAX, INT32_MIN, 0, 0, 0};
 
 static inline float uniform(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
     i = (i + first) * 0xED5AD4BBu;
@@ -240,118 +258,178 @@ static inline float uniform(uint32_t i, uint32_t first, uint32_t second) { /* of
     return (float)(int32_t)(i >> 8) * 0x1p-24f;
 }
 
-typedef struct {
-    int32_t amax; /* bits of the largest magnitude, of a NaN if there is one */
-    int32_t past;
-    int64_t updates;
-} Seen;
+#define INLINE static inline __attribute__((always_inline))
 
-static Seen grid_piece(const Member *t, const Move *move, int64_t at, int32_t n, const Grid *o, float *target) {
+/* How far down n weights are to go, in rungs, before the clip; with `again` the moments have been updated before.
+   A loop of its own: what waits for a root and a quotient would hold up the arithmetic of the rounding. */
+INLINE void rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                  const float *spacing, float *r, const int adam, const int decays, const int again) {
     const Moments k = o->moments;
-    const Correction c = {(float)move->first, (float)move->second};
-    const float lr = (float)move->lr, decay = (float)move->decay, scale = *t->scale, clip = o->clip;
-    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
-    const uint32_t first = t->keys[0], second = t->keys[1], begin = (uint32_t)at;
-    float scaled[PIECE], spacing[PIECE], r[PIECE];
-    int32_t rungs[PIECE];
+    const float lr = o->lr, decay = o->decay, momentum = o->momentum;
     const float *w = t->w + at, *g = t->g + at;
     float *m = t->m + at, *v = t->v + at;
-    SIMD EACH scaled[i] = w[i] * scale;
-    t->rungs(scaled, rungs, n, t->context);
-    if (o->adam) {
-        SIMD EACH r[i] = direction(g[i], &m[i], &v[i], k, c) * lr;
-        if (decay != 0) {
-            t->spacings(scaled, spacing, n, 1.0f, t->context);
-            SIMD EACH r[i] = r[i] + scaled[i] / spacing[i] * decay;
+    SIMD EACH {
+        if (adam) {
+            r[i] = (again ? direction_of(m[i], v[i], k, c) : direction(g[i], &m[i], &v[i], k, c)) * lr;
+            if (decays) r[i] = r[i] + scaled[i] / spacing[i] * decay;
+        } else {
+            if (!again) m[i] = m[i] * momentum + (decays ? g[i] + w[i] * decay : g[i]);
+            r[i] = m[i] * lr;
         }
-    } else {
-        const float momentum = o->momentum;
-        if (decay != 0)
-            SIMD EACH m[i] = m[i] * momentum + (g[i] + w[i] * decay);
-        else
-            SIMD EACH m[i] = m[i] * momentum + g[i];
-        SIMD EACH r[i] = m[i] * lr;
     }
-    SIMD EACH r[i] = scaled[i] != scaled[i] ? NAN : limited(r[i], -clip, clip);
-    if (t->intended) SIMD EACH t->intended[at + i] = -r[i];
-    int32_t past = 0, updates = 0;
-    _Pragma("omp simd reduction(| : past) reduction(+ : updates)")
+}
+
+static void any_rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                      float *r, const int again) {
+    float spacing[GRID_PIECE];
+    const int decays = o->decay != 0, adam = o->adam != 0;
+    if (adam && decays) t->spacings(scaled, spacing, n, 1.0f, t->context);
+#define IN_CASE(adam_, decays_, again_)                                                                 \
+    if (adam == adam_ && decays == decays_ && again == again_)                                          \
+        rates(t, c, at, n, o, scaled, spacing, r, adam_, decays_, again_);
+    IN_CASE(0, 0, 0) IN_CASE(0, 1, 0) IN_CASE(1, 0, 0) IN_CASE(1, 1, 0)
+    IN_CASE(0, 0, 1) IN_CASE(0, 1, 1) IN_CASE(1, 0, 1) IN_CASE(1, 1, 1)
+}
+
+/* Takes n weights down by r rungs, rounded stochastically: `rungs` in place, without any limit. What r and the scaled
+   weight are where one is NaN is of no importance. */
+static Seen descended(const Member *t, int64_t at, int32_t n, float clip, const float *r, const float *scaled,
+                      int32_t *rungs) {
+    const uint32_t first = t->keys[0], second = t->keys[1], begin = (uint32_t)at;
+    int32_t least = INT32_MAX, most = INT32_MIN, undefined = 0;
+    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(| : undefined)")
     EACH {
-        const float magnitude = r[i] != r[i] ? 0.0f : fabsf(r[i]), whole = floorf(magnitude);
+        float rate = r[i] < clip ? r[i] : clip; /* a NaN too */
+        rate = rate > -clip ? rate : -clip;
+        const float magnitude = fabsf(rate), whole = floorf(magnitude);
         const float up = uniform(begin + (uint32_t)i, first, second) < magnitude - whole ? 1.0f : 0.0f;
-        const int32_t rung = rungs[i] - (int32_t)copysignf(whole + up, r[i]);
-        const int32_t inside = rung < least ? least : rung > most ? most : rung;
-        past |= rung ^ inside;
-        updates += g[i] != 0;
-        rungs[i] = inside;
+        const int32_t rung = rungs[i] - (int32_t)copysignf(whole + up, rate);
+        undefined |= __builtin_isunordered(r[i], scaled[i]);
+        least = rung < least ? rung : least;
+        most = rung > most ? rung : most;
+        rungs[i] = rung;
     }
-    t->values(rungs, target, n, t->context);
-    int32_t amax = 0; /* as bits, which order magnitudes, NaN above all */
-    _Pragma("omp simd reduction(max : amax)")
+    return (Seen){least, most, undefined, 0, 0};
+}
+
+static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
+    rung = rung < least ? least : rung;
+    return rung > most ? most : rung;
+}
+
+/* Moves and lands n weights; `before` gets them as they were. */
+static Seen grid_piece(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, float *before,
+                       int32_t least, int32_t most, int multiply) {
+    const float scale = *t->scale, inverse = 1.0f / scale;
+    float scaled[GRID_PIECE], r[GRID_PIECE];
+    int32_t rungs[GRID_PIECE], flips = 0, updates = 0;
+    float *w = t->w + at;
+    const float *g = t->g + at;
+    SIMD EACH {
+        before[i] = w[i];
+        scaled[i] = w[i] * scale;
+    }
+    t->rungs(scaled, rungs, n, t->context);
+    any_rates(t, c, at, n, o, scaled, r, 0);
+    if (t->intended) SIMD EACH t->intended[at + i] = scaled[i] != scaled[i] ? NAN : -limited(r[i], -o->clip, o->clip);
+    Seen seen = descended(t, at, n, o->clip, r, scaled, rungs);
+    if (seen.least < least || seen.most > most) SIMD EACH rungs[i] = within(rungs[i], least, most);
+    float *value = scaled;
+    t->values(rungs, value, n, t->context);
+    if (!multiply) SIMD EACH value[i] = value[i] / scale;
+    _Pragma("omp simd reduction(+ : flips, updates)")
     EACH {
-        const float value = r[i] != r[i] ? NAN : target[i], size = fabsf(value);
-        int32_t bits;
-        memcpy(&bits, &size, sizeof(bits));
-        target[i] = value;
-        amax = bits > amax ? bits : amax;
+        const float landed = multiply ? value[i] * inverse : value[i]; /* by a power of two: the same bits, sooner */
+        flips += landed != w[i];
+        updates += g[i] != 0;
+        w[i] = landed;
     }
-    return (Seen){amax, past != 0, updates};
+    seen.flips = flips;
+    seen.updates = updates;
+    return seen;
 }
 
-static float float_of(int32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
+/* The values in scaled units to which n weights would go from `before` if there were no bound, after the moments have
+   been updated; NaN where the weight or its step is. */
+static Seen unbounded(const Member *t, const Move *move, Correction c, int64_t at, int32_t n, const Grid *o,
+                      const float *before, float *target) {
+    const float scale = *t->scale;
+    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
+    float scaled[GRID_PIECE], r[GRID_PIECE], still[GRID_PIECE];
+    int32_t rungs[GRID_PIECE];
+    SIMD EACH scaled[i] = before[i] * scale;
+    t->rungs(scaled, rungs, n, t->context);
+    any_rates(t, c, at, n, o, scaled, r, 1);
+    SIMD EACH still[i] = __builtin_isunordered(r[i], scaled[i]) ? 0.0f : r[i];
+    const Seen seen = descended(t, at, n, o->clip, still, still, rungs);
+    SIMD EACH rungs[i] = within(rungs[i], least, most);
+    t->values(rungs, target, n, t->context);
+    SIMD EACH target[i] = __builtin_isunordered(r[i], scaled[i]) ? NAN : target[i];
+    return seen;
 }
 
-static Landing grid_move(const Member *t, const Move *move, const Grid *o, float *target, int split) {
-    const int64_t pieces = (t->n + PIECE - 1) / PIECE;
-    const float scale = *t->scale, inverse = 1.0f / scale, low = (float)move->low, high = (float)move->high;
-    const int multiply = is_power_of_two(scale); /* instead of dividing: the same bits, sooner */
-    int64_t updates = 0, flips = 0;
-    int32_t amax = 0, past = 0;
-    _Pragma("omp parallel for schedule(static) reduction(max : amax, past) reduction(+ : updates) if (split)")
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t at = piece * PIECE;
-        const Seen seen = grid_piece(t, move, at, (int32_t)(t->n - at < PIECE ? t->n - at : PIECE), o, target + at);
-        amax = seen.amax > amax ? seen.amax : amax;
-        past = seen.past > past ? seen.past : past;
-        updates += seen.updates;
-    }
-    const double size = float_of(amax) / scale;
-    if (past || !(size > move->quiet_low && size <= move->quiet_high)) {
-        float *left = malloc((size_t)t->n * sizeof(float));
-        if (left) memcpy(left, target, (size_t)t->n * sizeof(float));
-        return (Landing){0, updates, past, left, !left};
-    }
-    _Pragma("omp parallel for schedule(static) reduction(+ : flips) if (split)")
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t at = piece * PIECE;
-        const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
-        const float *from = target + at;
-        float *w = t->w + at;
-        int32_t changed = 0;
-        _Pragma("omp simd reduction(+ : changed)")
-        EACH {
-            const float landed = limited(from[i], low, high), value = multiply ? landed * inverse : landed / scale;
-            changed += value != w[i];
-            w[i] = value;
-        }
-        flips += changed;
-    }
-    return (Landing){flips, updates, past, 0, 0};
+static Seen together(Seen a, Seen b) {
+    return (Seen){a.least < b.least ? a.least : b.least, a.most > b.most ? a.most : b.most,
+                  a.undefined | b.undefined, a.updates + b.updates, a.flips + b.flips};
+}
+
+_Pragma("omp declare reduction(together : Seen : omp_out = together(omp_out, omp_in)) initializer(omp_priv = omp_orig)")
+
+static int32_t size_of_piece(const Member *t, int64_t at) {
+    return (int32_t)(t->n - at < GRID_PIECE ? t->n - at : GRID_PIECE);
+}
+
+/* Puts a weight back to what it was, and leaves where it would go without a bound: its scale may have to change. */
+static Landing left(const Member *t, const Move *move, Correction c, const Grid *o, const float *before, int split) {
+    float *target = malloc((size_t)t->n * sizeof(float));
+    if (!target) return (Landing){.failed = 1};
+    Seen seen = NOTHING_SEEN;
+    _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
+    for (int64_t at = 0; at < t->n; at += GRID_PIECE)
+        seen = together(seen, unbounded(t, move, c, at, size_of_piece(t, at), o, before + at, target + at));
+    memcpy(t->w, before, (size_t)t->n * sizeof(float));
+    const int past = seen.least < (int32_t)move->least_rung || seen.most > (int32_t)move->most_rung;
+    return (Landing){.past = past, .left = target};
+}
+
+/* Whether the scale stays for weights that went to such rungs. */
+static int quiet(const Member *t, const Move *move, Seen seen) {
+    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
+    const int32_t ends[2] = {within(seen.least, least, most), within(seen.most, least, most)};
+    float values[2];
+    t->values(ends, values, 2, t->context);
+    const float down = fabsf(values[0]), up = fabsf(values[1]);
+    const double amax = (down > up ? down : up) / *t->scale;
+    return !seen.undefined && seen.least >= least && seen.most <= most && amax > move->quiet_low &&
+           amax <= move->quiet_high;
+}
+
+static Landing grid_move(const Member *t, const Move *move, const Grid *o, float *before, int split) {
+    const int multiply = is_power_of_two(*t->scale);
+    const float limits[2] = {(float)move->low, (float)move->high};
+    int32_t bound[2], least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
+    t->rungs(limits, bound, 2, t->context);
+    if (!isinf(limits[0])) least = within(least, bound[0], most);
+    if (!isinf(limits[1])) most = within(most, least, bound[1]);
+    const Correction c = counted(t->counter, &o->moments);
+    Seen seen = NOTHING_SEEN;
+    _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
+    for (int64_t at = 0; at < t->n; at += GRID_PIECE)
+        seen = together(seen, grid_piece(t, c, at, size_of_piece(t, at), o, before + at, least, most, multiply));
+    if (!quiet(t, move, seen)) return left(t, move, c, o, before, split);
+    return (Landing){.flips = seen.flips, .updates = seen.updates};
 }
 
 /* Moves weights by whole rungs and lands those whose scale surely stays; of another one the unrounded values, in scaled
    units, are left in `landings`, for `take` to fetch. Threads take a weight each, or with `split` share each one.
-   targets: for every thread room for the largest weight, `room` numbers. Returns whether memory ran out. */
-int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, float *targets,
+   room_before: for every thread room for the largest weight, `room` numbers. Returns whether memory ran out. */
+int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, float *room_before,
                    int64_t room, int32_t split, Landing *landings) {
     int32_t failed = 0;
     _Pragma("omp parallel for schedule(dynamic) reduction(max : failed) if (!split)")
     for (int64_t each = 0; each < count; each++) {
-        float *target = targets + (split ? 0 : omp_get_thread_num() * room);
-        landings[each] = grid_move(&members[each], &moves[each], o, target, split);
+        float *before = room_before + (split ? 0 : omp_get_thread_num() * room);
+        landings[each] = grid_move(&members[each], &moves[each], o, before, split);
         failed = landings[each].failed ? 1 : failed;
     }
     return failed;

@@ -84,6 +84,18 @@ def test_manifold_steps_in_c_have_the_bits_of_those_in_torch(format, placement, 
         torch.testing.assert_close(a, b, rtol=2.0**-22, atol=2.0**-22 * 1e-2)
 
 
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("stiffness", ["ideal", "smooth", "scrambled"])
+def test_the_formulas_of_others_have_the_bits_of_those_in_torch(stiffness, placement, eagerly):
+    def optimizer(own):
+        groups = [{"params": own, "format": "E4M3", "scale": 64.0}]
+        return ManifoldAdamW(groups, stiffness=stiffness, placement=placement, normalize="none")
+
+    pytest.importorskip("altgrad_formats")
+    in_c = trained(optimizer)[0]
+    assert all(map(torch.equal, in_c, eagerly(lambda: trained(optimizer)[0])))
+
+
 def test_a_stiffness_given_as_a_tensor_has_the_bits_of_those_in_torch(format, eagerly):
     def stiffness(weight, format, scale):
         return grid_stiffness(weight, format, scale) * 3  # not the core's own formula: no loop knows it

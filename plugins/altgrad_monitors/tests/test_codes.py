@@ -1,0 +1,336 @@
+"""The tally: the loop in C beside torch, codes from step to step, and what happens when formats change."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from altgrad_core import native
+from altgrad_core.format import Format
+from altgrad_core.hookspecs import Step, Weight
+from altgrad_monitors import native_tally, tally
+from altgrad_monitors.codes import CodeBook, book_of, codes
+
+EIGHTHS = Format(name="EIGHTHS", bits=4, values=[rung / 8 for rung in range(-7, 8)])
+WARPED = Format(
+    name="WARPED",
+    bits=8,
+    values=sorted({0.0, *(s * 2.0**e * m for s in (-1, 1) for e in range(-6, 3) for m in (1, 1.25, 1.625))}),
+)
+WIDE = Format(name="WIDE", bits=16, values=[rung / 64 for rung in range(-63, 64)])
+ONE_SIDED = Format(name="ONE_SIDED", bits=8, values=[float(rung) for rung in range(256)])
+EVERYTHING = {"flips", "stall", "descent"}
+SHAPES = {"a": (37, 83), "b": (300, 301), "c": (1, 1), "d": (256,)}
+
+
+def weight(value, format=EIGHTHS, scale=1.0, layer="layer"):
+    scale = scale if isinstance(scale, torch.Tensor) else torch.tensor(scale)
+    return Weight(value=value, layer=layer, format=format, scale=scale)
+
+
+class Updates(dict):
+    """Intended updates that nobody recorded: the actual ones."""
+
+    def recorded(self, name):
+        return None
+
+
+@pytest.fixture
+def drawn():
+    """Return a function that makes a step of random weights, with zeros and NaN among everything."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(shape, spread=1.0, zeros=0.0):
+        values = torch.randn(shape, generator=generator) * spread
+        return values.masked_fill_(torch.rand(shape, generator=generator) < zeros, 0.0)
+
+    def draw(format=EIGHTHS, scale=None, shapes=SHAPES, nan=True, **more):
+        before = {name: normal(shape, 0.3) for name, shape in shapes.items()}
+        intended = {name: normal(shape, 0.05, zeros=0.2) for name, shape in shapes.items()}
+        after = {name: before[name] + intended[name] * (normal(shape) > 0) for name, shape in shapes.items()}
+        if nan:
+            before["a"][3, 5] = after["a"][3, 5] = after["a"][0, 0] = after["b"][299, 300] = math.nan
+        scales = {name: torch.tensor(1.0) if scale is None else scale(before[name]) for name in shapes}
+        gradients = {name: normal(shape, zeros=0.3) for name, shape in shapes.items()}
+        return Step(
+            index=1,
+            loss=torch.tensor(1.0),
+            weights={name: weight(after[name], format, scales[name], name) for name in shapes},
+            gradients=gradients,
+            before=before,
+            **{"intended": intended, **more},
+        )
+
+    return draw
+
+
+def both_ways(step, wanted=EVERYTHING, recode=False):
+    """Return the tally and codes by torch, and by the loop in C."""
+    asked = {name: tally.asked(step, name, wanted, recode) for name in step.weights}
+    before = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
+    now = {name: _codes(one, one.value) for name, one in step.weights.items()}
+    kept = {name: torch.zeros_like(one) if recode else one.clone() for name, one in before.items()}
+    written = {name: torch.zeros_like(one) for name, one in now.items()}
+    in_c = native_tally.tallied(asked, step, kept, written)
+    if in_c is None:
+        pytest.skip("there is no C compiler")
+    in_torch = tally.tallied(asked, step, before, now)
+    return (in_torch, before, now), (in_c, kept, written)
+
+
+def _codes(one, value):
+    return codes(value.reshape(-1), one.format, tally.row_of(one.scale))
+
+
+def assert_equal(one, other):
+    (in_torch, *codes_in_torch), (in_c, *codes_in_c) = one, other
+    assert list(in_c.names) == list(in_torch.names)
+    assert torch.equal(in_c.counts, in_torch.counts)
+    torch.testing.assert_close(in_c.sums, in_torch.sums, rtol=1e-11, atol=1e-300, equal_nan=True)
+    for ours, theirs in zip(codes_in_torch, codes_in_c, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def per_row(value):
+    return (torch.arange(1.0, value.shape[0] + 1).unsqueeze(1) / 7).expand(value.shape)
+
+
+def per_element(value):
+    return torch.linspace(0.3, 4.0, value.numel()).reshape(value.shape)
+
+
+MATRICES = {"a": (37, 83), "b": (300, 301)}
+
+
+@pytest.mark.parametrize("format", [EIGHTHS, WARPED, WIDE], ids=lambda format: format.name)
+@pytest.mark.parametrize("recode", [False, True], ids=["kept", "recoded"])
+def test_the_loop_counts_and_sums_what_torch_does(drawn, format, recode):
+    assert_equal(*both_ways(drawn(format), recode=recode))
+    assert_equal(*both_ways(drawn(format, nan=False), recode=recode))
+
+
+@pytest.mark.parametrize(
+    "scale", [lambda _: torch.tensor(4.0), lambda _: torch.tensor(0.3)], ids=["4", "0.3"]
+)
+def test_the_loop_scales_as_torch_does(drawn, scale):
+    assert_equal(*both_ways(drawn(WARPED, scale)))
+
+
+@pytest.mark.parametrize("scale", [per_row, per_element])
+def test_the_loop_takes_a_scale_for_each_row_or_element(drawn, scale):
+    assert_equal(*both_ways(drawn(WARPED, scale, MATRICES), recode=True))
+
+
+def test_the_loop_counts_updates_in_rungs_as_torch_does(drawn):
+    counts = {name: (torch.tensor(1), torch.tensor(2)) for name in ("a", "c")}
+    assert_equal(*both_ways(drawn(WARPED, intended_in_rungs=True, counts=counts)))
+
+
+def test_the_loop_takes_the_actual_update_where_no_other_is_recorded(drawn):
+    step = drawn(WARPED)
+    actual = {name: one.value - step.before[name] for name, one in step.weights.items()}
+    lazy, given = (
+        Step(
+            index=1, loss=step.loss, weights=step.weights, gradients=step.gradients,
+            before=step.before, intended=kind(actual),
+        )
+        for kind in (Updates, dict)
+    )  # fmt: skip
+    (_, _, _), (one, *_) = both_ways(lazy)
+    (expected, _, _), (other, *_) = both_ways(given)
+    assert torch.equal(one.counts, other.counts)
+    torch.testing.assert_close(one.sums, other.sums, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(one.sums, expected.sums, rtol=1e-11, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", [{"flips"}, {"stall"}, {"descent"}], ids=lambda wanted: next(iter(wanted)))
+def test_only_what_is_wanted_is_tallied(drawn, wanted):
+    one, other = both_ways(drawn(WARPED), wanted)
+    assert_equal(one, other)
+    _, (found, *_) = one, other
+    assert bool(found.column("moved").any()) == (wanted == {"stall"})
+    assert bool(found.column("square").any()) == (wanted == {"descent"})
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E5M2", "E7M0", "E0M7", "E3M2", "E5M10"])
+def test_the_loop_counts_as_torch_does_in_formats_by_arithmetic(drawn, format):
+    exmy = pytest.importorskip("altgrad_formats.exmy", reason="formats by arithmetic are altgrad-formats'")
+    made = exmy.ExMy(*(int(part) for part in format[1:].split("M")))
+    assert_equal(*both_ways(drawn(made, lambda _: torch.tensor(0.5)), recode=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_do_not_depend_on_the_number_of_threads(drawn, threads):
+    step, before = drawn(WARPED, nan=False), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, (found, *_) = both_ways(step)
+    finally:
+        torch.set_num_threads(before)
+    _, (alone, *_) = both_ways(step)
+    assert torch.equal(found.sums, alone.sums)
+
+
+def test_counts_agree_with_numpy(drawn):
+    step = drawn(EIGHTHS, nan=False)
+    (found, *_), _ = both_ways(step)
+    now, old, gradient, aim = (
+        x["b"].double().numpy()
+        for x in ({"b": step.weights["b"].value}, step.before, step.gradients, step.intended)
+    )
+    code, code_before = (np.clip(np.rint(x * 8), -7, 7) for x in (now, old))  # ties to even
+    flipped, updated, moved = code != code_before, gradient != 0, now != old
+    row = found.counts[1].tolist()
+    assert row == [
+        *(flipped.sum(), updated.sum(), (flipped & updated).sum()),
+        *((moved & ~flipped).sum(), moved.sum()),
+    ]
+    lost = ((1 - np.minimum(np.abs(aim) * 8, 1)) * updated).sum()
+    assert found.sums[1].tolist() == pytest.approx(
+        [lost, (aim * (now - old)).sum(), (aim**2).sum()], rel=1e-6
+    )
+
+
+def test_weights_that_are_no_plain_rows_of_float32_take_the_way_through_torch(drawn):
+    step = drawn(WARPED, shapes={"a": (37, 83)}, nan=False)
+    name, one = "a", step.weights["a"]
+    turned = weight(one.value.T.contiguous().T, WARPED, one.scale)
+    odd = Step(
+        index=1, loss=step.loss, weights={name: turned}, gradients=step.gradients,
+        before=step.before, intended=step.intended,
+    )  # fmt: skip
+    run = Run(step.before, WARPED)
+    straight, bent = (tallied(run, seen) for seen in (step, odd))
+    assert torch.equal(straight.counts, bent.counts)
+    asked = {name: tally.asked(odd, name, EVERYTHING, False)}
+    kept = {name: _codes(turned, step.before[name])}
+    assert native_tally.tallied(asked, odd, kept, kept) is None
+
+
+# --- the code book -----------------------------------------------------------------------------------
+
+
+class Run(types.SimpleNamespace):
+    """What the code book uses of a run; hashable by identity."""
+
+    __hash__ = object.__hash__
+    step = 0
+
+    def __init__(self, values, format=EIGHTHS):
+        super().__init__(values=values, format=format)
+
+    def weights(self):
+        return {name: weight(value, self.format) for name, value in self.values.items()}
+
+
+def tallied(run, *steps):
+    book = CodeBook(run)
+    book.wanted = EVERYTHING
+    return [book.tally(step) for step in steps][-1]
+
+
+def stepped(index, values, format=EIGHTHS, before=None, scale=1.0):
+    value = torch.tensor(values)
+    return Step(
+        index=index,
+        loss=torch.tensor(1.0),
+        weights={"a": weight(value, format, scale)},
+        gradients={"a": torch.ones_like(value)},
+        before={} if before is None else {"a": torch.tensor(before)},
+        intended={},
+    )
+
+
+def flips(tally):
+    return tally.column("flips").tolist()
+
+
+def test_codes_are_kept_from_step_to_step_in_one_byte_a_weight():
+    run = Run({"a": torch.zeros(3)})
+    book = book_of(run, "flips")
+    kept = book._codes["a"]
+    assert kept.dtype == torch.int8
+    assert flips(book.tally(stepped(1, [0.125, 0.0, 0.0]))) == [1]
+    assert flips(book.tally(stepped(2, [0.125, 0.25, 0.5]))) == [2]
+    if native_tally._loops() is not None:
+        assert book._codes["a"].data_ptr() == kept.data_ptr()
+
+
+def test_a_step_is_tallied_once_however_many_ask():
+    book = book_of(Run({"a": torch.zeros(2)}), "flips")
+    step = stepped(1, [0.125, 0.5])
+    assert book.tally(step) is book.tally(step)
+
+
+def test_both_codes_are_there_for_who_asked_at_the_start():
+    run = Run({"a": torch.zeros(2)})
+    book_of(run, "stall")
+    found = book_of(run).flips(stepped(1, [0.25, -0.125]))["a"]
+    assert (found.before.tolist(), found.now.tolist()) == ([0, 0], [2, -1])
+    assert (int(found.flips), int(found.updates), int(found.flips_of_updated)) == (2, 2, 2)
+
+
+def test_codes_before_the_step_are_refused_to_who_did_not():
+    book = book_of(Run({"a": torch.zeros(2)}), "flips")
+    with pytest.raises(RuntimeError, match=r"start with book_of\(run\)"):
+        book.flips(stepped(1, [0.25, 0.0]))
+
+
+def test_a_weight_in_another_format_is_compared_with_itself_before_the_step():
+    run = Run({"a": torch.tensor([0.125, 0.5])})
+    switched = stepped(1, [0.25, 0.5], WIDE, before=[0.125, 0.5])
+    book = book_of(run, "flips")
+    assert flips(book.tally(switched)) == [1]
+    assert flips(book.tally(stepped(2, [0.25, 0.25], WIDE))) == [1]
+
+
+def test_without_its_values_before_it_starts_anew():
+    book = book_of(Run({"a": torch.tensor([0.125, 0.5])}), "flips")
+    assert flips(book.tally(stepped(1, [0.25, 0.75], WIDE))) == [0]
+    assert flips(book.tally(stepped(2, [0.25, 0.5], WIDE))) == [1]
+
+
+def test_a_change_of_scale_recodes_a_weight_and_its_elements_flip():
+    book = book_of(Run({"a": torch.tensor([0.125, 0.25, 0.0])}), "flips")
+    assert flips(book.tally(stepped(1, [0.125, 0.25, 0.0], scale=2.0))) == [2]
+
+
+def test_a_weight_that_is_no_longer_quantised_is_forgotten():
+    book = book_of(Run({"a": torch.zeros(2)}), "flips")
+    plain = Weight(value=torch.ones(2), layer="layer")
+    seen = Step(
+        index=1, loss=torch.tensor(1.0), weights={"a": plain}, gradients={"a": torch.ones(2)},
+        before={}, intended={},
+    )  # fmt: skip
+    assert list(book.tally(seen).names) == []
+    assert flips(book.tally(stepped(2, [0.5, 0.5]))) == [0]
+
+
+def test_rungs_beyond_a_byte_stay_distinct():
+    found = codes(torch.arange(256.0), ONE_SIDED, torch.tensor(1.0))
+    assert len(set(found.tolist())) == 256
+    values = torch.arange(-254.0, 2.0)
+    negative = Format(name="NEGATIVE", bits=8, values=values)
+    assert len(set(codes(values, negative, torch.tensor(1.0)).tolist())) == 256
+
+
+def test_nan_has_the_code_that_no_value_has():
+    assert codes(torch.tensor([math.nan, 0.0]), EIGHTHS, torch.tensor(1.0)).tolist() == [-128, 0]
+    assert codes(torch.tensor([math.nan, 0.0]), WIDE, torch.tensor(1.0)).tolist() == [-32768, 0]
+
+
+def test_nothing_is_counted_behind_the_back_of_who_records(drawn):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    step = drawn(WARPED)
+    asked = {name: tally.asked(step, name, EVERYTHING, False) for name in step.weights}
+    kept = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
+    with Recording():
+        assert native.recording()
+        assert native_tally.tallied(asked, step, kept, kept) is None

@@ -1,0 +1,75 @@
+"""Bit positions: how far each weight has moved since tracking began, counted in spacings of its own grid.
+
+In every step a weight adds to its position
+
+    dw * s / spacing(w*s),
+
+dw being what the optimizer's step leaves less what it finds, w the weight that it finds, s the scale and
+`spacing` the format's, in its own units. A weight that climbs through many octaves adds ULPs of every size it
+had, as an odometer does, so that the position is no difference of two places. The rung is the place.
+
+What is counted is the optimizer's own movement, decay included, before anything behind it: rounding to the
+grid, a bound. Where float32 masters are stored that is the whole movement. On a grid it is the movement that
+was asked for, and its difference from the rungs that a weight has climbed is what rounding took. A residual
+that error feedback gives back before a step is no part of it.
+
+A position is float32: a movement below 2^-25 of it is lost. NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from altgrad_core.format import Format
+from altgrad_core.kernels import flat, kernel
+
+NAME = "position"
+"""Of the buffer in an optimizer's state."""
+
+Gridded = tuple[Tensor, Format, Tensor]
+"""A weight, its format, and its scale: 0-d, or one that broadcasts against the weight."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Position:
+    """Where one weight stands, in the weight's shape.
+
+    An optimizer with a method `position_of(weight: Tensor) -> Position | None` can be watched by the monitor
+    `position`; None: this weight is not tracked, or has taken no step.
+    """
+
+    moved: Tensor
+    """float32: the signed movements of all steps, in ULPs."""
+    rung: Tensor
+    """int32: the rung now, of the nearest grid value where the weight is none."""
+
+
+def starts(weights: Sequence[Gridded]) -> list[Tensor]:
+    """Return copies of the weights, as a step finds them."""
+    return [weight.detach().clone() for weight, *_ in weights]
+
+
+def advance(states: Mapping[Any, Any], weights: Sequence[Gridded], before: Sequence[Tensor]) -> None:
+    """Add the movement of a step to the positions in the weights' states; the first starts them at 0."""
+    for (weight, format, scale), start in zip(weights, before, strict=True):
+        state = states[weight]
+        if NAME not in state:
+            state[NAME] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        row = flat(scale.expand_as(weight)) if scale.dim() else scale
+        state[NAME].add_(ulps_moved(_wide(start), _wide(weight), row, format).view_as(weight))
+
+
+@kernel
+def ulps_moved(before: Tensor, after: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """Return after - before in spacings of the grid at `before`, elementwise, in their dtype."""
+    return (after - before) * scale / format.spacing(before * scale)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """Return a weight as one row, float64 where it is that, else float32."""
+    return flat(weight if weight.dtype == torch.float64 else weight.float())
