@@ -117,6 +117,9 @@ def _snippet(entry: Registered, registry: Registry, fields: Any) -> Iterator[str
         yield from (heading, f"plugin = {written(name)}")
         for key, value in values.items():
             yield f"# {key} = ..." if value is None else f"{key} = {written(value)}"
+        yield from _needed_of_the_optimizer(
+            getattr(entry.component.options, "optimizer_options", {}), registry
+        )
 
 
 def format_spec(entry: Registered, registry: Registry) -> str:
@@ -156,3 +159,12 @@ def _stiffness_snippet(table: str, registry: Registry) -> Iterator[str]:
                 optimizer = written(_unambiguous(entry, registry))
                 yield from ("[optimizer]", f"plugin = {optimizer}", f"{field.name} = {table}")
                 return
+
+
+def _needed_of_the_optimizer(needed: Mapping[str, Any], registry: Registry) -> Iterator[str]:
+    """Yield the first installed optimizer that has these options, with them."""
+    for entry in registry.of_kind("optimizer") if needed else ():
+        if needed.keys() <= {field.name for field in attrs.fields(entry.component.options)}:
+            yield from ("", "[optimizer]", f"plugin = {written(_unambiguous(entry, registry))}")
+            yield from (f"{key} = {written(value)}" for key, value in needed.items())
+            return

@@ -75,7 +75,11 @@ class ErrorCompensation:
 def compensate(momentum: Momentum, residual: Tensor) -> None:
     """Add (1 - 1/beta)*residual/rate to the moment, in place; nothing where the rate is 0."""
     rate, device = momentum.rate, residual.device
-    rate = rate.to(device) if isinstance(rate, Tensor) else torch.full((), rate, device=device)
+    rate = (
+        rate.to(device)
+        if isinstance(rate, Tensor)
+        else torch.full((), rate, dtype=torch.float32, device=device)
+    )
     given = torch.where(rate != 0, residual / rate, 0.0) * (1 - 1 / momentum.beta)
     momentum.buffer.add_(given.to(momentum.buffer.dtype))
 

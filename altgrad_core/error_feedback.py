@@ -122,9 +122,13 @@ class ResidualCodes:
         ends = torch.tensor([-below_half, below_half], dtype=torch.float64)
         self._lowest, self._highest = map(int, format.rung(format.quantize(ends, "toward_zero")))
         self._dtype = torch.uint8 if format.bits <= 8 else torch.int16
-        multiples = format.from_rung(torch.arange(self._lowest, self._highest + 1)) / self.factor
+        multiples = (
+            format.from_rung(torch.arange(self._lowest, self._highest + 1, device="cpu")) / self.factor
+        )
         self._multiples = {multiples.device: multiples}
-        self._of_format_code = self._counted(format.rung(format.decode(torch.arange(2**format.bits))))
+        self._of_format_code = self._counted(
+            format.rung(format.decode(torch.arange(2**format.bits, device="cpu")))
+        )
 
     def encode(self, multiple: Tensor) -> Tensor:
         """Return the codes of the nearest multiples, uint8 or int16; ties to even."""

@@ -70,11 +70,11 @@ class FlowQuantizer:
 
     def _start(self, device: torch.device) -> None:
         """Make the state, with nothing seen yet."""
-        self.history = torch.zeros(self.recipe.amax_history, device=device)
+        self.history = torch.zeros(self.recipe.amax_history, dtype=torch.float32, device=device)
         self.counter = torch.zeros((), dtype=torch.int32, device=device)
-        self.adjustment = torch.ones((), device=device)
+        self.adjustment = torch.ones((), dtype=torch.float32, device=device)
         self._is_adjusted = False
-        self._running = torch.zeros((), device=device)
+        self._running = torch.zeros((), dtype=torch.float32, device=device)
         self._keys = stream_key_tensor(self._stream, device)
 
     def quantized(self, x: Tensor, training: bool, counts: bool = True) -> Tensor:

@@ -59,5 +59,6 @@ def grid_of(group: dict[str, Any], index: int) -> tuple[Format, Tensor] | None:
     scale = group.get("scale")
     own = scale[index] if isinstance(scale, list | tuple) else scale
     if isinstance(own, Tensor):
-        return format, own.to(parameter.device)
-    return format, torch.full((), 1.0 if own is None else float(own), device=parameter.device)
+        return format, own.to(parameter.device, torch.float32)
+    one = 1.0 if own is None else float(own)
+    return format, torch.full((), one, dtype=torch.float32, device=parameter.device)

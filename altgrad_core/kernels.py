@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -93,6 +94,23 @@ def kernel(function: Callable[_Arguments, _Result], *, always: bool = False) -> 
             warnings.warn(f"kernels stay eager, which is slower: {reason}", RuntimeWarning, stacklevel=2)
             return function(*arguments, **keywords)
 
+    return call
+
+
+def not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Keep torch.compile from tracing a function, or what it calls: it runs as it is, between two graphs.
+
+    As torch.compiler.disable, which would import the compiler, for a second.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None or not hasattr(dynamo, "disable"):
+            return function(*arguments, **keywords)
+        return dynamo.disable(function)(*arguments, **keywords)  # type: ignore[no-any-return]
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
 

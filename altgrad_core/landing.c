@@ -12,6 +12,8 @@ typedef void (*Quantize)(const float *, float *, int32_t, uint32_t, float, float
 
 typedef struct {
     float *w;
+    const float *before; /* NULL, or the weights before the step */
+    float *intended;     /* there the update before rounding is left */
     Quantize quantize;
     const void *context;
     const float *scale;
@@ -63,6 +65,8 @@ static int64_t landed(const Weight *t, const Range *range, int split) {
     _Pragma("omp parallel for schedule(static) if (split)")
     for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t at = piece * PIECE;
+        if (t->before)
+            for (int64_t i = at; i < at + size_of(t, piece); i++) t->intended[i] = t->w[i] - t->before[i];
         t->quantize(t->w + at, t->w + at, (int32_t)size_of(t, piece), (uint32_t)at, *t->scale, low, high,
                     t->keys, t->context);
     }

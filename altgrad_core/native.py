@@ -31,6 +31,7 @@ from typing import Protocol
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from altgrad_core.cache_folder import default_cache
@@ -134,11 +135,21 @@ class LendsLoops(Protocol):
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether a loop that reads memory as it lies can take such tensors: float32, contiguous, on a CPU."""
+    """Whether a loop that reads memory as it lies can take such tensors: float32, contiguous, on a CPU.
+
+    No other class's: a subclass may have its numbers elsewhere, and no memory of its own.
+    """
     for x in tensors:  # not all(...): it is asked of every tensor in every step
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return False
         if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()) or x.is_neg() or not x.numel():
             return False
-    return True
+    return not torch._C._functorch.maybe_current_level()
+
+
+def one_number(scale: Tensor) -> bool:
+    """Whether a loop that reads one float32 number may read this scale."""
+    return scale.dim() == 0 and scale.dtype == torch.float32 and scale.is_cpu
 
 
 def too_few_for_threads(sizes: Sequence[int]) -> bool:

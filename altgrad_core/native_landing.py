@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,25 +30,37 @@ def _loops() -> ctypes.CDLL | None:
 
 
 def land(
-    weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales, stream: tuple[int, int] | None
-) -> set[int]:
-    """Round the weights in place where their scales surely stay, and return the places of those rounded.
+    weights: Sequence[Tensor],
+    formats: Sequence[Format],
+    scales: GridScales,
+    stream: tuple[int, int] | None,
+    watched: Mapping[Tensor, Tensor],
+) -> tuple[set[int], dict[Tensor, Tensor]]:
+    """Round the weights in place where their scales surely stay.
 
     stream: (seed, step) of stochastic rounding, whose third part is a weight's place; None: to nearest even.
+    watched: weights to what they were before the step.
+    Returns the places of those rounded, and of those watched among them the updates before rounding.
     """
     loops = None if native.recording() else _loops()
     blocks = native.Blocks()
     found = {
         place: borrowed
         for place, (weight, format) in enumerate(zip(weights, formats, strict=True))
-        if loops is not None and native.readable(weight) and (borrowed := blocks.of(format)) is not None
+        if loops is not None
+        and native.readable(weight, watched.get(weight, weight))
+        and (borrowed := blocks.of(format)) is not None
     }
     if loops is None or not found:
-        return set()
+        return set(), {}
+    intended = {
+        weights[place]: torch.empty_like(weights[place]) for place in found if weights[place] in watched
+    }
     keys = None if stream is None else stream_key_table(*stream, list(found))
     rows = [
         [
             weights[place].data_ptr(),
+            *_addresses(watched.get(weights[place]), intended.get(weights[place])),
             borrowed.quantize,
             borrowed.context,
             scales.scales[place].data_ptr(),
@@ -64,4 +76,11 @@ def land(
     split = native.too_few_for_threads([row[-1] for row in rows])
     tables = native.address(addresses), native.address(ranges)
     loops.land(len(rows), *tables, split, native.address(done))
-    return {place for place, landed in zip(found, done.tolist(), strict=True) if landed}
+    landed = {place for place, one in zip(found, done.tolist(), strict=True) if one}
+    return landed, {
+        weights[place]: intended[weights[place]] for place in landed if weights[place] in intended
+    }
+
+
+def _addresses(*tensors: Tensor | None) -> Iterator[int]:
+    return (0 if one is None else one.data_ptr() for one in tensors)

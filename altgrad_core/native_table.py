@@ -45,7 +45,7 @@ def slots(thresholds: Tensor) -> Tensor:
 
     Empty where some slot would hold two thresholds: values closer than 2^-7 of themselves.
     """
-    patterns = torch.arange(_SLOTS, dtype=torch.int32) << _LOWER_BITS
+    patterns = torch.arange(_SLOTS, dtype=torch.int32, device="cpu") << _LOWER_BITS
     ends = torch.stack((patterns, patterns | (2**_LOWER_BITS - 1))).view(torch.float32)
     infinities = torch.where(
         patterns < 0, -math.inf, math.inf
@@ -54,7 +54,7 @@ def slots(thresholds: Tensor) -> Tensor:
     lowest, highest = ends.amin(dim=0), ends.amax(dim=0)
     first, last = (torch.bucketize(end, thresholds, out_int32=True, right=True) for end in (lowest, highest))
     if bool((last - first > 1).any()):
-        return torch.empty(0, dtype=torch.int32)
+        return torch.empty(0, dtype=torch.int32, device="cpu")
     inside = thresholds[first.clamp(max=len(thresholds) - 1)]
     threshold = torch.where(last > first, inside, math.nan)  # NaN: no number reaches it
     return torch.stack((threshold.view(torch.int32), first), dim=1).contiguous()
@@ -63,7 +63,7 @@ def slots(thresholds: Tensor) -> Tensor:
 def cells(x: Tensor, slots: Tensor, last: int) -> Tensor:
     """Return the int32 cell of each element; `last` for NaN."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.int32)
+    out = torch.empty(x.shape, dtype=torch.int32, device="cpu")
     _in_use().cells(native.address(x), native.address(out), x.numel(), native.address(slots), last)
     return out
 
@@ -73,7 +73,7 @@ def stochastic_cells(
 ) -> Tensor:
     """Return the int32 cells of stochastic rounding by the stream of `keys`; see table.c."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.int32)
+    out = torch.empty(x.shape, dtype=torch.int32, device="cpu")
     addresses = [native.address(one) for one in (values, gaps, keys)]
     cells_of = native.address(x), native.address(out), x.numel(), native.address(slots), last
     _in_use().stochastic_cells(*cells_of, *addresses)
@@ -84,7 +84,7 @@ def quantize(x: Tensor, scale: Tensor | None, limit: Tensor | None, slots: Tenso
     """Return x rounded as `Format.fake_quantize` says; scale: None, 0-d, or (..., 1) for rows of x."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    scales = torch.ones(1, device="cpu") if scale is None else scale.contiguous()
+    scales = torch.ones(1, dtype=torch.float32, device="cpu") if scale is None else scale.contiguous()
     low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
     sizes = scales.numel(), x.numel() // scales.numel()
     addresses = [native.address(one) for one in (scales, slots, outputs)]
@@ -97,7 +97,7 @@ def quantize(x: Tensor, scale: Tensor | None, limit: Tensor | None, slots: Tenso
 def decode(codes: Tensor, values: Tensor) -> Tensor:
     """Return the values of uint8 codes, NaN for those beyond."""
     codes = codes.contiguous()
-    out = torch.empty(codes.shape, dtype=torch.float32)
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     pointers = native.address(codes), native.address(out)
     _in_use().decode(*pointers, codes.numel(), native.address(values), len(values))
     return out
@@ -114,9 +114,9 @@ def block_loops(
     loops = _loops()
     if loops is None:
         return None
-    counts = torch.tensor([len(values) - 2, zero], dtype=torch.int32)
+    counts = torch.tensor([len(values) - 2, zero], dtype=torch.int32, device="cpu")
     tables = nearest, inward, outputs, values, gaps, counts
-    context = torch.tensor([table.data_ptr() for table in tables], dtype=torch.int64)
+    context = torch.tensor([table.data_ptr() for table in tables], dtype=torch.int64, device="cpu")
     return native.block_loops(loops, context, owner=tables)
 
 

@@ -64,7 +64,7 @@ class WeightQuantizer:
         self.geometry = geometry
         self.transposed = transposed
         self.on_grid = False
-        self.scale = torch.ones(())
+        self.scale = torch.ones((), dtype=torch.float32, device="cpu")
         self.held: Tensor | None = None
         self.unfitted = False
         self.ranges: RangeCounts | None = None

@@ -126,7 +126,7 @@ class Recipe:
         amax: 0-d, in place of x's own; "tensor" granularity only.
         """
         if not self.scaled or not x.numel():
-            return torch.ones((), device=x.device)
+            return torch.ones((), dtype=torch.float32, device=x.device)
         if not x.dim():  # one channel of one block
             return self.scale_of(x.reshape(1), amax).reshape(())
         if self.scale_mode == "static":

@@ -75,5 +75,5 @@ class Geometry:
 def fit_scale(weight: Tensor, format: Format) -> Tensor:
     """Return the scale 2^k at which the weight fits the format, 0-d float32; 1 for BF16 and FP16."""
     if not scaling.scaled(format):
-        return torch.ones((), device=weight.device)
+        return torch.ones((), dtype=torch.float32, device=weight.device)
     return scaling.power_of_two(scaling.fitted_exponent(scaling.amax([weight]), format))[0]

@@ -25,6 +25,7 @@ from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
 from altgrad_core.grid_scales import OF_THE_WEIGHT
 from altgrad_core.grid_scales import GridScales as GridScales
+from altgrad_core.kernels import not_compiled
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
@@ -51,6 +52,8 @@ class GridStorage:
 
     Weights that are loaded into the model are used as they are until the next step. Load them before
     `store_on_grid`, or call `snap()`; a checkpoint's are on their grids under the scales of its state.
+
+    Quantised weights of a group that is added to the optimizer later are snapped before its next step.
 
     A weight whose format or scale is changed within `regridding` goes on on its new grid. Its bound stays the
     multiple of its initial rms that it was. Where a weight leaves, those after it draw from other streams.
@@ -82,6 +85,7 @@ class GridStorage:
         self.intended: dict[Tensor, Tensor] = {}
         self.ranges: LandingCounts | None = None
         self._bound, self._scale_mode, self._residual_format = bound, scale_mode, residual_format
+        self._groups = len(optimizer.param_groups)
         self._take(_first_grid_weights(optimizer))
         self.snap()
         self._claim()
@@ -99,6 +103,14 @@ class GridStorage:
             self.feedback = ErrorFeedback(self.weights, self._formats, self._residual_format)
         elif self.rounding == "eco":
             self._compensation = ErrorCompensation(self.optimizer, self.weights, self._formats)
+
+    def _newcomers(self) -> list[nn.Parameter]:
+        """Return quantised weights of groups that were added to the optimizer since the last step."""
+        if len(self.optimizer.param_groups) == self._groups:
+            return []
+        self._groups = len(self.optimizer.param_groups)
+        known = {id(weight) for weight in self.weights}
+        return [weight for weight in _grid_weights(self.optimizer) if id(weight) not in known]
 
     def snap(self) -> None:
         """Round the weights to nearest, under scales and bounds fitted to them now, as at the beginning."""
@@ -162,17 +174,22 @@ class GridStorage:
         self._claim()
         self._hook()
 
+    @not_compiled
     @torch.no_grad()
     def _before_step(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Give the residuals back; once only, where a step has failed half way."""
         if self._released():
             return
         _refuse_closure(args, keywords)
+        if newcomers := self._newcomers():
+            with self.regridding(newcomers):
+                pass
         if self.feedback is not None and not self._begun:
             self._give_back(self.feedback, range(len(self.weights)))
             self._begun = True
             self.watched = {weight: weight.detach().clone() for weight in self.watched}
 
+    @not_compiled
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         """Scale, round, bound; nothing more once the model has been dequantised."""
@@ -183,7 +200,6 @@ class GridStorage:
         if self.feedback is not None and not self._begun:  # a step that calls its superclass's ends twice
             self._give_back(self.feedback, range(len(self.weights)))
         self._begun = False
-        self.intended = {weight: weight - before for weight, before in self.watched.items()}
         unrounded = None if self.ranges is None else self.ranges.unrounded(self.weights)
         self._land("stochastic" if self.rounding == "stochastic" else "nearest_even")
         if self.ranges is not None and unrounded is not None:
@@ -193,9 +209,15 @@ class GridStorage:
     def _land(self, rounding: str) -> None:
         """Scale, round, bound: in C where it can be and no residual is asked for, else in torch."""
         landed: set[int] = set()
+        self.intended = {}
         if self.feedback is None and self._compensation is None:
             stream = (self.seed, self.counter) if rounding == "stochastic" else None
-            landed = native_landing.land(self.weights, self._formats, self.scales, stream)
+            landed, self.intended = native_landing.land(
+                self.weights, self._formats, self.scales, stream, self.watched
+            )
+        for weight, before in self.watched.items():
+            if weight not in self.intended:
+                self.intended[weight] = weight - before
         left = [index for index in range(len(self.weights)) if index not in landed]
         if left and self.scales.may_move:
             amax = torch.zeros(len(self.weights), dtype=torch.float64, device=self.weights[0].device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from altgrad_core import native, native_table
 from altgrad_core.value_table import round_up_to, thresholds
 
-_NO_SLOTS = torch.empty(0, dtype=torch.int32)
+_NO_SLOTS = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 class TableRounding:
@@ -95,7 +95,7 @@ class TableRounding:
 
     def block_loops(self) -> native.BlockLoops | None:
         """Return the loops in C over blocks; None where values lie too close, or without a compiler."""
-        like = torch.empty(native.FEWEST_ELEMENTS)
+        like = torch.empty(native.FEWEST_ELEMENTS, dtype=torch.float32, device="cpu")
         nearest, inward = self._slots(like, "nearest_even"), self._slots(like, "toward_zero")
         if not (len(nearest) and len(inward)):
             return None

@@ -22,7 +22,7 @@ def loops():
 def in_torch(monkeypatch):
     def call(function):
         with monkeypatch.context() as patch:
-            patch.setattr(native_landing, "land", lambda *_: set())
+            patch.setattr(native_landing, "land", lambda *_: (set(), {}))
             return function()
 
     return call
@@ -49,7 +49,9 @@ def trained(format, rounding, steps=12, *, bound=0.0, scale_mode="adaptive", spo
             draws = torch.randn(weight.shape, generator=generator)
             weight.grad = draws + (30 if step == 4 else 0) + 8 * weight.detach() * (step > 6)
             weight.grad.view(-1)[1] = torch.nan if spoil and step == 9 else 0.0
+        storage.watched = {weight: weight.detach().clone() for weight in storage.weights[step % 2 :]}
         optimizer.step()
+        seen += [storage.intended[weight] for weight in storage.watched]
         seen += [*(weight.detach().clone() for weight in model.parameters())]
         seen += [one.clone() for one in storage.scales.state_dict().values()]
     return seen, storage
@@ -95,3 +97,37 @@ def test_a_weight_that_does_not_lie_in_one_piece_is_rounded_in_torch(format):
     optimizer.step()
     scaled = model[0].weight.detach() * storage.scales.scales[0]
     assert torch.isin(scaled, format.values).all()
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+def test_a_weight_of_many_pieces_lands_with_the_bits_of_torch(format, rounding, in_torch):
+    def train():
+        torch.manual_seed(0)
+        model = nn.Linear(300, 300, bias=False)
+        quantize_model(model, format)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        store_on_grid(optimizer, rounding, torch.Generator().manual_seed(1))
+        for _ in range(2):
+            model.weight.grad = torch.randn(300, 300)
+            optimizer.step()
+        return [model.weight.detach()]
+
+    assert same(train(), in_torch(train))
+
+
+def test_either_limit_of_a_lopsided_format_holds(in_torch):
+    lopsided = Format(name="DEEP", bits=4, values=[-8.0, -4.0, -1.0, -0.5, 0.0, 0.5, 1.0, 8.0])
+
+    def train(sign):
+        model = nn.Linear(64, 64, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.linspace(-1, 1, 4096).view(64, 64) * 0.1)
+        quantize_model(model, lopsided)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        store_on_grid(optimizer, bound=1.5, scale_mode="initial")
+        model.weight.grad = sign * torch.full((64, 64), 0.12)
+        optimizer.step()
+        return [model.weight.detach()]
+
+    for sign in (1, -1):
+        assert same(train(sign), in_torch(lambda sign=sign: train(sign)))

@@ -686,3 +686,19 @@ def test_a_bound_of_zero_means_none_and_is_refused_for_masters():
     weight = nn.Parameter(torch.ones(1, 1))
     with pytest.raises(ValueError, match="more than 0"):
         MasterBound(torch.optim.SGD([weight], lr=0.1), [weight], 0.0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", "error_feedback"])
+def test_weights_of_a_group_added_later_live_on_their_grids_too(table, rounding):
+    first, second = (quantize_model(nn.Linear(8, 8, bias=False), table("E4M3")) for _ in range(2))
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.01)
+    storage = store_on_grid(optimizer, rounding)
+    optimizer.add_param_group({"params": list(second.parameters())})
+    for _ in range(3):
+        for weight in (first.weight, second.weight):
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert len(storage.weights) == 2
+    for weight, scale in zip(storage.weights, storage.scales.scales, strict=True):
+        scaled = weight.detach() * scale
+        assert torch.equal(table("E4M3").quantize(scaled), scaled)

@@ -36,7 +36,7 @@ class NativeExMy:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         numbers = constants(layout) if in_reach(layout, "nearest_even") else []
-        self._constants = torch.tensor(numbers, dtype=torch.int32)
+        self._constants = torch.tensor(numbers, dtype=torch.int32, device="cpu")
 
     def serves(self, x: Tensor, rounding: str = "nearest_even") -> bool:
         """Whether there is a loop for this tensor and rounding, and a compiler to make it."""
@@ -53,7 +53,7 @@ class NativeExMy:
         """Return x rounded as `Format.fake_quantize` says; scale: None, 0-d, or (..., 1) for rows of x."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        scales = torch.ones(1, device="cpu") if scale is None else scale.contiguous()
+        scales = torch.ones(1, dtype=torch.float32, device="cpu") if scale is None else scale.contiguous()
         low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
         rows = scales.numel()
         _loops_in_use().quantize(
@@ -74,7 +74,7 @@ class NativeExMy:
         """Return the codes of x, uint8 up to 8 bits, else int16, and whether an element is NaN."""
         x = x.contiguous()
         byte = self._layout.bits <= 8
-        out = torch.empty(x.shape, dtype=torch.uint8 if byte else torch.int16)
+        out = torch.empty(x.shape, dtype=torch.uint8 if byte else torch.int16, device="cpu")
         loop = _loops_in_use().encode_bytes if byte else _loops_in_use().encode_words
         return out, bool(loop(*map(native.address, (x, out)), x.numel(), native.address(self._constants)))
 
@@ -92,7 +92,7 @@ class NativeExMy:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of codes that `decodes`."""
         codes = codes.contiguous()
-        out = torch.empty(codes.shape, dtype=torch.float32)
+        out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         byte = codes.dtype == torch.uint8
         loop = _loops_in_use().decode_bytes if byte else _loops_in_use().decode_words
         loop(*map(native.address, (codes, out)), codes.numel(), native.address(self._constants))

@@ -28,5 +28,5 @@ def loop(formula: str, format: Format) -> native.SpacingLoop | None:
     if loops is None:
         return None
     ulp = 2.0**-mantissa_bits
-    facts = torch.tensor([ulp, math.log(2) * ulp, format.smallest], dtype=torch.float32)
+    facts = torch.tensor([ulp, math.log(2) * ulp, format.smallest], dtype=torch.float32, device="cpu")
     return native.SpacingLoop(function=native.entry(loops, formula), context=facts.data_ptr(), owner=facts)

@@ -108,7 +108,9 @@ class OneKernel:
         if x.device not in self._constants:
             self._constants[x.device] = torch.tensor(constants(self._layout), dtype=torch.int32).to(x.device)
         if (x.device, beyond) not in self._beyond:
-            self._beyond[x.device, beyond] = torch.tensor(beyond).to(x.device)
+            self._beyond[x.device, beyond] = torch.tensor(beyond, dtype=torch.float32, device="cpu").to(
+                x.device
+            )
         past, layout = self._beyond[x.device, beyond], self._constants[x.device]
         return compiled(flat(x), scale, keys, limit, past, layout).view(x.shape)
 

@@ -1,6 +1,6 @@
-"""Monitors for AltGrad: flip, stall, descent.
+"""Monitors for AltGrad: their options, and their registration.
 
-This module is light: options and registration; the monitors themselves import torch.
+This module is light: the monitors themselves import torch.
 """
 
 from __future__ import annotations

@@ -93,6 +93,8 @@ class ManifoldAdamWOptions:
 class GridOptimOptions:
     """Updates in whole rungs of the format's grid."""
 
+    step_size: ClassVar[str] = "step_scale"
+    """Which option is the step size that [compare] tunes; lr where a class says nothing."""
     storage_roundings: ClassVar[tuple[str, ...]] = ("nearest_even", "stochastic")
     """What [quantize] storage_rounding may be: it rounds again after a change of scale only, by itself."""
 

@@ -72,9 +72,9 @@ def moments(
     `step` moves to `step_device`, wherever a checkpoint has put it: on the CPU it can be read without
     waiting, torch's fused update wants it beside the parameter.
     """
-    step = state["step"] if "step" in state else torch.zeros((), dtype=torch.float32)
-    if step.device != torch.device(step_device):
-        step = step.to(step_device)
+    step = state["step"] if "step" in state else torch.zeros((), dtype=torch.float32, device="cpu")
+    if step.dtype != torch.float32 or step.device != torch.device(step_device):
+        step = step.to(step_device, torch.float32)
     state["step"] = step
     for name in names:
         if name not in state:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from altgrad_core.format import Format
 from altgrad_core.groups import GEOMETRY_KEYS, grid_of
 from altgrad_core.lookup import format_or_none
+from altgrad_core.quantizer import quantizer_of
 
 
 class GeometryOptimizer(torch.optim.Optimizer):
@@ -28,17 +30,46 @@ class GeometryOptimizer(torch.optim.Optimizer):
     _uncast: ClassVar[tuple[str, ...]] = ()
     """Tensors of a parameter's state whose dtype is their own; torch loads all others in the parameter's."""
 
+    _for_all_groups: ClassVar[tuple[str, ...]] = ()
+    """Options of the constructor that no group has for itself."""
+    _lr_name: ClassVar[str] = "lr"
+    """What the constructor calls `lr`."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group. Raises ValueError on its options as the constructor does on its own."""
+        for name in self._for_all_groups:
+            if name in param_group:
+                raise ValueError(
+                    f"{name!r} is one for all groups: give it to {type(self).__name__} itself, or make two"
+                )
+        if self._lr_name in param_group:
+            param_group["lr"] = param_group.pop(self._lr_name)
+        self._refuse_bad_options(self.defaults | param_group)
         given = "lr" in param_group
         if "format" in param_group:
             param_group["format"] = format_or_none(param_group["format"])
-        _refuse_bad_scale(param_group.get("scale"))
+        if not isinstance(param_group["params"], Tensor):
+            param_group["params"] = list(
+                param_group["params"]
+            )  # it may be a generator, and is looked at twice
+            _refuse_bad_scale(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["lr_is_other"] = not any(grid_of(group, index) for index in range(len(group["params"])))
         if group["lr_is_other"] and not given:
             group["lr"] = group["other_lr"]
         group["first_lr"] = group["lr"]
+
+    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError, in torch's words, on a group's options that are out of range."""
+        refuse_bad(
+            **{self._lr_name: (options["lr"], not_negative), "epsilon": (options["eps"], not_negative)}
+        )
+        refuse_bad(
+            **{name: (options[name], not_negative) for name in ("weight_decay", "decay_lr", "other_lr")}
+        )
+        if "betas" in options:
+            refuse_betas(options["betas"])
 
     def grid_lr(self, group: dict[str, Any]) -> float:
         """Return the learning rate of the group's parameters that have a grid."""
@@ -66,6 +97,10 @@ class GeometryOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - group.keys()):
+                whose = f"loaded state dict is not that of a {type(self).__name__}"
+                raise ValueError(f"{whose}: its groups have no {missing[0]!r}")
         kept = [{key: group[key] for key in GEOMETRY_KEYS if key in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, kept, strict=True):
@@ -113,12 +148,11 @@ def refuse_sparse(gradient: Tensor) -> None:
 
 
 def schedule_factor(group: dict[str, Any]) -> float:
-    """Return the group's learning rate as a share of its initial one: what a schedule made of it.
+    """Return the group's learning rate as a share of the one it was made with: what a schedule made of it.
 
-    Initial is what a scheduler found (`initial_lr`), or what the group was made with.
+    (Not of `initial_lr`, which OneCycleLR and CyclicLR overwrite by the low end of their schedule.)
     """
-    initial = group.get("initial_lr", group["first_lr"])
-    return float(group["lr"] / initial) if initial else 1.0
+    return float(group["lr"] / group["first_lr"]) if group["first_lr"] else 1.0
 
 
 def plain_lr(group: dict[str, Any]) -> float:
@@ -137,15 +171,31 @@ def positive(value: float) -> bool:
 def refuse_bad(**values: tuple[float, Callable[[float], bool]]) -> None:
     """Raise ValueError in torch's words for each (value, is right) that is wrong."""
     for name, (value, right) in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not right(value):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not right(float(value)):
             what = "learning rate" if name == "lr" else f"{name} value"
             raise ValueError(f"Invalid {what}: {value!r}")
 
 
-def _refuse_bad_scale(scale: Any) -> None:
-    for one in scale if isinstance(scale, list | tuple) else [scale]:
-        if not (one is None or isinstance(one, Tensor) or 0 < one < math.inf):
-            raise ValueError(f"Invalid scale value: {one!r}")
+def _refuse_bad_scale(group: dict[str, Any]) -> None:
+    """Raise ValueError unless a group's own scale is one positive number, or one for each parameter.
+
+    Quantisers' scales, which `param_groups` lists, are their own affair.
+    """
+    scale, params = group.get("scale"), group["params"]
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * len(params)
+    if len(scales) != len(params):
+        raise ValueError(f"Invalid scale value: {len(scales)} scales for {len(params)} parameters")
+    for one, parameter in zip(scales, params, strict=True):
+        if one is None or quantizer_of(parameter) is not None or getattr(one, "is_meta", False):
+            continue
+        if (isinstance(one, Tensor) and one.dim()) or not 0 < float(one) < math.inf:
+            raise ValueError(f"Invalid scale value: {one!r}; a positive number, or a 0-d tensor of one")
+
+
+def refuse_others(name: str, given: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError for a word that is not among the allowed ones."""
+    if given not in allowed:
+        raise ValueError(f"Invalid {name} value: {given!r}; use one of {', '.join(allowed)}")
 
 
 def refuse_betas(betas: tuple[float, float]) -> None:

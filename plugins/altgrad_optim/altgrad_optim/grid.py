@@ -38,7 +38,7 @@ from altgrad_core import scaling
 from altgrad_core.format import Format, bounded
 from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.kernels import flat
+from altgrad_core.kernels import flat, not_compiled
 from altgrad_core.random_bits import draw_seed, stream_key_tensor
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
 from altgrad_optim import GridOptimOptions, one_pass
@@ -46,11 +46,10 @@ from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
-    not_negative,
     plain_lr,
     positive,
     refuse_bad,
-    refuse_betas,
+    refuse_others,
     schedule_factor,
 )
 from altgrad_optim.members import Member, circumstances, members, with_gradients
@@ -66,7 +65,7 @@ class GridOptim(GeometryOptimizer):
     """Whole-rung updates; see the module's text. Parameters without a grid: AdamW at `other_lr`.
 
     step_scale: rungs per unit of direction; stored as the groups' `lr`, which schedulers drive.
-    rung_clip: the largest move in one step, in rungs, 65536 at most.
+    rung_clip: the largest r in one step, in rungs, 65536 at most; a fraction may round up past it.
     bound: limit on |w| as a multiple of the tensor's rms at construction; 0: none.
     storage_rounding: how weights are rounded again after a change of scale: "nearest_even", "stochastic".
     scale_mode: "adaptive" (follows the weights; under storage="grid" only) or "initial".
@@ -82,6 +81,8 @@ class GridOptim(GeometryOptimizer):
 
     stores_on_grid = True
     intended_in_rungs = True
+    _lr_name = "step_scale"
+    _for_all_groups = ("storage", "bound", "storage_rounding", "scale_mode", "generator")
     _own = (
         "storage",
         "bound",
@@ -122,24 +123,10 @@ class GridOptim(GeometryOptimizer):
         storage_rounding: str = "nearest_even",
         scale_mode: str = "adaptive",
     ) -> None:
-        refuse_bad(step_scale=(step_scale, not_negative), epsilon=(eps, not_negative))
-        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
-        refuse_bad(
-            other_lr=(other_lr, not_negative),
-            bound=(bound, lambda x: 0 <= x < math.inf),
-            rung_clip=(rung_clip, lambda x: positive(x) and x <= MOST_RUNGS),
-            momentum=(momentum, lambda x: 0 <= x < 1),
-        )
-        refuse_betas(betas)
-        for name, given, allowed in (
-            ("normalize", normalize, ("none", "adam")),
-            ("rounding", rounding, ("rung", "value")),
-            ("storage", storage, STORAGES),
-            ("storage_rounding", storage_rounding, STORAGE_ROUNDINGS),
-            ("scale_mode", scale_mode, SCALE_MODES),
-        ):
-            if given not in allowed:
-                raise ValueError(f"Invalid {name} value: {given!r}; use one of {', '.join(allowed)}")
+        refuse_bad(bound=(bound, lambda x: 0 <= x < math.inf))
+        refuse_others("storage", storage, STORAGES)
+        refuse_others("storage_rounding", storage_rounding, STORAGE_ROUNDINGS)
+        refuse_others("scale_mode", scale_mode, SCALE_MODES)
         self.storage = storage
         self.bound = bound
         self.storage_rounding = storage_rounding
@@ -176,6 +163,16 @@ class GridOptim(GeometryOptimizer):
         super().add_param_group(param_group)
         self._settle()
 
+    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
+        super()._refuse_bad_options(options)
+        refuse_bad(
+            rung_clip=(options["rung_clip"], lambda x: positive(x) and x <= MOST_RUNGS),
+            momentum=(options["momentum"], lambda x: 0 <= x < 1),
+        )
+        refuse_others("normalize", options["normalize"], ("none", "adam"))
+        refuse_others("rounding", options["rounding"], ("rung", "value"))
+
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, None without one."""
@@ -413,6 +410,18 @@ class GridOptim(GeometryOptimizer):
             "grid": {"seed": self.seed, "counter": self.counter, "scales": scales},
         }
 
+    def _refuse_other_storage(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError where the saved weights are on the grid and here masters, or vice versa."""
+        kept = [one for one in state_dict["state"].values() if "step" in one]
+        saved = any("rung_coordinate" in one for one in kept)
+        here = any(member.master for member in self._members)
+        if kept and saved != here:
+            names = ("grid", "master")
+            raise ValueError(
+                f"loaded state dict is that of storage={names[saved]!r}, this is storage={names[here]!r}: "
+                "make the optimizer with the other"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state. Load the model's weights after making the optimizer, which snaps them."""
         own = state_dict.get("grid")
@@ -421,6 +430,7 @@ class GridOptim(GeometryOptimizer):
                 "loaded state dict is not that of a GridOptim over the same weights: quantize the model, "
                 "make the optimizer, then load what its state_dict() returned"
             )
+        self._refuse_other_storage(state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grid"})
         parameters = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():

@@ -32,11 +32,9 @@ from altgrad_optim.adamw import moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
-    not_negative,
     plain_lr,
     positive,
     refuse_bad,
-    refuse_betas,
     schedule_factor,
     split_by_grid,
 )
@@ -71,14 +69,6 @@ class Madam(GeometryOptimizer):
         other_lr: float = 1e-3,
         decay_lr: float = 1e-3,
     ) -> None:
-        refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
-        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
-        refuse_bad(
-            beta=(beta, lambda x: 0 <= x < 1),
-            clip=(clip, positive),
-            bound=(bound, lambda x: 0 <= x < math.inf),
-        )
-        refuse_betas(betas)
         super().__init__(
             params,
             {
@@ -92,6 +82,14 @@ class Madam(GeometryOptimizer):
                 "other_lr": other_lr,
                 "decay_lr": decay_lr,
             },
+        )
+
+    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
+        super()._refuse_bad_options(options)
+        refuse_bad(
+            beta=(options["beta"], lambda x: 0 <= x < 1),
+            clip=(options["clip"], positive),
+            bound=(options["bound"], lambda x: 0 <= x < math.inf),
         )
 
     @torch.no_grad()

@@ -45,11 +45,10 @@ from altgrad_optim.adamw import adamw_direction, moments, plain_step, root
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
-    not_negative,
     plain_lr,
     positive,
     refuse_bad,
-    refuse_betas,
+    refuse_others,
     schedule_factor,
     split_by_grid,
 )
@@ -81,6 +80,7 @@ class ManifoldAdamW(GeometryOptimizer):
     """
 
     _own = ("stiffness",)
+    _for_all_groups = ("stiffness",)
     _uncast = (position.NAME,)
 
     def __init__(
@@ -99,16 +99,6 @@ class ManifoldAdamW(GeometryOptimizer):
         decay_lr: float = 1e-3,
         track_position: bool = False,
     ) -> None:
-        refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
-        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
-        refuse_bad(max_stiffness=(max_stiffness, positive))
-        refuse_betas(betas)
-        if normalize not in (*NORMALIZERS, "none"):
-            raise ValueError(
-                f"Invalid normalize value: {normalize!r}; use one of {', '.join(NORMALIZERS)}, none"
-            )
-        if track_position not in (True, False):
-            raise ValueError(f"Invalid track_position value: {track_position!r}; use True or False")
         p, q = exponents(placement)
         self.stiffness: Stiffness = get_stiffness(stiffness)
         super().__init__(
@@ -130,8 +120,17 @@ class ManifoldAdamW(GeometryOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         sets_lr = "lr" in param_group
+        if "placement" in param_group:
+            param_group["p"], param_group["q"] = exponents(param_group.pop("placement"))
         super().add_param_group(param_group)
         self.param_groups[-1]["sets_lr"] = sets_lr
+
+    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
+        super()._refuse_bad_options(options)
+        refuse_bad(max_stiffness=(options["max_stiffness"], positive))
+        refuse_others("normalize", options["normalize"], (*NORMALIZERS, "none"))
+        if (track := options["track_position"]) not in (True, False):
+            raise ValueError(f"Invalid track_position value: {track!r}; use True or False")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -142,7 +141,7 @@ class ManifoldAdamW(GeometryOptimizer):
             gridded, plain = split_by_grid(group)
             tracked = gridded if group.get("track_position") else []
             if borrowed is not None:
-                unit = torch.ones(())  # the formula fits its own scale
+                unit = torch.ones((), dtype=torch.float32)  # the formula fits its own scale
                 gridded = [(weight, borrowed, unit) for weight in plain if weight.dim() >= 2]
                 plain = [weight for weight in plain if weight.dim() < 2]
             before = position.starts(tracked)
@@ -182,7 +181,9 @@ class ManifoldAdamW(GeometryOptimizer):
             if loops is None:
                 self._update_in_passes(group, weight, format, scale)
                 continue
-            stiffness, loop = 0, self._loop_of(format, loops) if p or q else loops
+            stiffness, loop = 0, loops
+            if p or q:
+                loop = self._loop_of(format, loops) if native.one_number(scale) else None
             if loop is None:
                 spread = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
                 stiffness, loop = spread.data_ptr(), loops
@@ -229,7 +230,7 @@ class ManifoldAdamW(GeometryOptimizer):
         """Do in torch what steps.c does, with the same bits."""
         state, p, q = self.state[weight], group["p"], group["q"]
         stiffness = (
-            self._stiffness_at(weight, format, scale).clamp(max=group["max_stiffness"]) if p or q else None
+            limited(self._stiffness_at(weight, format, scale), group["max_stiffness"]) if p or q else None
         )
         state["step"] += 1
         gradient = weight.grad if stiffness is None else weight.grad * powered(stiffness, p)
@@ -254,7 +255,7 @@ class ManifoldAdamW(GeometryOptimizer):
         rate = adam_rate(state["exp_avg_sq"], state["step"], lr, group["betas"], group["eps"])
         grid = grid_of(group, index)
         if group["q"] and grid is not None:
-            stiffness = self._stiffness_at(weight, *grid).clamp(max=group["max_stiffness"])
+            stiffness = limited(self._stiffness_at(weight, *grid), group["max_stiffness"])
             rate = rate * normalized(powered(stiffness, group["q"]), group["normalize"])
         return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
 
@@ -287,6 +288,11 @@ def _refuse_late_start(steps: int) -> None:
         )
 
 
+def limited(stiffness: Tensor, largest: float) -> Tensor:
+    """Return S, at most `largest`, or what its dtype holds."""
+    return stiffness.clamp(max=min(largest, torch.finfo(stiffness.dtype).max))
+
+
 def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
     """Return S^exponent; exact for 0 and 1, rounded once for -1 and 1/2, twice for -1/2."""
     if exponent == 0:
@@ -300,7 +306,7 @@ def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
 
 def normalized(powers: Tensor | float, normalize: str) -> Tensor | float:
     """Return S^q over its rms, mean or max over the tensor (float64 accumulation), in S's dtype."""
-    if normalize == "none" or not isinstance(powers, Tensor):
+    if normalize == "none" or not isinstance(powers, Tensor) or not powers.numel():
         return powers
     return powers * (1 / NORMALIZERS[normalize](powers)).to(powers.dtype)
 

@@ -116,7 +116,7 @@ def manifold_steps(
     )
     room, threads, split = _shares([one.elements for one in moves])
     table = _table(moves, torch.int64)
-    rooms = torch.empty(threads * room), torch.empty(threads * room // PIECE, dtype=torch.float64)
+    rooms = _room(threads * room), _room(threads * room // PIECE, torch.float64)
     inputs = native.address(table), ctypes.byref(options)
     _in_use().manifold_steps(len(moves), *inputs, *map(native.address, rooms), room, split)
 
@@ -168,8 +168,8 @@ class GridSteps:
         )
         self._sizes = [move.elements for move in moves]
         room, threads, split = _shares(self._sizes)
-        before = torch.empty(threads * room)
-        self._landings = torch.zeros((len(moves), _LANDING_FIELDS), dtype=torch.int64)
+        before = _room(threads * room)
+        self._landings = torch.zeros((len(moves), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
         failed = _in_use().grid_steps(
             len(moves),
             *map(native.address, tables),
@@ -191,7 +191,7 @@ class GridSteps:
         return [(place, self._take(place), bool(self._landings[place, 2])) for place in places]
 
     def _take(self, place: int) -> Tensor:
-        values = torch.empty(self._sizes[place])
+        values = _room(self._sizes[place])
         _in_use().take(native.address(self._landings[place]), native.address(values), values.numel())
         return values
 
@@ -204,6 +204,10 @@ def _shares(sizes: Sequence[int]) -> tuple[int, int, bool]:
     return -(-max(sizes) // PIECE) * PIECE, 1 if split else threads, split
 
 
+def _room(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(elements, dtype=dtype, device="cpu")  # whatever torch's defaults are
+
+
 def _table(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     return torch.tensor(rows, dtype=dtype, device="cpu")
 
@@ -211,5 +215,5 @@ def _table(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
 def _in_use() -> ctypes.CDLL:
     loops = _loops()
     if loops is None:
-        raise RuntimeError("there is no compiled loop; ask `serves` first")
+        raise RuntimeError("there is no compiled loop; ask `available` first")
     return loops

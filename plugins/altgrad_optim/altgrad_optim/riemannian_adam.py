@@ -33,11 +33,10 @@ from altgrad_optim.adamw import moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
-    not_negative,
     plain_lr,
     positive,
     refuse_bad,
-    refuse_betas,
+    refuse_others,
     schedule_factor,
     split_by_grid,
 )
@@ -69,14 +68,8 @@ class RiemannianAdam(GeometryOptimizer):
         other_lr: float = 1e-3,
         decay_lr: float = 1e-3,
     ) -> None:
-        from altgrad_optim.grid_manifold import RETRACTIONS  # says what to install where geoopt is missing
+        import altgrad_optim.grid_manifold  # noqa: F401 - says what to install where geoopt is missing
 
-        refuse_bad(lr=(lr, not_negative), other_lr=(other_lr, not_negative), epsilon=(eps, not_negative))
-        refuse_bad(weight_decay=(weight_decay, not_negative), decay_lr=(decay_lr, not_negative))
-        refuse_bad(max_stiffness=(max_stiffness, positive))
-        refuse_betas(betas)
-        if retraction not in RETRACTIONS:
-            raise ValueError(f"Invalid retraction value: {retraction!r}; use one of {', '.join(RETRACTIONS)}")
         self.stiffness: Stiffness = get_stiffness(stiffness)
         _refuse_borrowed(self.stiffness)
         super().__init__(
@@ -92,6 +85,13 @@ class RiemannianAdam(GeometryOptimizer):
                 "decay_lr": decay_lr,
             },
         )
+
+    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
+        from altgrad_optim.grid_manifold import RETRACTIONS
+
+        super()._refuse_bad_options(options)
+        refuse_bad(max_stiffness=(options["max_stiffness"], positive))
+        refuse_others("retraction", options["retraction"], tuple(RETRACTIONS))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]

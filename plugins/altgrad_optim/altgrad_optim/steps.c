@@ -137,7 +137,7 @@ static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t n
     double whole = parts[0];
     for (int64_t i = 1; i < pieces; i++) {
         if (normalize == MAX)
-            whole = !(parts[i] <= whole) ? parts[i] : whole;
+            whole = whole != whole || parts[i] <= whole ? whole : parts[i]; /* NaN stays */
         else
             whole += parts[i];
     }

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import altgrad_core as altgrad
+from altgrad_core import native
 from altgrad_core.format import Format
 from altgrad_core.registry import UsageError
 from altgrad_core.stiffness import grid_stiffness
@@ -179,19 +180,131 @@ def test_scales_move_in_this_test_file(format):
     assert int(optimizer.scales.rescales.sum()) > 0
 
 
-@pytest.mark.parametrize("make", [ManifoldAdamW, GridOptim])
-def test_the_number_of_threads_changes_no_bit(format, make):
-    def train():
-        return trained(lambda own: make([{"params": own, "format": format}], 0.1))[0]
-
+def with_threads(count, function):
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        one = train()
-        torch.set_num_threads(2)
-        assert same(one, train())
+        torch.set_num_threads(count)
+        return function()
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_bit(format):
+    def train():
+        return trained(lambda own: ManifoldAdamW([{"params": own, "format": format}], 0.1))[0]
+
+    assert same(with_threads(1, train), with_threads(2, train))
+
+
+@pytest.mark.parametrize("sizes", [[5000] * 6, [40_000]], ids=["a_weight_each", "one_weight_shared"])
+def test_the_number_of_threads_changes_no_bit_of_weights_that_are_put_back(format, sizes):
+    """Scales move, so that the loops put weights back to what they were, from room of each thread's own."""
+
+    def train():
+        generator = torch.Generator().manual_seed(3)
+        model = quantized(
+            [nn.Parameter(0.1 * torch.randn(size, generator=generator)) for size in sizes], format
+        )
+        optimizer = GridOptim(altgrad.param_groups(model), step_scale=9.5, normalize="adam")
+        for _ in range(8):
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+        assert int(optimizer.scales.rescales.sum()) > 0
+        return [weight.detach() for weight in model.parameters()]
+
+    one = with_threads(1, train)
+    assert all(same(one, with_threads(2, train)) for _ in range(3))
+
+
+def test_the_scale_follows_weights_whose_extreme_is_negative(format, eagerly):
+    def train():
+        model = quantized([nn.Parameter(torch.tensor([0.01, -0.9, 0.02, -0.03]))], format)
+        optimizer = GridOptim(altgrad.param_groups(model), step_scale=3.0)
+        scales = []
+        for _ in range(6):
+            model[0].weight.grad = model[0].weight.detach().sign()  # all magnitudes shrink
+            optimizer.step()
+            scales.append(optimizer.scales.exponents.clone())
+        return [model[0].weight.detach().clone(), *[scale.float() for scale in scales]]
+
+    assert same(train(), eagerly(train))
+
+
+@pytest.mark.parametrize("place", [0, 1500, -1])
+@pytest.mark.parametrize("normalize", ["rms", "mean", "max"])
+def test_a_nan_weight_spoils_the_norm_of_its_tensor_wherever_it_is(format, normalize, place):
+    weight = nn.Parameter(torch.full((4096,), 0.5))
+    with torch.no_grad():
+        weight[place] = torch.nan
+    weight.grad = torch.ones(4096)
+    ManifoldAdamW([{"params": [weight], "format": format}], normalize=normalize).step()
+    assert weight.isnan().all()
+
+
+@pytest.mark.parametrize("granularity", [{"granularity": "channel"}, {"granularity": "block", "block": 16}])
+@pytest.mark.parametrize("name", ["E0M7", "E7M0", "E4M3"])
+def test_scales_of_channels_and_blocks_count_in_c_as_in_torch(name, granularity, table, eagerly):
+    def train():
+        model = nn.Linear(32, 2, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.linspace(-0.5, 0.5, 64).view(2, 32) * torch.tensor([[1.0], [0.03]]))
+        altgrad.quantize_model(model, table(name), **granularity)
+        optimizer = ManifoldAdamW(altgrad.param_groups(model), 1.0, normalize="none")
+        model.weight.grad = torch.ones(2, 32)
+        optimizer.step()
+        return [model.weight.detach()]
+
+    assert same(train(), eagerly(train))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [lambda own: GridOptim(own, 9.5), ManifoldAdamW], ids=["GridOptim", "Manifold"]
+)
+def test_torchs_default_dtype_changes_no_bit(format, make, dtype):
+    def train(own):
+        groups = [{"params": own, "format": format, "scale": 16.0}]
+        return make(groups)
+
+    plain = trained(train)[0]
+    try:
+        torch.set_default_dtype(dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                torch, "randn", lambda *a, _randn=torch.randn, **k: _randn(*a, **k, dtype=torch.float32)
+            )
+            other = trained(train)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(plain, other)
+
+
+def test_a_scale_given_in_another_dtype_is_the_same_number(format):
+    def train(scale):
+        return trained(lambda own: ManifoldAdamW([{"params": own, "format": format, "scale": scale}]))[0]
+
+    plain = train(16.0)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        assert same(plain, train(torch.tensor(16, dtype=dtype)))
+
+
+def test_a_counter_loaded_in_another_dtype_goes_on_counting(format):
+    own = [nn.Parameter(torch.ones(8))]
+    optimizer = ManifoldAdamW([{"params": own, "format": format}])
+    own[0].grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[own[0]]["step"] = optimizer.state[own[0]]["step"].double()
+    optimizer.step()
+    assert optimizer.state[own[0]]["step"].item() == 2
+
+
+def test_a_subclass_of_tensors_is_not_read_as_memory(format):
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    weight = nn.Parameter(two_tensor.TwoTensor(torch.ones(2000), torch.ones(2000)))
+    weight.grad = two_tensor.TwoTensor(torch.ones(2000), torch.ones(2000))
+    assert not native.readable(weight)
+    assert native.readable(nn.Parameter(torch.ones(2000)), torch.ones(3))
 
 
 def test_weights_that_the_loops_cannot_read_take_the_same_step_in_torch(format):
