@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from altgrad_core import rules
 from altgrad_core.format import Format
-from altgrad_core.hookspecs import Action, AdjustScale, SwitchFormat
+from altgrad_core.hookspecs import Action, AdjustScale, ClipGradients, ScaleLearningRate, SwitchFormat
 from altgrad_core.layer_recipes import LayerRecipes, refuse_inexact
 from altgrad_core.lookup import format_or_none
 from altgrad_core.options import FormatChoice
@@ -68,7 +68,17 @@ def carry_out(run: Run, action: Action) -> dict[str, Any]:
     if isinstance(action, AdjustScale):
         adjustments = adjust_scales(run, action.layers, action.factor, action.of)
         return {"layers": list(adjustments), "adjustments": adjustments}
+    if isinstance(action, ScaleLearningRate):
+        _refuse_unless_positive("factor", action.factor)
+    if isinstance(action, ClipGradients):
+        _refuse_unless_positive("norm", action.norm)
     return {}
+
+
+def _refuse_unless_positive(field: str, value: Any) -> None:
+    """Raise ValueError for what would make nothing, NaN or the opposite of rates and gradients."""
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"{field}={value!r} is no finite number above 0")
 
 
 # --- another format ----------------------------------------------------------------------------------

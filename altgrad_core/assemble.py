@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from altgrad_core import data, kernels, rules, shapes
+from altgrad_core import data, initial_weights, kernels, rules, shapes
 from altgrad_core.actions import formats_of
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell
@@ -59,6 +59,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be exact without
     tokens = _tokens(experiment, registry)
     model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
+    initial_weights.prepare(model, experiment, registry, folder, terminal)
     frozen = _freeze(model, experiment)
     _quantize(model, experiment, registry, _autocast(experiment, device))
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))

@@ -62,7 +62,7 @@ def cell_name(overrides: Sequence[Override]) -> str:
     labels = [_label(override.path) for override in overrides]
     if len(set(labels)) < len(labels):
         labels = [_safe(".".join(map(str, override.path))) for override in overrides]
-    values = (_short(override.value) for override in overrides)
+    values = (short(override.value) for override in overrides)
     name = ",".join(f"{label}={value}" for label, value in zip(labels, values, strict=True))
     if len(name) <= _LONGEST_NAME:
         return name
@@ -75,13 +75,14 @@ def _label(path: Path) -> str:
     return _safe(steps[-1] if steps else str(path[-1]))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as the name of a cell has it."""
     if isinstance(value, dict):
-        rest = [f"{_safe(key)}={_short(inner)}" for key, inner in value.items() if key != "plugin"]
-        name = _short(value["plugin"]) if "plugin" in value else ""
+        rest = [f"{_safe(key)}={short(inner)}" for key, inner in value.items() if key != "plugin"]
+        name = short(value["plugin"]) if "plugin" in value else ""
         return f"{name}({','.join(rest)})" if rest else name
     if isinstance(value, list):
-        return "+".join(map(_short, value)) or "()"
+        return "+".join(map(short, value)) or "()"
     if isinstance(value, bool):
         return str(value).lower()
     return _safe(value if isinstance(value, str) else shown(value))

@@ -32,6 +32,6 @@ def altgrad_executors() -> list[Component]:
         Component(
             name="local",
             summary="cells on this machine, one after another or in --jobs processes",
-            target="altgrad_core.cells:local_executor",
+            target="altgrad_core.grids:local_executor",
         )
     ]

@@ -1,46 +1,25 @@
-"""The cells of a grid: running one, and the executor that runs them on this machine."""
+"""One cell: a run in its folder, from the start, from its newest checkpoint, or not at all if it is over."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import functools
-import itertools
-import os
 import platform
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from altgrad_core import checkpoint, describe, workers
-from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile, load_experiment
-from altgrad_core.hookspecs import CellResult, Executor, NoOptions
-from altgrad_core.record import EVENTS, BusyError, RunFolder, WriteError, resolved
-from altgrad_core.registry import PluginError, UsageError, discover
+from altgrad_core import baseline, checkpoint, describe
+from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core.record import EVENTS, RunFolder, WriteError, resolved
+from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
 from altgrad_core.run_state import PluginFailure
 from altgrad_core.terminal import Terminal
 
 EXPECTED = (UsageError, PluginError, PluginFailure, WriteError)
 """Errors that say all there is to say; others are bugs, and print with a traceback."""
-
-
-@attrs.frozen(kw_only=True)
-class Request:
-    """What the command asks of every cell; picklable, so that another process can take a cell."""
-
-    path: Path
-    overrides: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    out: Path = Path("runs")
-    device: str = "auto"
-    quiet: bool = False
-    threads: int | None = None
-
-    def file(self) -> ExperimentFile:
-        return load_experiment(self.path, self.overrides, discover(self.without))
 
 
 @attrs.frozen(kw_only=True)
@@ -50,26 +29,6 @@ class RunResult:
     folder: Path
     outcome: str
     summary: dict[str, Any]
-
-
-def run_cell(request: Request, name: str) -> CellResult:
-    """Run one cell in this process; never raises for what goes wrong inside of the cell."""
-    import torch
-
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    try:
-        file = request.file()
-        (cell, device), *_ = (pair for pair in placed(file, request.device) if pair[0].name == name)
-        path = folder_of(file, cell, request.out)
-        result = run_one(file, cell, path, device, Terminal(quiet=request.quiet))
-    except BusyError as error:
-        return CellResult(cell=name, outcome="busy", message=str(error))
-    except EXPECTED as error:
-        return CellResult(cell=name, outcome="failed", message=str(error))
-    except Exception:  # noqa: BLE001 - a bug prints with its traceback; the other cells go on
-        return CellResult(cell=name, outcome="failed", message=traceback.format_exc())
-    return CellResult(cell=name, outcome=result.outcome, message=result.summary.get("message", ""))
 
 
 def placed(file: ExperimentFile, asked: str = "auto") -> list[tuple[Cell, str]]:
@@ -95,6 +54,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         if (ended := _ended(folder, terminal)) is not None:
             return ended
         terminal.log = folder.log
+        compared_with = baseline.read(file.baseline)  # before the training, not after it
         run = assemble(cell, file.registry, folder, terminal, device)
         _resume(run)
         _header(run, file, cell, device)
@@ -107,8 +67,10 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         finally:
             terminal.end()
         run.summary = _summary(run, outcome, device)
+        if compared_with is not None:
+            run.summary["baseline"] = baseline.compared(run.summary["final"], compared_with)
         folder.finish(run.summary)
-        _report(run, file)
+        _report(run, file, compared_with)
         return RunResult(folder=path, outcome=outcome, summary=run.summary)
     finally:
         terminal.log = lambda line: None
@@ -130,10 +92,26 @@ def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
 
 def _record_failure(run: Any, error: Exception, device: str) -> None:
     """Leave an event and a summary, as far as the disk takes them; the error itself goes on its way."""
-    run.message = f"{type(error).__name__}: {error}"
+    if not isinstance(error, EXPECTED):
+        _blame(error, run.registry)
+    run.message = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
     with contextlib.suppress(WriteError):
         run.folder.event(run.step, "failed", run.message)
         run.folder.finish(_summary(run, "failed", device))
+
+
+def _blame(error: Exception, registry: Registry) -> None:
+    """Add to an error in which plugin's code it was raised, if it was: the innermost frame counts."""
+    owners = {
+        entry.component.target.partition(":")[0].partition(".")[0]: entry.owner
+        for entry in registry.registered
+        if entry.distribution != CORE_DISTRIBUTION
+    }
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for module in reversed(modules):
+        if (owner := owners.get(module.partition(".")[0])) is not None:
+            error.add_note(f"raised in {module} of {owner}")
+            return
 
 
 def _resume(run: Any) -> None:
@@ -199,7 +177,7 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
     }
 
 
-def _report(run: Any, file: ExperimentFile) -> None:
+def _report(run: Any, file: ExperimentFile, compared_with: baseline.Baseline | None) -> None:
     """Print the summary, and the next command to type."""
     summary, terminal = run.summary, run.terminal
     final, best = summary["final"], summary["best"]
@@ -215,6 +193,8 @@ def _report(run: Any, file: ExperimentFile) -> None:
         rows.append(
             ("validation", text + (f", {per_byte:.4f} bits per byte" if per_byte is not None else ""))
         )
+    if compared_with is not None:
+        rows += baseline.rows(final, compared_with)
     if best:
         rows.append(("best", f"{best['validation/loss']:.4f} at step {best['step']:.0f}"))
     if summary["loss_floor"] is not None:
@@ -225,7 +205,10 @@ def _report(run: Any, file: ExperimentFile) -> None:
     if summary["tokens_per_second"]:
         rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{describe.cost(run.seconds)}"))
     rows.append(("folder", str(run.folder.path)))
-    rows.append(("next", _next(run, file)))
+    if run.cell == SINGLE or summary["outcome"] != "finished":  # a grid goes on by itself
+        rows.append(("next", _next(run, file)))
+    if compared_with is not None and summary["outcome"] == "finished":
+        rows.append(("compare", baseline.command(run.folder.path, compared_with)))
     terminal.table(rows)
 
 
@@ -249,39 +232,3 @@ def _next(run: Any, file: ExperimentFile) -> str:
     if run.summary["outcome"] == "stopped":
         return f"{folder / EVENTS} tells how it came to this; the file's next try needs another --out"
     return f"to go on: altgrad-run {file.path} --resume {folder}, with the same --set if there was any"
-
-
-# --- many cells --------------------------------------------------------------------------------------
-
-
-class LocalExecutor:
-    """Cells one after another in this process, or in `jobs` processes of this machine."""
-
-    def run(self, cells: Sequence[str], run_cell: Callable[[str], CellResult], jobs: int) -> list[CellResult]:
-        """Run every cell once; one that fails never stops the others."""
-        if jobs <= 1 or len(cells) <= 1:
-            results = []
-            for cell in cells:
-                results.append(run_cell(cell))
-                if results[-1].outcome in ("interrupted", "terminated"):
-                    break
-            return results
-        count = itertools.count(1)
-
-        def ended(result: CellResult) -> None:
-            print(f"{result.cell}: {result.outcome}  ({next(count)} of {len(cells)})", flush=True)
-
-        return workers.run_in_processes(cells, run_cell, jobs, ended)
-
-
-def local_executor(options: NoOptions) -> Executor:
-    return LocalExecutor()
-
-
-def run_grid(request: Request, file: ExperimentFile, cells: Sequence[str], jobs: int) -> list[CellResult]:
-    """Run the cells of a grid through the local executor."""
-    executor: Executor = file.registry.find("executor", "local").build(NoOptions())
-    if jobs > 1:
-        threads = request.threads or max(1, (os.cpu_count() or 1) // jobs)
-        request = attrs.evolve(request, threads=threads, quiet=True)
-    return executor.run(cells, functools.partial(run_cell, request), jobs)

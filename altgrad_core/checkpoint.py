@@ -78,7 +78,8 @@ def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any])
         )
     (scratch / TREE).write_text(json.dumps(tree))
     manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
-    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    text = json.dumps(manifest, separators=(",", ":"))  # no byte of it is without meaning
+    (scratch / MANIFEST).write_text(text)
     for file in (*manifest, MANIFEST):
         _sync(scratch / file)
     _sync(scratch)

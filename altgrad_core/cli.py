@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,12 +40,14 @@ run_app = cyclopts.App(
     name="altgrad-run",
     help="Train what an experiment file describes.",
     version_flags=_VERSION_FLAGS,
+    suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
 app = cyclopts.App(
     name="altgrad",
     help="What is installed, and what it can do.",
     version_flags=_VERSION_FLAGS,
+    suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
 
@@ -58,22 +62,47 @@ def altgrad() -> None:
     sys.exit(_guarded(app))
 
 
+class _Terminated(BaseException):
+    """SIGTERM outside of a training loop, which answers it itself."""
+
+
 def _guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake prints without a traceback and exits with 2."""
     try:
-        code = command(tokens, exit_on_error=False, print_error=True)
+        with _terminable():
+            code = command(tokens, exit_on_error=False, print_error=True)
         sys.stdout.flush()
     except cyclopts.CycloptsError:
         return 2
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, _Terminated) as signaled:
+        outcome, code = ("terminated", 143) if isinstance(signaled, _Terminated) else ("interrupted", 130)
+        print(f"{outcome}; a run goes on from its newest checkpoint, if it has one", file=sys.stderr)
+        return code
     except BrokenPipeError:  # the reader, head perhaps, has gone; Python would say so again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM unwind the command, so that files and folders are left as they should be."""
+
+    def terminate(_: int, frame: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- altgrad-run -------------------------------------------------------------------------------------
@@ -132,9 +161,7 @@ def run(
         os.environ.setdefault(*SPINS)  # before torch loads its OpenMP
     from altgrad_core.commands import run_file
 
-    return run_file(
-        file, overrides=set_, without=without, out=out, device=device, resume=resume, jobs=jobs, quiet=quiet
-    )
+    return run_file(file, without=without, out=out, device=device, resume=resume, jobs=jobs, quiet=quiet)
 
 
 # --- altgrad -----------------------------------------------------------------------------------------
@@ -264,6 +291,33 @@ def formats(
     for line in page.lines(rich.console.Console(highlight=False, emoji=False)):
         print(line)
     return 0
+
+
+@app.command
+def diff(
+    first: Path,
+    second: Path,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+) -> int:
+    """Show two runs side by side: options, metrics and tensors; exits with 1 where they differ.
+
+    Parameters
+    ----------
+    first
+        A run folder.
+    second
+        Another one.
+    as_json
+        Print JSON.
+    """
+    from altgrad_core import diff, diff_page
+
+    found = diff.compare(first, second)
+    for line in [json.dumps(found.plain(), indent=1)] if as_json else diff_page.lines(found):
+        print(line)
+    return int(found.differs)
 
 
 def _of_any_kind(registry: Registry, name: str) -> Registered:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from altgrad_core.cells import Request, RunResult, folder_of, placed, run_grid, run_one
+from altgrad_core.assemble import device_for
+from altgrad_core.cells import RunResult, folder_of, placed, run_one
+from altgrad_core.comparing import Comparing, run_named
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core.grids import Request, is_local, requested, run_grid
 from altgrad_core.hookspecs import CellResult
 from altgrad_core.record import RESOLVED, SUMMARY, WriteError, read_json
 from altgrad_core.registry import PluginError, UsageError
@@ -18,7 +21,6 @@ from altgrad_core.terminal import Terminal
 def run_file(
     file: ExperimentFile,
     *,
-    overrides: Sequence[str],
     without: Sequence[str],
     out: Path,
     device: str,
@@ -27,56 +29,67 @@ def run_file(
     quiet: bool,
 ) -> int:
     """Run the file's cells and return the command's exit code."""
-    cells = placed(file, device)
-    folders = [folder_of(file, cell, out) for cell, _ in cells]
-    if resume is not None:
-        cells, folders = [_resumed(file, resume, cells)], [resume]
-    if len(cells) == 1:
-        ((cell, on),) = cells
-        try:
-            result = run_one(file, cell, folders[0], on, Terminal(quiet=quiet))
-        except (PluginError, PluginFailure, WriteError) as error:
-            print(f"failed: {error}", file=sys.stderr)
-            return EXIT_CODES["failed"]
-        return EXIT_CODES.get(result.outcome, 0)
-    request = Request(
-        path=file.path,
-        overrides=tuple(overrides),
-        without=tuple(without),
-        out=out,
-        device=device,
-        quiet=quiet,
-    )
-    results = run_grid(request, file, [cell.name for cell, _ in cells], jobs)
-    return _closing(results, dict(zip((cell.name for cell, _ in cells), folders, strict=True)))
+    try:
+        if resume is not None:
+            return _run_one(file, *_resumed(file, resume, device), quiet)
+        cells = placed(file, device) if is_local(file) else []
+        if len(cells) == 1 and file.comparison is None:
+            ((cell, on),) = cells
+            return _run_one(file, cell, on, folder_of(file, cell, out), quiet)
+        request = requested(file, without=without, out=out, device=device, quiet=quiet)
+        if file.comparison is not None:
+            comparing = Comparing(request, file, jobs)
+            comparing.run()
+            results = list(comparing.results.values())
+            return _closing(results, request, comparing.unbegun, comparing.diverged)
+        results = run_grid(request, file, jobs)
+        return _closing(results, request, len(request.cells) - len(results))
+    except (PluginError, PluginFailure, WriteError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_CODES["failed"]
 
 
-def _resumed(file: ExperimentFile, folder: Path, cells: Sequence[tuple[Cell, str]]) -> tuple[Cell, str]:
-    """Return the one cell that a run folder holds, and its device. Raises UsageError."""
+def _run_one(file: ExperimentFile, cell: Cell, device: str, folder: Path, quiet: bool) -> int:
+    result = run_one(file, cell, folder, device, Terminal(quiet=quiet))
+    return EXIT_CODES.get(result.outcome, 0)
+
+
+def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Cell, str, Path]:
+    """Return the one cell that a run folder holds, its device and the folder. Raises UsageError."""
     begun = read_json(folder / RESOLVED)
     if begun is None:
         raise UsageError(f"--resume {folder}: is no run folder, it has no {RESOLVED}")
-    found = [pair for pair in cells if pair[0].name == begun["cell"]]
+    if (compared := run_named(file, begun["cell"])) is not None:
+        on = device_for(compared["cpu"].experiment, device)
+        found = [(compared[on], on)]
+    else:
+        found = [pair for pair in placed(file, device) if pair[0].name == begun["cell"]]
     if not found or begun["options"]["name"] != file.name:
         raise UsageError(
             f"--resume {folder}: holds {begun['options']['name']}/{begun['cell']}, not a cell of {file.path}"
         )
-    return found[0]
+    return *found[0], folder
 
 
-def _closing(results: Sequence[CellResult], folders: Mapping[str, Path]) -> int:
-    """Print how the cells ended, with what and where; 1 if any failed or stopped, 130 if interrupted."""
+def _closing(
+    results: Sequence[CellResult], request: Request, unbegun: int, diverged: Collection[str] = ()
+) -> int:
+    """Print how the cells ended, with what and where; 1 if any failed or stopped, 130 if interrupted.
+
+    diverged: cells that may have been stopped.
+    """
     print(f"\n{'outcome':>12}  {'validation':>10}  {'bits/byte':>9}  folder")
     for result in results:
-        final = (read_json(folders[result.cell] / SUMMARY) or {}).get("final") or {}
+        folder = request.folder(result.cell)
+        final = (read_json(folder / SUMMARY) or {}).get("final") or {}
         numbers = (final.get("validation/loss"), final.get("validation/bits_per_byte"))
         loss, per_byte = ("" if number is None else f"{number:.4f}" for number in numbers)
-        print(f"{result.outcome:>12}  {loss:>10}  {per_byte:>9}  {folders[result.cell]}")
+        print(f"{result.outcome:>12}  {loss:>10}  {per_byte:>9}  {folder}")
     for result in results:
         if result.outcome in ("failed", "stopped") and result.message:
             print(f"\n{result.cell}: {result.message}", file=sys.stderr)
-    codes = [EXIT_CODES.get(result.outcome, 0) for result in results]
-    if unbegun := len(folders) - len(results):
+    codes = [EXIT_CODES.get(result.outcome, 0) for result in results if result.cell not in diverged]
+    if unbegun:
         print(f"not begun: {unbegun}")
         codes = [EXIT_CODES["interrupted"], *codes]
     if unbegun or any(result.outcome in ("interrupted", "terminated", "busy") for result in results):
@@ -91,6 +104,7 @@ def run(
 
     A finished run is not run again; an unfinished one is resumed. Raises UsageError for a file with a grid.
     """
+    _refuse_comparison(file)
     cells = placed(file, device)
     if len(cells) != 1:
         raise UsageError(
@@ -103,11 +117,20 @@ def run(
 def run_all(
     file: ExperimentFile, out: str | Path = "runs", *, device: str = "auto", quiet: bool = False
 ) -> list[RunResult]:
-    """Run every cell of an experiment, one after another, and return their results."""
+    """Run every cell of an experiment, one after another, and return their results.
+
+    Raises UsageError for a file with a [compare].
+    """
+    _refuse_comparison(file)
     return [
         run_one(file, cell, folder_of(file, cell, Path(out)), on, Terminal(quiet=quiet))
         for cell, on in placed(file, device)
     ]
+
+
+def _refuse_comparison(file: ExperimentFile) -> None:
+    if file.comparison is not None:
+        raise UsageError(f"{file.path} has a [compare], whose runs follow from others: use altgrad-run")
 
 
 __all__ = ["SINGLE", "run", "run_all", "run_file"]

@@ -20,6 +20,7 @@ _HEADINGS = {
     "monitor": "[[monitor]]",
     "fallback": "[[fallback]]",
     "dataset": "[data]",
+    "executor": "[executor]",
 }
 _SCALARS = {str: "text", bool: "true or false", int: "whole number", float: "number"}
 _EXAMPLES = {str: "...", bool: False, int: 1, float: 1.0}

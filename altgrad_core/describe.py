@@ -31,6 +31,7 @@ def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
         ("optimizer", shown(experiment.optimizer)),
         ("data", f"{shown(experiment.data.source)}, tokenizer {experiment.data.tokenizer}"),
         ("model", _model(experiment)),
+        *_beginnings(experiment),
         ("on the grid", f"{share_on_grid(experiment, registry):.1%} of the non-embedding parameters"),
         ("training", _training(experiment)),
         ("monitors", ", ".join(map(shown, experiment.monitor)) or "none"),
@@ -120,6 +121,14 @@ def _scales(options: ScaleOptions, choices: Sequence[FormatChoice]) -> str:
     return f", {text}" if rule == "fit" else f", {text} ({rule})"
 
 
+def _beginnings(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Yield what a run starts from, where that is no random float32 weights."""
+    if experiment.init_from:
+        yield "starts from", experiment.init_from
+    if not experiment.train.init_format.unquantised:
+        yield "rounded first", f"initial Linear weights to {shown(experiment.train.init_format)}"
+
+
 def _model(experiment: Experiment) -> str:
     model, vocabulary = experiment.model, experiment.data.vocab_size
     total = shapes.parameter_count(model, vocabulary, embeddings=True)
@@ -160,18 +169,36 @@ def check(file: ExperimentFile, out: Path, device: str = "auto") -> Iterator[str
         devices = {"cpu": "on any device"} if cpu == cuda else {one: f"on {one}" for one in DEVICES}
     for one, label in devices.items():
         cells = file.cells_on[one]
-        runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
+        planned = _planned(file, cells)
+        runs = "1 run" if len(planned) == 1 else f"{len(planned)} runs"
         yield ""
-        yield f"{label}: {runs}{_forecast(cells, file, out, one)}"
-        yield from _checked(cells, file.registry)
+        yield f"{label}: {runs}{_forecast(planned, file, out, one)}"
+        if file.comparison is not None:
+            yield from _aligned(list(file.comparison.plan()))
+        yield from _checked(cells, file.registry, seeded=file.comparison is None)
 
 
-def _checked(cells: Sequence[Cell], registry: Registry) -> Iterator[str]:
+def _rows_of(cell: Cell, registry: Registry, *, seeded: bool) -> Iterator[tuple[str, str]]:
+    """Yield the rows of a cell; a comparison gives its cells their seeds."""
+    seed = f", seed {cell.experiment.seed}"
+    for name, text in rows(cell.experiment, registry):
+        yield name, text if seeded or name != "training" else text.removesuffix(seed)
+
+
+def _planned(file: ExperimentFile, cells: Sequence[Cell]) -> list[Cell]:
+    """Return a cell for each run; those of a comparison stand for all of their seeds and step sizes."""
+    if file.comparison is None:
+        return list(cells)
+    pairs = zip(file.comparison.groups, cells, strict=True)
+    return [cell for group, cell in pairs for _ in range(file.comparison.runs(group))]
+
+
+def _checked(cells: Sequence[Cell], registry: Registry, *, seeded: bool) -> Iterator[str]:
     """Yield what the cells have in common, then what tells them apart."""
     for overlay in cells[0].in_force:
         if all(overlay in cell.in_force for cell in cells):
             yield f"  with {overlay}"
-    described = [rows(cell.experiment, registry) for cell in cells]
+    described = [list(_rows_of(cell, registry, seeded=seeded)) for cell in cells]
     shared = [row for row in described[0] if all(row in one for one in described)]
     yield from _aligned(shared)
     if len(cells) > 1:

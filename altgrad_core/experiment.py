@@ -16,6 +16,7 @@ from altgrad_core.options import (
     DatasetChoice,
     FallbackChoice,
     FieldError,
+    FormatChoice,
     MonitorChoice,
     OptimizerChoice,
     at_least,
@@ -25,6 +26,7 @@ from altgrad_core.options import (
     regexes,
     within,
 )
+from altgrad_core.quantize_options import UNQUANTISED
 from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
 from altgrad_core.quantize_options import RuleOptions as RuleOptions
 from altgrad_core.tokenizers import tokenizer_name, vocabulary
@@ -106,11 +108,20 @@ class TrainOptions:
     freeze: tuple[str, ...] = option(
         "regexes over full parameter names that do not train", default=(), validator=regexes
     )
+    init_format: FormatChoice = option(
+        "round the initial Linear weights to this format's grid, as [quantize] would: a control",
+        default=UNQUANTISED,
+    )
     eval_every: int = option(
         "evaluation interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)
     )
     eval_batches: int = option(
         "batches per evaluation; 0: the whole split", default=20, validator=at_least(0)
+    )
+    final_eval_batches: int | None = option(
+        "batches of the last evaluation; default: as of every other",
+        default=None,
+        validator=attrs.validators.optional(at_least(0)),
     )
     log_every: int = option("logging interval", unit="steps", default=10, validator=at_least(1))
     checkpoint_every: int = option(
@@ -128,6 +139,7 @@ class Experiment:
         "initial weights, data order and rounding follow from it", default=1337, validator=at_least(0)
     )
     steps: int = option("optimizer steps", default=500, validator=at_least(1))
+    init_from: str = option("a run folder whose last weights to start from; empty: random ones", default="")
     data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_PLUGINS["data"])))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())
     train: TrainOptions = option("the loop", default=TrainOptions())
@@ -152,6 +164,16 @@ class Experiment:
         source = resolved["data"].pop("source")
         resolved["data"] = {**source, **resolved["data"]}
         return resolved
+
+
+@attrs.frozen(kw_only=True)
+class Cell:
+    """One run of a file: its folder's name and its options."""
+
+    name: str
+    experiment: Experiment
+    in_force: tuple[str, ...]
+    """The overrides behind the options, for the header: `steps = 1500 ([on.cpu])`."""
 
 
 def data_options(table: Any) -> Any:

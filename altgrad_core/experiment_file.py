@@ -6,11 +6,12 @@ torch is imported; each problem is reported as `file:line: path: what is wrong`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,16 +19,17 @@ import tomli
 
 from altgrad_core import locator
 from altgrad_core.axes import SINGLE, axes, cell_name
+from altgrad_core.compare import Comparison
+from altgrad_core.comparison_groups import expanded
 from altgrad_core.contradictions import contradictions
-from altgrad_core.experiment import DEFAULT_PLUGINS, Experiment, data_options
-from altgrad_core.options import Path, written
+from altgrad_core.driver_tables import DRIVER_KEYS, DRIVER_TABLES, driver_tables
+from altgrad_core.experiment import DEFAULT_PLUGINS, Cell, Experiment, data_options
+from altgrad_core.options import ExecutorChoice, Path, written
 from altgrad_core.overrides import DEEPEST, Override, Tree, from_flag, from_table, is_deep, spelled
 from altgrad_core.registry import Registry, UsageError, discover, listed, shown, suggestion
 from altgrad_core.structuring import Problem, structure
 
 DEVICES = ("cpu", "cuda")
-DRIVER_KEYS = ("on", "grid")
-"""Top-level tables that shape the runs and are no option of a run."""
 
 
 class ExperimentError(UsageError):
@@ -39,16 +41,6 @@ class ExperimentError(UsageError):
 
 
 @attrs.frozen(kw_only=True)
-class Cell:
-    """One run of a file: its folder's name and its options."""
-
-    name: str
-    experiment: Experiment
-    in_force: tuple[str, ...]
-    """The overrides behind the options, for the header: `steps = 1500 ([on.cpu])`."""
-
-
-@attrs.frozen(kw_only=True)
 class ExperimentFile:
     """A file that was read and found right under every device overlay."""
 
@@ -57,7 +49,13 @@ class ExperimentFile:
     name: str
     registry: Registry
     cells_on: Mapping[str, tuple[Cell, ...]]
-    """The cells, by device: `cpu`, `cuda`."""
+    """The cells, by device: `cpu`, `cuda`. Of a comparison one for each group, of no seed and factor yet."""
+    executor: ExecutorChoice = ExecutorChoice("local")
+    """How the cells of a grid are run."""
+    comparison: Comparison | None = None
+    """What a file with [compare] compares."""
+    baseline: str = ""
+    """The folder of the run that summaries compare with; empty: none."""
 
 
 def load_experiment(
@@ -72,8 +70,16 @@ def load_experiment(
     cells_on = {device: checked.cells(device) for device in DEVICES}
     if lines := [*checked.mistakes.lines(), *bad_flags]:
         raise ExperimentError(lines)
-    name = cells_on[DEVICES[0]][0].experiment.name
-    return ExperimentFile(path=path, text=text, name=name, registry=registry, cells_on=cells_on)
+    return ExperimentFile(
+        path=path,
+        text=text,
+        name=cells_on[DEVICES[0]][0].experiment.name,
+        registry=registry,
+        cells_on=cells_on,
+        executor=checked.driver["executor"] or ExecutorChoice("local"),
+        comparison=checked.comparison,
+        baseline=checked.driver["baseline"] or "",
+    )
 
 
 def _flags(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -153,6 +159,14 @@ class _Checked:
     flags: list[Override]
     registry: Registry
     mistakes: _Mistakes
+    comparison: Comparison | None = None
+
+    @functools.cached_property
+    def driver(self) -> dict[str, Any]:
+        """What the file says of how the runs are run; None: nothing."""
+        found, problems, tree = driver_tables(self.raw, self.flags, self.registry)
+        self.mistakes.add(problems, tree)
+        return found
 
     def cells(self, device: str) -> tuple[Cell, ...]:
         """Return the cells of the file on this device, as far as they are right."""
@@ -161,18 +175,51 @@ class _Checked:
         self._refuse(overlay, varied)
         base = Tree(_with_default_plugins(self.raw))
         base.apply(overlay)
-        cells = []
-        for values in itertools.product(*varied):
-            tree = base.copy()
-            tree.apply(values)
-            tree.apply(self.flags)
-            experiment = self._experiment(tree)
-            if experiment is not None:
-                in_force = tuple(_in_force(one, device) for one in (*overlay, *values, *self.flags))
-                cells.append(Cell(name=cell_name(values), experiment=experiment, in_force=in_force))
+        build = functools.partial(self._cell, base, [_in_force(one, device) for one in overlay])
+        if self.driver["compare"] is not None:
+            return self._compared(varied, build)
+        found = [build(values) for values in itertools.product(*varied)]
+        cells = [cell for cell in found if cell is not None]
         if not self.mistakes.found:
             self.mistakes.add(_twins(cells))
         return tuple(cells)
+
+    def _cell(
+        self,
+        base: Tree,
+        in_force: Sequence[str],
+        values: Sequence[Override],
+        changes: Sequence[Override] = (),
+    ) -> Cell | None:
+        """Return the cell of a combination of values, with changes on top of all; None: it is wrong."""
+        flags = [flag for flag in self.flags if flag.path[0] not in DRIVER_TABLES]
+        tree = base.copy()
+        for overrides in (values, flags, changes):
+            tree.apply(overrides)
+        experiment = self._experiment(tree)
+        if experiment is None:
+            return None
+        more = (_in_force(one) for one in (*values, *flags, *changes))
+        return Cell(name=cell_name(values), experiment=experiment, in_force=(*in_force, *more))
+
+    def _compared(
+        self, varied: Sequence[Sequence[Override]], build: Callable[..., Cell | None]
+    ) -> tuple[Cell, ...]:
+        """Return a cell for each group of a comparison, which must be the same on every device."""
+        for flag in self.flags:
+            if flag.path == ("seed",):
+                message = "[compare] gives the seeds; --set compare.seeds=[...]"
+                self.mistakes.add([Problem(flag.path, message)], Tree({}, {flag.path: flag.origin}))
+        comparison, cells, problems = expanded(self.driver["compare"], varied, build)
+        self.mistakes.add(problems)
+        if self.mistakes.found or comparison is None:
+            return ()
+        self.mistakes.add(_twins(cells, [group.step_of for group in comparison.groups]))
+        if self.comparison not in (None, comparison):
+            message = "what is compared is not the same under [on.cpu] and [on.cuda]; make it the same"
+            self.mistakes.add([Problem(("compare",), message)])
+        self.comparison = comparison
+        return cells
 
     def _overlay(self, device: str) -> list[Override]:
         """Return the overrides of `[on.*]` for this device."""
@@ -233,12 +280,12 @@ def _with_default_plugins(raw: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _twins(cells: Sequence[Cell]) -> list[Problem]:
-    """Refuse cells that are the same run, or would share a folder."""
+def _twins(cells: Sequence[Cell], told_apart: Sequence[str] = ()) -> list[Problem]:
+    """Refuse cells that are the same run, or would share a folder; `told_apart` may tell equal ones apart."""
     seen: dict[str, str] = {}
     twins = []
-    for cell in cells:
-        keys = (cell.name, json.dumps(cell.experiment.plain()))
+    for cell, mark in zip(cells, told_apart or [""] * len(cells), strict=True):
+        keys = (cell.name, json.dumps([cell.experiment.plain(), mark]))
         if twin := next((seen[key] for key in keys if key in seen), None):
             twins.append((twin, cell.name))
         seen |= dict.fromkeys(keys, cell.name)
@@ -249,8 +296,8 @@ def _twins(cells: Sequence[Cell]) -> list[Problem]:
     return [Problem(("grid",), message)]
 
 
-def _in_force(override: Override, device: str) -> str:
-    source = {"on": f"[on.{device}]", "grid": "[grid]"}
+def _in_force(override: Override, device: str = "") -> str:
+    source = {"on": f"[on.{device}]", "grid": "[grid]", "compare": "[compare]"}
     written_in = "--set" if override.origin.flag else source[str(override.origin.path[0])]
     return f"{spelled(override.path)} = {written(override.value)} ({written_in})"
 

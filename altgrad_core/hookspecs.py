@@ -103,6 +103,9 @@ class Step:
     """Quantised weights before the step; empty unless a monitor's `needs` lists `before`."""
     intended: Mapping[str, Tensor]
     """The update of quantised weights before rounding; empty unless a `needs` lists `intended`."""
+    scales_before: Mapping[str, Tensor] = attrs.field(factory=dict)
+    """The scales of the weights in `before` as the step began, before its forward pass: shaped as
+    `Weight.scale`. Of a weight whose format has changed since, the scale as of `before`."""
     intended_in_rungs: bool = False
     """True where the optimizer moves whole rungs (GridOptim): `intended` is then in rungs."""
     counts: Mapping[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
@@ -115,11 +118,23 @@ class Monitor(Protocol):
 
     Optional methods, called where they exist: `start(run)`, where a UsageError ends the run with its text;
     `logged(step, metrics)` after each line of metrics, with all of it; `evaluated(step, metrics)` after an
-    evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints.
-    Optional attributes: `every` (steps between observations, default 1); `undefined_is_nan` (True: a NaN
-    metric means that the quantity is not defined in this step, and is not logged); `provides`, a mapping of
-    every quantity the monitor may report to how an epoch sums it up (`sum`, `mean`, or an empty string:
-    not at all), by which the needs of policies are checked before a run begins.
+    evaluation, `end(run, outcome)`, and `state_dict()` / `load_state_dict(state)` for checkpoints;
+    `skipped(step)`, in place of `observe` where the optimizer did not step, for what can be told without an
+    update: it returns metrics as `observe` does. What raises costs the monitor its place in the run, and
+    nothing else.
+
+    Optional attributes: `every` (steps between observations, a whole number, default 1); `undefined_is_nan`
+    (True: a NaN metric means that the quantity is not defined in this step, and is not logged; where a
+    weight of its layer, or for any other name of the model, is not finite, NaN is logged as NaN); `provides`,
+    a mapping of every quantity the monitor may report to how an epoch sums it up: `sum` or `mean` over the
+    steps in which its `total` was observed and defined, unobserved steps counting for nothing, or an empty
+    string: not at all. By it the needs of policies are checked before a run begins; where it is empty, the
+    monitor reports nothing of its own.
+
+    What an observation leaves out is not defined in that step: the summary holds what the last one said.
+    A monitor that has nothing to report of the first step it sees is warned of.
+    `cost/<monitor>` is the time of its methods, with its share of what the core prepares for monitors
+    (`before`, the `Step`); what the optimizer or the storage does to keep `intended` is part of the step.
     """
 
     @property
@@ -141,15 +156,18 @@ class Policy(Protocol):
     """Decides, between backward pass and optimizer step, whether something must be done.
 
     Optional methods, called where they exist: `start(run)`, `state_dict()`, `load_state_dict(state)`.
-    Optional attribute `every`: `needs` are computed in every so many steps only.
+    Optional attribute `every`: `needs` are observed in every so many steps only, and in `metrics` in the step
+    after each of those.
     """
 
     @property
     def needs(self) -> Collection[str]:
         """Names of monitor metrics that `decide` reads; they are then computed in every step.
 
-        They are checked before the run begins, and read anew in every step: `start` may add to them. What no
-        monitor has reported, or not yet, is absent from `metrics`.
+        They are checked before the run begins, and read anew in every step: `start` may add to them. What was
+        not observed in the step before is absent from `metrics`, whatever older value there is: after a step
+        that was skipped, in the steps between two of `every`, and where the monitor left it out. So no
+        observation is seen twice.
         """
         ...
 
@@ -180,14 +198,14 @@ class SkipStep(Action):
 
 @attrs.frozen(kw_only=True)
 class ScaleLearningRate(Action):
-    """Multiply every learning rate by `factor`, from this step on."""
+    """Multiply every learning rate by `factor`, a finite number above 0, from this step on."""
 
     factor: float
 
 
 @attrs.frozen(kw_only=True)
 class ClipGradients(Action):
-    """Clip this step's gradients to the global L2 `norm` before the optimizer sees them."""
+    """Clip this step's gradients to the global L2 `norm`, above 0, before the optimizer sees them."""
 
     norm: float
 

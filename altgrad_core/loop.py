@@ -9,28 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
+import numpy
 import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint, data
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, Stop
-from altgrad_core.measuring import autocast, evaluate, log, moved
+from altgrad_core.measuring import autocast, ends_epoch, evaluate, last_evaluation, log, log_epoch, moved
 from altgrad_core.run_state import Run
-from altgrad_core.surgery import held_weights
-from altgrad_core.watching import call_each, decision, due_monitors, observe_after, skips_update, watch
+from altgrad_core.surgery import held_weights, quantizer_of
+from altgrad_core.watching import (
+    call_each,
+    decision,
+    due_monitors,
+    keep_scales,
+    observe_after,
+    observe_skipped,
+    skips_update,
+    watch,
+)
 
 
 def train(run: Run) -> str:
     """Train to the last step, and return the outcome: finished, stopped, interrupted or terminated."""
     options = run.experiment.train
-    with _signals() as asked, _seeded(run):
+    with _signals(run) as asked, _seeded(run):
         call_each(run, "start", run)
         if run.step == 0:
-            log(run, evaluate(run))
+            log(run, *_evaluated(run))
         run.interval.resume()
         while run.step < run.experiment.steps and run.outcome == "running":
             _one_step(run)
@@ -38,9 +49,11 @@ def train(run: Run) -> str:
             last = run.step == run.experiment.steps or run.outcome != "running"
             evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
             logged = evaluated or last or _due(options.log_every, run.step)
-            _pause(run, settled=logged)
+            _pause(run, settled=logged or ends_epoch(run))
             if logged:
-                log(run, evaluate(run) if evaluated else {})
+                log(run, *(_evaluated(run) if evaluated else ({}, {})))
+            elif ends_epoch(run):
+                log_epoch(run)
             if asked and not last:  # read here alone: a later signal waits for the next step
                 run.outcome = asked[0]
             if last or run.outcome != "running" or _due(options.checkpoint_every, run.step):
@@ -50,6 +63,20 @@ def train(run: Run) -> str:
             run.outcome = "finished"
         call_each(run, "end", run, run.outcome)
     return run.outcome
+
+
+def _evaluated(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """Return an evaluation, and the last one's where that is another.
+
+    The scales that follow their weights are given back: a checkpoint holds those of its step, by which
+    monitors have coded the weights, evaluated or not.
+    """
+    quantizers = [found for weight in run.quantized.values() if (found := quantizer_of(weight)) is not None]
+    before = [quantizer.scale.clone() for quantizer in quantizers]
+    metrics = evaluate(run), last_evaluation(run)
+    for quantizer, scale in zip(quantizers, before, strict=True):
+        quantizer.scale.copy_(scale)
+    return metrics
 
 
 def _pause(run: Run, *, settled: bool) -> None:
@@ -65,6 +92,7 @@ def _due(every: int, step: int) -> bool:
 
 def _one_step(run: Run) -> None:
     options = run.experiment.train
+    keep_scales(run)
     with held_weights(run.model):
         loss = _forward_backward(run)
     parameters = [parameter for parameter in run.trained.values() if parameter.grad is not None]
@@ -85,6 +113,7 @@ def _one_step(run: Run) -> None:
         _update(run, loss)
     else:
         run.step += 1
+        observe_skipped(run, loss)
     run.optimizer.zero_grad(set_to_none=True)
     run.interval.losses.append(loss)
     run.interval.norms.append(norm)
@@ -149,19 +178,23 @@ def _checkpoint(run: Run) -> None:
 @contextlib.contextmanager
 def _seeded(run: Run) -> Iterator[None]:
     """Dropout draws from the global generators: seed them for the run, and give them back afterwards."""
-    devices = [run.device] if run.device.type == "cuda" else []
-    state = torch.get_rng_state() if run.step else None  # a resume has set it
-    with torch.random.fork_rng(devices):
-        if state is None:
-            torch.manual_seed(run.experiment.seed)
-        else:
-            torch.set_rng_state(state)
+    before = checkpoint.random_state()
+    if not run.step:  # a resume has set them
+        random.seed(run.experiment.seed)
+        numpy.random.seed(run.experiment.seed % 2**32)
+        torch.manual_seed(run.experiment.seed)
+    try:
         yield
+    finally:
+        checkpoint.set_random_state(before)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM, so that the step can finish; a second SIGINT ends at once."""
+def _signals(run: Run) -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM, so that the step can finish; a second SIGINT ends at once.
+
+    A process that is stopped and goes on (SIGCONT) counts its time from there: no pause is in a throughput.
+    """
     asked: list[str] = []
 
     def interrupt(_: int, frame: FrameType | None) -> None:
@@ -172,13 +205,18 @@ def _signals() -> Iterator[list[str]]:
     def terminate(_: int, frame: FrameType | None) -> None:
         asked.append("terminated")
 
+    def go_on(_: int, frame: FrameType | None) -> None:
+        if run.interval.since is not None:
+            run.interval.resume()  # without what the step had taken before the pause
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGCONT: go_on}
     try:
-        before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread: signals are somebody else's
         yield asked
         return
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)

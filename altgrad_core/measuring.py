@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,11 @@ def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
-    """Return validation loss (nats per token), perplexity and bits per byte, on fixed windows."""
+def evaluate(run: Run, batches: int | None = None) -> dict[str, float]:
+    """Return validation loss (nats per token), perplexity and bits per byte, on fixed windows.
+
+    batches: how many, 0 for the whole split; None: as the run's options say.
+    """
     losses, weights = [], []
     run.model.eval()
     with held_weights(run.model):
@@ -39,7 +42,7 @@ def evaluate(run: Run) -> dict[str, float]:
             run.tokens.validation,
             block_size=run.experiment.model.block_size,
             batch_size=run.experiment.train.batch_size,
-            batches=run.experiment.train.eval_batches,
+            batches=run.experiment.train.eval_batches if batches is None else batches,
         ):
             with autocast(run):
                 _, loss = run.compiled(moved(tokens, run.device), moved(targets, run.device))
@@ -58,19 +61,32 @@ def validation_metrics(loss: float, bytes_per_token: float | None) -> dict[str, 
     return metrics
 
 
-def log(run: Run, evaluated: Mapping[str, float]) -> None:
-    """Write one line of metrics and begin a new interval; what a monitor reported is written once."""
+def last_evaluation(run: Run) -> dict[str, float]:
+    """Return the metrics of a run's last evaluation, where that is not on the windows of every other."""
+    batches = run.experiment.train.final_eval_batches
+    if run.step < run.experiment.steps or batches in (None, run.experiment.train.eval_batches):
+        return {}
+    return evaluate(run, batches)
+
+
+def log(run: Run, evaluated: Mapping[str, float], last: Mapping[str, float] | None = None) -> None:
+    """Write one line of metrics and begin a new interval; what a monitor reported is written once.
+
+    last: stands in the line in place of `evaluated`, which alone tells whether the run was never better: a
+    loss compares with others on the same windows only.
+    """
     interval, run.interval = run.interval, Interval()
     values: dict[str, Tensor | float] = {}
+    sizes = _sizes(run)
     if interval.losses:
         values["train/loss"] = torch.stack(interval.losses).mean()
         values["train/gradient_norm"] = interval.norms[-1]
         values["train/clipped_steps"] = torch.stack(interval.clipped).sum()
-        values |= _epoch(run, interval)
+        values |= _epoch(run, interval, sizes)
     values |= {name: value for name, value in run.observed.items() if name in run.unlogged}
     run.unlogged.clear()
-    read = dict(zip(values, to_host(list(values.values())), strict=True))
-    line = {name: value for name, value in read.items() if not _undefined(run, name, value)} | dict(evaluated)
+    line = _read(run, values, sizes)
+    line |= {**evaluated, **(last or {})}
     if interval.losses:
         line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
     line |= _timings(run, interval)
@@ -88,9 +104,55 @@ def log(run: Run, evaluated: Mapping[str, float]) -> None:
         call_each(run, "evaluated", run.step, line)
 
 
-def _undefined(run: Run, name: str, value: float) -> bool:
-    """Whether a NaN means that the quantity is not defined in this step, as its monitor declares."""
-    return math.isnan(value) and _may_be_undefined(run, name.removeprefix("epoch/"))
+def log_epoch(run: Run) -> None:
+    """Write a line of the epoch that the step has ended, where no other line is due; the interval goes on."""
+    sizes = _sizes(run)
+    line = _read(run, _epoch(run, run.interval, sizes), sizes)
+    run.last |= line
+    run.folder.metrics(run.step, line)
+    call_each(run, "logged", run.step, dict(line))
+
+
+def _sizes(run: Run) -> dict[str, Tensor]:
+    """Return the largest magnitude in each trained parameter, NaN where one is: nothing where nobody asks."""
+    if not any(getattr(watched.plugin, "undefined_is_nan", False) for watched in run.monitors):
+        return {}
+    return {
+        name: torch.linalg.vector_norm(parameter.detach(), math.inf)
+        for name, parameter in run.trained.items()
+    }
+
+
+def _read(run: Run, values: Mapping[str, Tensor | float], sizes: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read values from the device, and return those that are defined.
+
+    Of the last line what is not defined any more, or is not in its monitor's last observation, is forgotten.
+    """
+    found = to_host([*values.values(), *sizes.values()])
+    dead = {
+        run.layers[name]
+        for name, size in zip(sizes, found[len(values) :], strict=True)
+        if not math.isfinite(size)
+    }
+    read = dict(zip(values, found, strict=False))
+    undefined = {name for name, value in read.items() if math.isnan(value) and _undefined(run, name, dead)}
+    monitors = {watched.name for watched in run.monitors}
+    run.last = {
+        name: value
+        for name, value in run.last.items()
+        if name not in undefined and (name.partition("/")[0] not in monitors or name in run.observed)
+    }
+    return {name: value for name, value in read.items() if name not in undefined}
+
+
+def _undefined(run: Run, name: str, dead: Collection[str]) -> bool:
+    """Whether a NaN means that the quantity is not defined in this step, as its monitor declares.
+
+    It does not where the weights are to blame. dead: the layers with one that is not finite.
+    """
+    layer = "total" if name.startswith("epoch/") else name.rpartition("/")[2]
+    to_blame = layer in dead if layer in run.layers.values() else bool(dead)
+    return not to_blame and _may_be_undefined(run, name.removeprefix("epoch/"))
 
 
 def _may_be_undefined(run: Run, name: str) -> bool:
@@ -100,17 +162,23 @@ def _may_be_undefined(run: Run, name: str) -> bool:
     )
 
 
-def _epoch(run: Run, interval: Interval) -> dict[str, Tensor | float]:
-    """Add the interval to the running epoch; where one has ended, return its mean loss and its counters.
+def ends_epoch(run: Run) -> bool:
+    """Whether the last step ended a pass over the training tokens (where it is longer than one: several)."""
+    tokens, length = run.experiment.tokens_per_step, len(run.tokens.train)
+    return run.step * tokens // length > (run.step - 1) * tokens // length
+
+
+def _epoch(run: Run, interval: Interval, sizes: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
+    """Add the interval to the running epoch; where it has ended, return its index, mean loss and counters.
 
     A counter is the sum, or the mean, of a monitor's total over the steps where it was observed and defined.
     """
     epoch = run.epoch
-    epoch.add(interval, lambda name: _may_be_undefined(run, name))
-    tokens, length = run.experiment.tokens_per_step, len(run.tokens.train)
-    passes = run.step * tokens // length
-    if passes == (run.step - epoch.steps) * tokens // length or epoch.loss is None:
+    dead = ~torch.stack(list(sizes.values())).isfinite().all() if sizes else False
+    epoch.add(interval, lambda name: _may_be_undefined(run, name), dead)
+    if not ends_epoch(run) or epoch.loss is None:
         return {}
+    passes = run.step * run.experiment.tokens_per_step // len(run.tokens.train)
     run.epoch = Epoch()
     sums_up = {
         f"{watched.name}/{quantity}": how

@@ -62,7 +62,11 @@ def written(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {written(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(written, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    if isinstance(value, str | bool):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int) and value.bit_length() > 64:
+        return hex(value)  # in decimal Python refuses thousands of digits
+    return str(value)
 
 
 # --- options that name a plugin ----------------------------------------------------------------------
@@ -104,6 +108,10 @@ class FallbackChoice(Choice):
 
 class DatasetChoice(Choice):
     kind = "dataset"
+
+
+class ExecutorChoice(Choice):
+    kind = "executor"
 
 
 class FormatChoice(Choice):

@@ -81,10 +81,14 @@ class RangeTable:
 
 
 class RangeCounts:
-    """One place's row of counters."""
+    """One place's row of counters.
+
+    Attributes:
+        index: the last step in which something was counted here; 0 for none.
+    """
 
     def __init__(self, table: RangeTable, row: int) -> None:
-        self.table = table
+        self.table, self.index = table, 0
         self._totals, self._ends = table.totals[row], table.ends[row]
         self._of: tuple[Format, str] | None = None
         self._kept: dict[torch.dtype, Tensor] = {}
@@ -100,7 +104,10 @@ class RangeCounts:
 
     def begin(self, format: Format, rounding: str) -> None:
         """Begin a step in which tensors are rounded to the whole of a format."""
-        if self.table.begin() and not (self._of and self._of[0] is format and self._of[1] == rounding):
+        if not self.table.begin():
+            return
+        self.index = self.table.index
+        if not (self._of and self._of[0] is format and self._of[1] == rounding):
             ends = format.values[[0, -1]].to(self._totals.device)
             self._kept = {
                 dtype: last_kept(format, ends, rounding, dtype) for dtype in (torch.float32, torch.float64)

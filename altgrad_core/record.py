@@ -20,8 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import attrs
+
+from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell, ExperimentFile
-from altgrad_core.registry import UsageError
+from altgrad_core.options import Choice, FormatChoice
+from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError
 
 METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "metrics.jsonl",
@@ -95,7 +99,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop the metrics and events after `step`, and torn lines, before a resume writes them again."""
         for name in (METRICS, EVENTS):
-            kept = [line for line in read_lines(self.path / name) if line["step"] <= step]
+            kept = [line for line in read_lines(self.path / name) if _until(step, line)]
             self._replace(name, "".join(json.dumps(line) + "\n" for line in kept))
         (self.path / SUMMARY).unlink(missing_ok=True)  # it told of an end that was none
 
@@ -143,6 +147,12 @@ class RunFolder:
             yield
         except OSError as error:
             raise WriteError(f"{self.path / name}: cannot be written: {error.strerror}") from error
+
+
+def _until(step: int, line: Mapping[str, Any]) -> bool:
+    """Whether a record is of `step` or before; one without a step is damaged, and is not."""
+    found = line.get("step")
+    return isinstance(found, int) and found <= step
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -206,9 +216,31 @@ def resolved(file: ExperimentFile, cell: Cell, device: str) -> dict[str, Any]:
 
 def _versions(file: ExperimentFile) -> dict[str, str]:
     return {
-        "altgrad-core": importlib.metadata.version("altgrad-core"),
+        CORE_DISTRIBUTION: importlib.metadata.version(CORE_DISTRIBUTION),
         **{entry.distribution: entry.version for entry in file.registry.registered},
     }
+
+
+def versions_in_use(experiment: Experiment, registry: Registry) -> dict[str, str]:
+    """Return the versions of the core and of the distributions whose components an experiment names."""
+    named = [
+        registry.find(choice.kind, choice.plugin)
+        for choice in _choices(experiment)
+        if not (isinstance(choice, FormatChoice) and choice.unquantised)
+    ]
+    core = importlib.metadata.version(CORE_DISTRIBUTION)
+    return {CORE_DISTRIBUTION: core, **{entry.distribution: entry.version for entry in named}}
+
+
+def _choices(options: Any) -> Iterator[Choice]:
+    """Yield every component that options name, at any depth."""
+    if isinstance(options, Choice):
+        yield options
+    inner = options if isinstance(options, list | tuple) else []
+    if attrs.has(type(options)):
+        inner = [getattr(options, field.name) for field in attrs.fields(type(options))]
+    for one in inner:
+        yield from _choices(one)
 
 
 def _commit() -> str | None:

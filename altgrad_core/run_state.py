@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from altgrad_core import actions, checkpoint, data
 from altgrad_core.experiment import Experiment
+from altgrad_core.format import Format
 from altgrad_core.groups import GEOMETRY_KEYS
 from altgrad_core.hookspecs import Weight
 from altgrad_core.master_bound import MasterBound
-from altgrad_core.record import RunFolder, differences, now
-from altgrad_core.registry import Registry
+from altgrad_core.record import RunFolder, differences, now, versions_in_use
+from altgrad_core.registry import Registry, UsageError
 from altgrad_core.storage import GridStorage
 from altgrad_core.surgery import WeightQuantizer, quantized_flows, quantizer_of
 from altgrad_core.terminal import Terminal
@@ -35,6 +36,29 @@ class Watched:
     seconds: float = 0.0
     known: set[str] = attrs.field(factory=set)
     """Metrics whose names were found right."""
+    looked: bool = False
+    """Whether it has observed a step of this run."""
+
+    def __attrs_post_init__(self) -> None:
+        """Raise UsageError where `every` or `needs` is not what the contract says."""
+        every = getattr(self.plugin, "every", 1)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise UsageError(
+                f"{self.name} of {self.owner}: every is {every!r}; it must be a whole number from 1"
+            )
+        self.needs()
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the plugin's `needs` as of now. Raises UsageError where they are no names."""
+        try:
+            found = self.plugin.needs
+        except Exception as error:
+            raise UsageError(self.error("needs", error)) from error
+        if isinstance(found, str) or not isinstance(found, Collection):
+            raise UsageError(
+                f"{self.name} of {self.owner}: needs is {found!r}; it must be a collection of names"
+            )
+        return tuple(found)
 
     def error(self, method: str, error: BaseException) -> str:
         return f"{self.name} of {self.owner}: {method} raised {type(error).__name__}: {error}"
@@ -53,6 +77,8 @@ class Interval:
     clipped: list[Tensor] = attrs.field(factory=list)
     totals: dict[str, list[Tensor | float]] = attrs.field(factory=dict)
     """`<monitor>/<quantity>` to its totals in the steps observed, of quantities that an epoch sums up."""
+    counted: int = 0
+    """How many of the losses the running epoch has in its sum already; of the totals it has none."""
     seconds: float = 0.0
     since: float | None = attrs.field(factory=now)
 
@@ -67,7 +93,7 @@ class Interval:
     def state_dict(self) -> dict[str, Any]:
         lists = {"losses": self.losses, "norms": self.norms, "clipped": self.clipped}
         stacked = {name: torch.stack(one) for name, one in lists.items() if one}
-        return {"seconds": self.seconds, "totals": self.totals, **stacked}
+        return {"seconds": self.seconds, "counted": self.counted, "totals": self.totals, **stacked}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Interval:
@@ -80,7 +106,8 @@ class Interval:
             name: [value.to(device) if isinstance(value, Tensor) else value for value in values]
             for name, values in state["totals"].items()
         }
-        return cls(losses=losses, norms=norms, clipped=clipped, totals=totals, seconds=state["seconds"])
+        counted, seconds = state["counted"], state["seconds"]
+        return cls(losses, norms, clipped, totals, counted=counted, seconds=seconds)
 
 
 @attrs.define(eq=False)
@@ -92,17 +119,25 @@ class Epoch:
     totals: dict[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
     """`<monitor>/<quantity>` to the float64 sum of its totals, and the number of observations in it."""
 
-    def add(self, interval: Interval, counted: Callable[[str], bool]) -> None:
-        """Add an interval; where a quantity is `counted` undefined by NaN, NaN is no observation."""
-        losses = torch.stack(interval.losses).sum()
+    def add(self, interval: Interval, may_be_undefined: Callable[[str], bool], dead: Tensor | bool) -> None:
+        """Add what is new in an interval; where a quantity may be undefined, NaN is no observation.
+
+        dead: whether a weight is not finite: NaN then says just that.
+        """
+        losses = torch.stack(interval.losses[interval.counted :]).double().sum()
         self.loss = losses if self.loss is None else self.loss + losses
-        self.steps += len(interval.losses)
+        self.steps += len(interval.losses) - interval.counted
         for name, values in interval.totals.items():
             found = _stacked(values, losses.device)
-            there = ~found.isnan() if counted(name) else torch.ones_like(found, dtype=torch.bool)
+            there = (
+                (~found.isnan() | dead)
+                if may_be_undefined(name)
+                else torch.ones_like(found, dtype=torch.bool)
+            )
             both = torch.where(there, found, 0.0).sum(), there.sum()
             before = self.totals.get(name)
             self.totals[name] = both if before is None else (before[0] + both[0], before[1] + both[1])
+        interval.counted, interval.totals = len(interval.losses), {}
 
     def forget(self, monitor: str) -> None:
         """Leave out a monitor that is dropped: what it saw is not the epoch."""
@@ -163,9 +198,13 @@ class Run:
     best: dict[str, float] = attrs.field(factory=dict)
     last: dict[str, float] = attrs.field(factory=dict)
     observed: dict[str, Tensor | float] = attrs.field(factory=dict)
-    """The newest value of every metric of a monitor."""
+    """What each monitor said when it last observed a step."""
+    fresh: set[str] = attrs.field(factory=set)
+    """Those of `observed` that are of the step before: what policies are shown."""
     unlogged: set[str] = attrs.field(factory=set)
     """Those of `observed` that no line of metrics has shown."""
+    scales_before: dict[str, tuple[Format, Tensor]] = attrs.field(factory=dict)
+    """Format and scale of each quantised weight as the step began, where a monitor needs them."""
     interval: Interval = attrs.field(factory=Interval)
     message: str = ""
     """Why a policy stopped the run; empty unless one did."""
@@ -191,12 +230,14 @@ class Run:
 
     def save(self, name: str | None = None) -> None:
         """Write a checkpoint of this moment; unnamed ones are numbered by step and pruned."""
+        plugins = self._plugin_states()
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             for key in GEOMETRY_KEYS:
                 group.pop(key, None)
         state = {
             "step": self.step,
+            "versions": versions_in_use(self.experiment, self.registry),
             "options": self.experiment.plain(),
             "optimizer": optimizer,
             "storage": self.storage.state_dict() if self.storage else None,
@@ -208,7 +249,8 @@ class Run:
             "adjustments": {name: quantizer.adjustment for name, quantizer in self._quantizers()},
             "switches": list(self.switches),
             "action_counts": self.action_counts,
-            "plugins": {watched.name: _state(watched.plugin) for watched in (*self.monitors, *self.policies)},
+            "plugins": plugins,
+            "looked": [watched.name for watched in self.monitors if watched.looked],
             "lr_factor": self.lr_factor,
             "best": self.best,
             "last": self.last,
@@ -216,6 +258,7 @@ class Run:
             "epoch": self.epoch.state_dict(),
             "was_finite": self.was_finite,
             "observed": self.observed,
+            "fresh": sorted(self.fresh),
             "unlogged": sorted(self.unlogged),
             "interval": self.interval.state_dict(),
             "message": self.message,
@@ -229,6 +272,12 @@ class Run:
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint of the same experiment. Raises CheckpointError where it is another's."""
         state = saved.state
+        versions = versions_in_use(self.experiment, self.registry)
+        if changed := differences(state.get("versions", {}), versions):
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: its checkpoint was written by other versions: {'; '.join(changed)}; "
+                "install those again, or start anew with --out"
+            )
         if changed := differences(state["options"], self.experiment.plain()):
             raise checkpoint.CheckpointError(
                 f"{self.folder.path}: its checkpoint was written with other options: {'; '.join(changed)}; "
@@ -251,10 +300,6 @@ class Run:
         for name, flow in quantized_flows(self.model).items():
             flow.load_state_dict(state["flows"][name])
         self.monitors = [one for one in self.monitors if one.name in state["plugins"]]  # one was dropped
-        for watched in (*self.monitors, *self.policies):
-            load = getattr(watched.plugin, "load_state_dict", None)
-            if load is not None and state["plugins"].get(watched.name) is not None:
-                load(state["plugins"][watched.name])
         self.step, self.lr_factor, self.seconds = state["step"], state["lr_factor"], state["seconds"]
         self.best, self.last, self.was_finite = state["best"], state["last"], state["was_finite"]
         self.observed = {
@@ -263,13 +308,64 @@ class Run:
         }
         self.epoch = Epoch.of(state["epoch"], self.device)
         self.action_counts = {policy: dict(kinds) for policy, kinds in state["action_counts"].items()}
-        checkpoint.set_random_state(state["random"])
         self.unlogged, self.interval = set(state["unlogged"]), Interval.of(state["interval"], self.device)
+        self.fresh = set(state["fresh"])
+        for watched in self.monitors:
+            watched.looked = watched.name in state["looked"]
+            watched.known = {name for name in self.observed if name.startswith(f"{watched.name}/")}
+        self._load_plugin_states(state["plugins"])
+        checkpoint.set_random_state(state["random"])
         self.message = state["message"]
         if self.message:
             self.outcome = "stopped"
         if changed := differences(state["machine"], self._machine()):
             self.warn(f"{'; '.join(changed)}: results may differ in bits from a run without a pause")
+
+    def _plugin_states(self) -> dict[str, Any]:
+        """Return what monitors and policies save; a monitor that fails at it is dropped."""
+        states = {}
+        for watched in (*self.monitors, *self.policies):
+            save = getattr(watched.plugin, "state_dict", None)
+            try:
+                found = save() if save is not None else None
+                checkpoint._packed(found, "", {})  # raises for what no checkpoint can hold
+                states[watched.name] = found
+            except Exception as error:  # noqa: BLE001 - it is the plugin's, and named
+                self._failed(watched, "state_dict", error)
+        return states
+
+    def _load_plugin_states(self, states: Mapping[str, Any]) -> None:
+        for watched in (*self.monitors, *self.policies):
+            load = getattr(watched.plugin, "load_state_dict", None)
+            if load is not None and states.get(watched.name) is not None:
+                try:
+                    load(states[watched.name])
+                except UsageError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - it is the plugin's, and named
+                    self._failed(watched, "load_state_dict", error)
+
+    def _failed(self, watched: Watched, method: str, error: Exception) -> None:
+        """Drop a monitor whose method raised. Raises PluginFailure for a policy's."""
+        if watched not in self.monitors:
+            raise PluginFailure(watched.error(method, error)) from error
+        self.drop(watched, method, error)
+
+    def drop(self, watched: Watched, method: str, error: BaseException) -> None:
+        """Take a monitor out of the run, with everything that it has reported."""
+        self.monitors.remove(watched)
+        mine = f"{watched.name}/"
+        theirs = (mine, f"epoch/{mine}", f"cost/{watched.name}")
+        self.observed = {name: one for name, one in self.observed.items() if not name.startswith(mine)}
+        self.last = {name: one for name, one in self.last.items() if not f"{name}/".startswith(theirs)}
+        self.unlogged &= self.observed.keys()
+        self.fresh &= self.observed.keys()
+        totals = self.interval.totals
+        self.interval.totals = {name: one for name, one in totals.items() if not name.startswith(mine)}
+        self.epoch.forget(watched.name)
+        readers = [one.name for one in self.policies if any(need.startswith(mine) for need in one.needs())]
+        without = f"; without its metrics: {', '.join(readers)}" if readers else ""
+        self.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on{without}")
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take up an optimizer's state; formats and scales stay the run's own."""
@@ -298,7 +394,7 @@ class Run:
                 value=parameter.detach(),
                 layer=self.layers[name],
                 format=quantizer.format if quantizer else None,
-                scale=_seen(quantizer.scale, parameter) if quantizer else None,
+                scale=scale_seen(quantizer.scale, parameter) if quantizer else None,
                 storage="grid" if quantizer and quantizer.stored else "master",
             )
             for name, parameter in self.trained.items()
@@ -330,11 +426,6 @@ class Run:
                 yield name, quantizer
 
 
-def _seen(scale: Tensor, parameter: Tensor) -> Tensor:
+def scale_seen(scale: Tensor, parameter: Tensor) -> Tensor:
     """Return a weight's scale as monitors see it: 0-d, or for channels and blocks of the weight's shape."""
     return scale.expand_as(parameter) if scale.dim() else scale
-
-
-def _state(plugin: Any) -> Any:
-    save = getattr(plugin, "state_dict", None)
-    return save() if save is not None else None

@@ -20,9 +20,11 @@ from torch import Tensor
 from altgrad_core import checkpoint
 from altgrad_core.actions import carry_out
 from altgrad_core.hookspecs import Action, AdjustScale, SkipStep, Step, Stop, SwitchFormat
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.record import now
 from altgrad_core.registry import UsageError
-from altgrad_core.run_state import PluginFailure, Run, Watched
+from altgrad_core.run_state import PluginFailure, Run, Watched, scale_seen
+from altgrad_core.untouched import Untouched, streams_kept, together
 
 READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
 """What policies are always given."""
@@ -37,11 +39,15 @@ EPOCH_SUMMARIES = ("sum", "mean", "")
 
 
 def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
-    """Make the step's one host read and return the first action of a policy, None where all is well."""
+    """Make the step's one host read and return the first action of a policy, None where all is well.
+
+    Policies are shown what was observed in the step before: an older observation is not shown twice.
+    """
+    fresh, run.fresh = run.fresh, set()
     if not run.policies:
         return None
-    needs = [need for policy in run.policies for need in policy.plugin.needs]
-    wanted = {need: run.observed[need] for need in needs if need in run.observed}
+    needs = [need for policy in run.policies for need in policy.needs()]
+    wanted = {need: run.observed[need] for need in needs if need in fresh}
     read = dict(
         zip(
             ["train/loss", "train/gradient_norm", *wanted],
@@ -145,7 +151,7 @@ def due_monitors(run: Run, index: int) -> list[Watched]:
         need.partition("/")[0]
         for policy in run.policies
         if index % getattr(policy.plugin, "every", 1) == 0
-        for need in policy.plugin.needs
+        for need in policy.needs()
     }
     return [
         watched
@@ -156,7 +162,7 @@ def due_monitors(run: Run, index: int) -> list[Watched]:
 
 def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     """Keep what the due monitors need of the moment before the step: the quantised weights, by name."""
-    needs = _needs(due)
+    begun, needs = now(), _needs(due)
     before = {name: parameter.detach().clone() for name, parameter in run.quantized.items()} if needs else {}
     if run.storage is not None:
         kept = before if "intended" in needs else {}
@@ -166,31 +172,115 @@ def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
         }
     if hasattr(run.optimizer, "watch"):
         run.optimizer.watch = "intended" in needs
+    _keep_scales(run, before, anew=False)
+    _charge([watched for watched in due if watched.needs()], now() - begun)
     return before
 
 
+def keep_scales(run: Run) -> None:
+    """Keep the weights' scales as a step begins, where a monitor that is due needs what was before it."""
+    begun, run.scales_before = now(), {}
+    due = [watched for watched in due_monitors(run, run.step + 1) if "before" in watched.needs()]
+    if due:
+        _keep_scales(run, run.quantized, anew=True)
+        _charge(due, now() - begun)
+
+
+def _keep_scales(run: Run, names: Collection[str], *, anew: bool) -> None:
+    """Keep scales beside their formats; unless anew, of weights alone whose format has changed since."""
+    quantizers = {name: quantizer_of(run.trained[name]) for name in names}
+    wanted = {
+        name: quantizer
+        for name, quantizer in quantizers.items()
+        if quantizer is not None and (anew or not _as_kept(run, name, quantizer))
+    }
+    copies = together([quantizer.scale for quantizer in wanted.values()])
+    for (name, quantizer), scale in zip(wanted.items(), copies, strict=True):
+        run.scales_before[name] = quantizer.format, scale
+
+
+def _as_kept(run: Run, name: str, quantizer: WeightQuantizer) -> bool:
+    """Whether a weight has the format, and the shape of scale, that it had when its scale was kept."""
+    if name not in run.scales_before:
+        return False
+    format, scale = run.scales_before[name]
+    same = format is quantizer.format or format == quantizer.format
+    return same and scale.shape == quantizer.scale.shape
+
+
 def _needs(due: Collection[Watched]) -> set[str]:
-    return {need for watched in due for need in watched.plugin.needs}
+    return {need for watched in due for need in watched.needs()}
+
+
+def _charge(due: Collection[Watched], seconds: float) -> None:
+    """Share the time of what the core does for monitors among them."""
+    for watched in due:
+        watched.seconds += seconds / len(due)
 
 
 def observe_after(run: Run, due: list[Watched], loss: Tensor, before: Mapping[str, Tensor]) -> None:
     """Show the due monitors the step that has just been taken, and keep what they report on the device."""
+    _observe(run, due, "observe", loss, before)
+    run.scales_before = {}
+
+
+def observe_skipped(run: Run, loss: Tensor) -> None:
+    """Show a step whose update was skipped to the due monitors that have a method `skipped`."""
+    due = [one for one in due_monitors(run, run.step) if hasattr(one.plugin, "skipped")]
+    _observe(run, due, "skipped", loss, {})
+
+
+def _observe(run: Run, due: list[Watched], method: str, loss: Tensor, before: Mapping[str, Tensor]) -> None:
     if not due:
         return
-    step = _seen(run, loss, before, _needs(due))
+    begun = now()
+    step, held = _seen(run, loss, before, _needs(due) if method == "observe" else set()), Untouched(run)
+    _charge(due, now() - begun)
+    first = [watched for watched in due if not watched.looked]
     for watched in due:
         begun = now()
         try:
-            with _looking_only(run, watched):
-                metrics = _checked(watched, watched.plugin.observe(step))
-            run.observed.update(metrics)
-            run.unlogged.update(metrics)
-            _keep_totals(run, watched, metrics)
+            with _looking_only(run, watched, held):
+                metrics = _checked(watched, getattr(watched.plugin, method)(step))
+            _keep(run, watched, metrics)
+            watched.looked |= method == "observe"
         except PluginFailure:
             raise
         except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
-            drop(run, watched, "observe", error)
+            run.drop(watched, method, error)
         watched.seconds += now() - begun
+    _warn_of_silent(run, first)
+
+
+def _warn_of_silent(run: Run, first: list[Watched]) -> None:
+    """Warn of monitors that had nothing to report of the first step that they saw, unless they never have."""
+    silent = [
+        watched.name + _chosen(watched)
+        for watched in first
+        if watched.looked and not watched.known and getattr(watched.plugin, "provides", True)
+    ]
+    if silent:
+        run.warn(f"nothing to report: {', '.join(silent)}; no layer that matches has what is measured")
+
+
+def _keep(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> None:
+    """Keep what a monitor said of the step; of what it said before and leaves out now nothing stays."""
+    for name in watched.known.difference(metrics):
+        run.observed.pop(name, None)
+        run.unlogged.discard(name)
+    run.observed.update(metrics)
+    run.unlogged.update(metrics)
+    run.fresh.update(metrics)
+    _keep_totals(run, watched, metrics)
+
+
+def _chosen(watched: Watched) -> str:
+    """Return what a warning says of the layers that a monitor was told to watch."""
+    own = (getattr(watched.plugin, name, None) for name in ("options", "_options"))
+    for holder in (watched.plugin, *own):
+        if isinstance(layers := getattr(holder, "layers", None), str):
+            return f" (layers = {layers!r})"
+    return ""
 
 
 def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> None:
@@ -203,19 +293,17 @@ def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | floa
 
 
 @contextlib.contextmanager
-def _looking_only(run: Run, watched: Watched) -> Iterator[None]:
-    """Give the global random streams back as they were; raise PluginFailure where a weight was written."""
-    before = [parameter._version for parameter in run.trained.values()]
+def _looking_only(run: Run, watched: Watched, held: Untouched) -> Iterator[None]:
+    """Give the global random streams back as they were; raise PluginFailure where something was written."""
     try:
-        with torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        with torch.no_grad(), streams_kept(run.device):
             yield
     finally:
-        for version, (name, parameter) in zip(before, run.trained.items(), strict=True):
-            if parameter._version != version:
-                raise PluginFailure(
-                    f"{watched.name} of {watched.owner} wrote to {name} in place; a monitor may only read: "
-                    "clone first"
-                )
+        if (what := held.written()) is not None:
+            raise PluginFailure(
+                f"{watched.name} of {watched.owner} wrote to {what} in place; a monitor may only read: "
+                "clone first"
+            )
 
 
 def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) -> Step:
@@ -230,6 +318,7 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
             counts[name] = own_counts[parameter]
     recorded = {name: stored[run.trained[name]] for name in before if run.trained[name] in stored}
     intended = Updates(recorded, run.trained, before) if "intended" in needs else {}
+    scales = {name: scale_seen(run.scales_before[name][1], run.trained[name]) for name in before}
     return Step(
         index=run.step,
         loss=loss,
@@ -237,6 +326,7 @@ def _seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str])
         gradients=gradients,
         before=before if "before" in needs else {},
         intended=intended,
+        scales_before=scales if "before" in needs else {},
         intended_in_rungs=bool(getattr(run.optimizer, "intended_in_rungs", False)),
         counts=counts,
     )
@@ -283,21 +373,6 @@ def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping
     return metrics
 
 
-def drop(run: Run, watched: Watched, method: str, error: BaseException) -> None:
-    """Take a monitor out of the run, with everything that it has reported."""
-    run.monitors.remove(watched)
-    mine = f"{watched.name}/"
-    run.observed = {name: one for name, one in run.observed.items() if not name.startswith(mine)}
-    run.unlogged = {name for name in run.unlogged if not name.startswith(mine)}
-    run.interval.totals = {
-        name: one for name, one in run.interval.totals.items() if not name.startswith(mine)
-    }
-    run.epoch.forget(watched.name)
-    readers = [one.name for one in run.policies if any(need.startswith(mine) for need in one.plugin.needs)]
-    without = f"; without its metrics: {', '.join(readers)}" if readers else ""
-    run.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on{without}")
-
-
 def call_each(run: Run, method: str, *arguments: Any) -> None:
     """Call an optional method of every monitor and policy that has it.
 
@@ -308,11 +383,11 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
         if call is None:
             continue
         try:
-            with _looking_only(run, watched):
+            with _looking_only(run, watched, Untouched(run)):
                 call(*arguments)
         except (PluginFailure, UsageError):
             raise
         except Exception as error:
             if watched not in run.monitors:
                 raise PluginFailure(watched.error(method, error)) from error
-            drop(run, watched, method, error)
+            run.drop(watched, method, error)

@@ -1,8 +1,8 @@
 """The cells of a grid in processes of their own: one that dies takes no other with it.
 
 Ctrl-C and SIGTERM go to the command; it passes them on as SIGTERM, which every run answers with a checkpoint,
-starts no further cell, and leaves no process behind. Workers ignore SIGINT until their run answers it, for a
-terminal sends it to the whole group.
+starts no further cell, and leaves no process behind; nor does a command that is killed. Workers ignore SIGINT
+until their run answers it, for a terminal sends it to the whole group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import collections
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -59,7 +61,18 @@ def _start(cell: str, run_cell: Callable[[str], CellResult], running: _Running) 
 
 
 def _work(run_cell: Callable[[str], CellResult], cell: str, writing: Connection) -> None:
-    writing.send(run_cell(cell))
+    threading.Thread(target=_outlive_no_command, daemon=True).start()
+    result = run_cell(cell)
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to read it
+        writing.send(result)
+
+
+def _outlive_no_command() -> None:
+    """Have this process end as on SIGTERM, with a checkpoint, when the command's own is gone."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    multiprocessing.connection.wait([command.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _result(connection: Connection, cell: str, process: Any, asked: Sequence[str]) -> CellResult:

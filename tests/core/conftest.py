@@ -5,7 +5,7 @@ import importlib.metadata
 import itertools
 import sys
 import textwrap
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 import pytest
@@ -63,6 +63,7 @@ class AdamWOptions:
 
 @attrs.frozen(kw_only=True)
 class GridOptimOptions:
+    step_size: ClassVar[str] = "step_scale"
     step_scale: float = option("rungs per step", default=6.0, validator=above(0))
     normalize: Literal["none", "adam"] = option("direction", default="none")
     stiffness: StiffnessChoice = option("formula", default=StiffnessChoice("grid"))

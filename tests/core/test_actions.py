@@ -1,6 +1,7 @@
 """Actions on formats and scales: on quantisers, on storage, and through a run that has plugins of its own."""
 
 import copy
+import math
 import pathlib
 import textwrap
 
@@ -14,7 +15,7 @@ from altgrad_core.experiment_file import load_experiment
 from altgrad_core.flow_quantizer import FlowQuantizer
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.groups import param_groups
-from altgrad_core.hookspecs import AdjustScale, SwitchFormat
+from altgrad_core.hookspecs import AdjustScale, ClipGradients, ScaleLearningRate, SwitchFormat
 from altgrad_core.layer_recipes import LayerRecipes
 from altgrad_core.master_bound import MasterBound
 from altgrad_core.quantizer import quantizer_of
@@ -111,6 +112,23 @@ def test_an_adjusted_grid_scale_is_the_rules_own_times_the_factor(table):
             one.adapt(size.reshape(1))
         assert float(adjusted.scales[0]) == 0.125 * float(plain.scales[0])
     assert int(plain.rescales) > 10
+
+
+# --- numbers in actions ------------------------------------------------------------------------------
+
+NO_LIMITS = [math.nan, math.inf, -1.0, 0.0, "0.5", None]
+
+
+@pytest.mark.parametrize("number", NO_LIMITS)
+def test_a_number_that_is_not_finite_or_not_above_zero_cannot_be_carried_out(number):
+    for action in (ScaleLearningRate(reason="", factor=number), ClipGradients(reason="", norm=number)):
+        with pytest.raises(ValueError, match=rf"(factor|norm)={number!r} is no finite number above 0"):
+            actions.carry_out(None, action)
+
+
+def test_rates_may_rise_and_norms_be_small():
+    assert actions.carry_out(None, ScaleLearningRate(reason="", factor=3)) == {}
+    assert actions.carry_out(None, ClipGradients(reason="", norm=1e-30)) == {}
 
 
 # --- weights on a grid -------------------------------------------------------------------------------

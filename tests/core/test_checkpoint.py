@@ -44,6 +44,17 @@ def test_a_damaged_file_is_refused_by_name(file, damage, tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("other", [b" ", b"\n", b"0", b"}", b"\xff"])
+def test_no_byte_of_the_manifest_may_be_another(other, tmp_path):
+    manifest = save(tmp_path) / checkpoint.MANIFEST
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        if whole[place : place + 1] != other:
+            manifest.write_bytes(whole[:place] + other + whole[place + 1 :])
+            with pytest.raises(CheckpointError):
+                checkpoint.load(manifest.parent)
+
+
 def test_the_newest_whole_checkpoint_is_found_and_the_damage_told(tmp_path):
     save(tmp_path, 1)
     (save(tmp_path, 2) / checkpoint.MANIFEST).write_text("{")

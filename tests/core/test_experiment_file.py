@@ -513,7 +513,7 @@ def test_an_unknown_device_is_at_its_table(mistakes):
             "data.tokenizer = 'bpe:abc'",
             'e.toml:2: data.tokenizer: expected "bytes", "gpt2", or "bpe:N" with N',
         ),
-        ('"a\\nb" = 1', "e.toml:2: \"a\\nb\": unknown key 'a\\nb'; the keys are: name, seed, steps, data,"),
+        ('"a\\nb" = 1', "e.toml:2: \"a\\nb\": unknown key 'a\\nb'; the keys are: name, seed, steps,"),
         ('on.cpu."a b" = 1', "e.toml:2: on.cpu: 'a b' is no dotted key"),
         ('grid."a b" = [1]', "e.toml:2: grid: 'a b' is no dotted key"),
         ("train.freeze = ['(']", "e.toml:2: train.freeze: '(' is no regular expression: missing )"),

@@ -31,7 +31,8 @@ PLUGIN = '''
 
 import attrs
 
-from altgrad_core.hookspecs import AdjustScale, Component, SkipStep, Stop, SwitchFormat, hookimpl
+from altgrad_core.hookspecs import AdjustScale, ClipGradients, Component, ScaleLearningRate, SkipStep
+from altgrad_core.hookspecs import Stop, SwitchFormat, hookimpl
 from altgrad_core.options import option
 
 
@@ -54,6 +55,10 @@ class Scripted:
             return SwitchFormat(reason="as the script says", layers=rest[0], to=rest[1])
         if kind == "adjust":
             return AdjustScale(reason="so", layers=rest[0], factor=float(rest[1]), of=rest[2])
+        if kind in ("rate", "clip"):
+            number = float(rest[0])
+            rate, clip = ScaleLearningRate(reason="", factor=number), ClipGradients(reason="", norm=number)
+            return rate if kind == "rate" else clip
         return {"skip": SkipStep(reason="s"), "stop": Stop(reason="s"), "odd": "odd"}.get(kind)
 
 
@@ -396,6 +401,10 @@ def test_the_event_tells_layers_formats_and_numbers(write, tmp_path):
         ("2 switch mlp E5M2", r"SwitchFormat cannot .*'mlp' matches no layer"),
         ("2 adjust .* 0.3 weights", r"AdjustScale cannot .*no power of two"),
         ("2 adjust .* 0.5 gradients", r"AdjustScale cannot .*no layer has quantised gradients"),
+        ("2 rate nan", r"ScaleLearningRate cannot be carried out: factor=nan is no finite number above 0"),
+        ("2 rate -1", r"ScaleLearningRate cannot .*factor=-1\.0"),
+        ("2 clip nan", r"ClipGradients cannot .*norm=nan"),
+        ("2 clip -1", r"ClipGradients cannot .*norm=-1\.0"),
         ("2 odd", r"decide answered 'odd'; it must be an action"),
     ],
 )

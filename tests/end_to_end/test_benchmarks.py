@@ -400,3 +400,118 @@ def test_monitors_prints_every_installed_one_and_multiples_of_adamw(watching, ca
     assert ("master", "founding tracker: quantises twice") in raced
     targets = {who for (_, who), row in raced.items() if row["target"] is not None}
     assert targets == {"flip + stall"}
+
+
+# --- training ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for tokens and compiled loops, for all tests of training."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def training(benchmark, monkeypatch, cache, capsys):
+    """Return a function (flags) -> what train.py prints as JSON, for a model as small as can be."""
+    monkeypatch.setenv("ALTGRAD_CACHE", str(cache))
+    sizes = "--n-layer 2 --n-head 1 --n-embd 16 --block-size 8 --threads 1 --turns 3 --json"
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *sizes.split(), *flags.split()])
+        before = torch.get_num_threads()
+        try:
+            benchmark("train").main()
+        finally:
+            torch.set_num_threads(before)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    """A folder whose model.py has upstream's names: this repository's GPT under them."""
+    (tmp_path / "model.py").write_text(
+        "import types, torch\nfrom altgrad_core import model\n"
+        "from altgrad_core.experiment import ModelOptions\n"
+        "def GPTConfig(vocab_size, **options):\n"
+        "    return types.SimpleNamespace(vocab_size=vocab_size, options=ModelOptions(**options))\n"
+        "def GPT(config):\n"
+        "    return model.GPT(config.options, config.vocab_size, torch.Generator())\n"
+    )
+    return tmp_path
+
+
+def test_train_races_every_arm_and_upstream_at_every_batch_size(training, nanogpt):
+    rows = training(f"--only steps --batch-sizes 1 2 --upstream {nanogpt}")["steps"]
+    arms = [
+        "unquantised",
+        "unquantised, again",
+        "upstream nanoGPT",
+        "weights",
+        "weights on the grid",
+        "weights, activations, gradients",
+    ]
+    assert sorted((row["batch_size"], row["who"]) for row in rows) == [
+        (n, who) for n in (1, 2) for who in arms
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(8 * row["batch_size"] / row["seconds"])
+        assert (row["ratio"] is None) == (row["who"] == "unquantised")
+    assert {row["who"]: row["target"] for row in rows if row["target"]} == {
+        "weights": 1.1,
+        "weights, activations, gradients": 1.5,
+        "upstream nanoGPT": 1.0,
+    }
+
+
+def test_a_slower_upstream_meets_its_target_and_a_slower_arm_does_not(benchmark):
+    rows = benchmark("train").rows
+    slow = {"weights": [2.0, 2.4, 2.2], "upstream nanoGPT": [2.0, 2.4, 2.2]}
+    plain, *others = rows([1.0, 1.2, 1.1], slow, batch_size=1, tokens=11, device="cpu")
+    assert (plain.who, plain.tokens_per_second, plain.ratio, plain.met) == ("unquantised", 10.0, None, None)
+    found = {row.who: (row.ratio, row.tokens_per_second, row.met) for row in others}
+    assert found == {"weights": (2.0, 5.0, False), "upstream nanoGPT": (2.0, 5.0, True)}
+
+
+def test_the_memory_of_quantised_weights_is_one_copy_of_them_and_that_of_stored_ones_none(training):
+    rows = {row["who"]: row for row in training("--only memory --batch-sizes 1")["memory"]}
+    assert len(rows) == 6
+    parameters = 2 * 12 * 16**2 + (256 + 8 + 5) * 16
+    assert {row["parameters"] for row in rows.values()} == {parameters}
+    more = {who: row["extra_per_parameter"] for who, row in rows.items()}
+    assert more["weights"] == pytest.approx(4 * 2 * 12 * 16**2 / parameters, abs=0.1)
+    assert more["weights on the grid"] == pytest.approx(0, abs=0.1)
+    assert 0 < more["weights on the grid, flips"] <= 1.1
+    assert rows["unquantised"]["bytes"] > 16 * parameters  # weights, gradients, two moments
+
+
+def test_the_most_that_was_held_follows_from_allocations(benchmark):
+    memory = benchmark("train_memory")
+    with memory.silent_profiler() as profiled:
+        one = torch.zeros(1000)
+        other = torch.zeros(500)
+        del one
+        other = torch.cat([other, other])
+        del other
+    assert memory.most_held(profiled) == pytest.approx(6000, abs=100)
+
+
+@pytest.mark.slow  # nine processes, three of which import torch
+def test_train_times_the_commands_and_the_way_to_the_first_step(training, tmp_path):
+    path = tmp_path / "e.toml"
+    path.write_text(
+        "name = 'e'\n[data]\nplugin = 'markov'\ntokens = 4000\n[train]\nbatch_size = 1\neval_batches = 1\n"
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 16\nblock_size = 8\n"
+    )
+    rows = {row["command"]: row for row in training(f"--only starts --experiment {path}")["starts"]}
+    assert list(rows) == ["altgrad plugins", "altgrad-run --check", "altgrad-run, to the first step"]
+    assert rows["altgrad-run, to the first step"]["seconds"] > rows["altgrad plugins"]["seconds"] > 0
+    assert [row["target"] for row in rows.values()] == [0.4, 0.4, 6.0]
+    assert [row["cpu_seconds"] is None for row in rows.values()] == [False, False, True]
+
+
+def test_a_run_that_never_gets_to_its_first_step_is_said(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="altgrad-run ended before its first step"):
+        benchmark("starting").seconds_to_first_step(tmp_path / "none.toml", "cpu")

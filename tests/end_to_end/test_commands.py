@@ -200,16 +200,14 @@ COMPONENTS = [pytest.param(entry, id=f"{entry.kind}/{entry.name}") for entry in 
 def test_what_show_prints_can_be_pasted_into_an_experiment(altgrad, entry, tmp_path):
     code, out, _ = altgrad("show", f"{entry.kind}/{entry.name}")
     assert code == 0
-    _, heading, snippet = out.partition("\nin an experiment file\n")
-    if entry.kind == "executor":
-        assert not heading
-        return
+    _, _, snippet = out.partition("\nin an experiment file\n")
     path = tmp_path / "pasted.toml"
     path.write_text(f'name = "pasted"\n{snippet}')
-    (cell,) = load_experiment(path).cells_on["cpu"]
-    assert entry.name in json.dumps(cell.experiment.plain())
+    file = load_experiment(path)
+    (cell,) = file.cells_on["cpu"]
+    assert entry.name in f"{json.dumps(cell.experiment.plain())} {file.executor.plugin}"
     written = tomllib.loads(snippet)
-    assert set(written) <= {"quantize", "optimizer", "data", "monitor", "fallback"}
+    assert set(written) <= {"quantize", "optimizer", "data", "monitor", "fallback", "executor"}
 
 
 # --- altgrad formats ---------------------------------------------------------------------------------

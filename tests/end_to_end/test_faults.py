@@ -1,9 +1,11 @@
 """Runs that are killed, starved and misled: what is left, and what the next command makes of it."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
-import random
+import pickle
 import resource
 import signal
 import subprocess
@@ -12,16 +14,19 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import altgrad_core as altgrad
-from altgrad_core import checkpoint
+from altgrad_core import checkpoint, loop
+from altgrad_core import registry as registry_module
+from altgrad_core.cli import _guarded, run_app
 from altgrad_core.record import read_json, read_lines
 from altgrad_core.registry import UsageError
 
 TINY = """
 name = "tiny"
 seed = 7
-steps = 60
+steps = 30
 [data]
 plugin = "markov"
 tokens = 4000
@@ -36,7 +41,7 @@ batch_size = 4
 gradient_accumulation = 2
 device = "cpu"
 warmup_steps = 2
-eval_every = 10
+eval_every = 9
 eval_batches = 2
 log_every = 7
 checkpoint_every = 3
@@ -89,6 +94,23 @@ def wait_until(condition):
     assert condition()
 
 
+def killed_at(path, out, step):
+    """Run until a step has its checkpoint, 0: until step 1 begins, and no instruction further."""
+
+    def die(whole, run):
+        whole(run)
+        if run.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_checkpoint", functools.partial(die, loop._checkpoint))
+        if step == 0:
+            patch.setattr(loop, "_one_step", functools.partial(die, lambda run: None))
+        with pytest.raises(KeyboardInterrupt):
+            run(path, out)
+    assert not list(out.rglob("summary.json"))
+
+
 def lines(folder, name):
     return [
         {key: value for key, value in line.items() if not key.startswith(CLOCKS)}
@@ -96,31 +118,13 @@ def lines(folder, name):
     ]
 
 
-def state_bytes(folder):
+def state_bytes(folder, step=30):
     """The model's bytes, and the optimizer's tensors', of the last step."""
-    last = folder / "checkpoints" / checkpoint.step_name(60)
+    last = folder / "checkpoints" / checkpoint.step_name(step)
     saved = checkpoint.load(last)
     tensors = {}
     checkpoint._packed(saved.state["optimizer"], "", tensors)
     return (last / checkpoint.MODEL).read_bytes(), {key: one.tolist() for key, one in tensors.items()}
-
-
-@pytest.mark.parametrize(
-    "arm", [arm if arm == "GridOptim" else pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS]
-)
-def test_a_run_that_is_killed_at_random_ends_as_one_that_was_not(arm, write, tmp_path):
-    path = write(TINY + ARMS[arm] + WATCHED)
-    whole, parts = tmp_path / "whole" / "tiny" / "run", tmp_path / "parts" / "tiny" / "run"
-    first, killed = start(path, "--out", tmp_path / "whole"), start(path, "--out", tmp_path / "parts")
-    wait_until(lambda: (parts / "checkpoints" / checkpoint.step_name(3)).exists())
-    time.sleep(random.random() * 0.3)
-    killed.kill()
-    killed.communicate()
-    assert ended(first)[0] == 0
-    assert ended(start(path, "--out", tmp_path / "parts"))[0] == 0
-    assert state_bytes(whole) == state_bytes(parts)
-    assert json.dumps(lines(whole, "metrics.jsonl")) == json.dumps(lines(parts, "metrics.jsonl"))
-    assert lines(whole, "events.jsonl") == lines(parts, "events.jsonl")
 
 
 @pytest.mark.slow
@@ -157,14 +161,15 @@ def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(to_the_group, write,
     assert all(read_json(one / "summary.json")["outcome"] == passed_on for one in folders)
 
 
-def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path):
+def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path, capsys):
     path = write(PLAIN + "lr = 1e30\n[[fallback]]\nplugin='nan_guard'\nnan_patience=2\n")
     overrides = ["train.grad_clip=0.0"]
     first = run(path, tmp_path, *overrides)
     assert first.summary["message"].startswith("nan_guard: the loss was not finite")
     before = (first.folder / "metrics.jsonl").read_text()
-    code, out, _ = ended(start(path, "--out", tmp_path, "--set", *overrides, "--quiet"))
-    assert code == 1
+    capsys.readouterr()
+    assert _guarded(run_app, [str(path), "--out", str(tmp_path), "--set", *overrides, "--quiet"]) == 1
+    out = capsys.readouterr().out
     assert "was stopped at step" in out
     assert "nan_guard" in out
     assert (first.folder / "metrics.jsonl").read_text() == before
@@ -186,19 +191,64 @@ def test_resume_goes_on_in_the_very_folder_it_was_given(write, tmp_path):
     moved.parent.mkdir()
     first.folder.rename(moved)
     (moved / "summary.json").unlink()
-    code, _, err = ended(start(path, "--resume", moved, "--set", "steps=3"))
-    assert code == 0, err
+    assert _guarded(run_app, [str(path), "--resume", str(moved), "--set", "steps=3", "--quiet"]) == 0
     assert (moved / "summary.json").exists()
     assert not first.folder.exists()
 
 
-def test_a_checkpoint_of_other_options_is_refused_by_the_field(write, tmp_path):
-    path = write(PLAIN)
-    first = run(path, tmp_path / "runs")
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("model.n_embd=32", "model.n_embd: 16 -> 32"),
+        ("quantize.format='E5M2'", "quantize.format: 'E4M3' -> 'E5M2'"),
+        ("optimizer.plugin='ManifoldAdamW'", "optimizer.plugin: 'AdamW' -> 'ManifoldAdamW'"),
+    ],
+)
+def test_a_checkpoint_of_other_options_is_refused_by_the_field(override, field, write, tmp_path):
+    path = write(TINY + ARMS["AdamW"])
+    first = run(path, tmp_path / "runs", "steps=3")
     for name in ("resolved.json", "summary.json"):
         (first.folder / name).unlink()
-    with pytest.raises(UsageError, match=r"n_embd: 16 -> 32"):
-        run(path, tmp_path / "runs", "model.n_embd=32")
+    with pytest.raises(UsageError) as refused:
+        run(path, tmp_path / "runs", "steps=3", override)
+    assert field in str(refused.value)
+    assert "--out" in str(refused.value)
+
+
+def rewritten(result, change):
+    """Let a finished run's last checkpoint be what `change` makes of its state, and the run be unfinished."""
+    (result.folder / "summary.json").unlink()
+    found, _ = checkpoint.newest(result.folder / "checkpoints")
+    change(found.state)
+    checkpoint.save(
+        result.folder / "checkpoints", checkpoint.step_name(found.state["step"]), found.model, found.state
+    )
+
+
+@pytest.mark.parametrize("distribution", ["altgrad-core", "altgrad-optim", "altgrad-formats"])
+def test_a_checkpoint_of_another_version_of_a_plugin_is_refused_by_its_name(distribution, write, tmp_path):
+    path = write(TINY + ARMS["AdamW"])
+    rewritten(run(path, tmp_path, "steps=3"), lambda state: state["versions"].update({distribution: "0.0.7"}))
+    with pytest.raises(UsageError, match=rf"{distribution}: '0.0.7' -> '0.1.0'; install those again, or"):
+        run(path, tmp_path, "steps=3")
+
+
+def test_a_plugin_that_a_run_does_not_use_may_change(write, tmp_path):
+    path = write(PLAIN)
+    result = run(path, tmp_path, "steps=3")
+    found, _ = checkpoint.newest(result.folder / "checkpoints")
+    assert found.state["versions"].keys() == {"altgrad-core", "altgrad-data", "altgrad-optim"}
+
+
+@pytest.mark.parametrize(("field", "other"), [("threads", 64), ("torch", "2.8.0"), ("device", "cuda")])
+def test_another_machine_is_warned_of_and_the_run_goes_on(field, other, write, tmp_path):
+    path = write(PLAIN)
+    rewritten(run(path, tmp_path, "steps=3"), lambda state: state["machine"].update({field: other}))
+    result = run(path, tmp_path, "steps=3")
+    assert result.outcome == "finished"
+    (warning,) = [line for line in lines(result.folder, "events.jsonl") if line["event"] == "warning"]
+    assert warning["message"].startswith(f"{field}: {other!r} -> ")
+    assert "may differ in bits" in warning["message"]
 
 
 def test_a_run_begun_on_another_device_says_which(write, tmp_path):
@@ -211,19 +261,50 @@ def test_a_run_begun_on_another_device_says_which(write, tmp_path):
         run(path, tmp_path / "runs", "steps=3")
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(write, tmp_path):
-    path = write(PLAIN)
-    run(path, tmp_path, "steps=3")
-    size = (tmp_path / "tiny" / "run" / "checkpoints" / "step_00000003" / "state.json").stat().st_size
+@contextlib.contextmanager
+def starved(limit):
+    """In here files end at `limit` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def starve():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-    code, _, err = ended(start(path, "--out", tmp_path / "starved", preexec_fn=starve))
+def grown(folder):
+    """Room for one line more of metrics."""
+    return (folder / "metrics.jsonl").stat().st_size + 1500
+
+
+def halved(folder):
+    """Room for half of the largest file of a checkpoint."""
+    return max(path.stat().st_size for path in folder.rglob("step_*/*")) // 2
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "refused"),
+    [
+        (TINY + ARMS["AdamW"], halved, "checkpoints/"),
+        ((TINY + ARMS["AdamW"] + WATCHED).replace("log_every = 7", "log_every = 1"), grown, "metrics.jsonl"),
+    ],
+    ids=["checkpoint", "metrics"],
+)
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_there(
+    text, room, refused, write, tmp_path, capsys
+):
+    path, folder = write(text), tmp_path / "tiny" / "run"
+    killed_at(path, tmp_path, 9)
+    with starved(room(folder)):
+        code = _guarded(run_app, [str(path), "--out", str(tmp_path), "--quiet"])
+    (error,) = capsys.readouterr().err.splitlines()
     assert code == 1
-    assert "cannot be written" in err
-    assert "Traceback" not in err
-    assert not list((tmp_path / "starved").rglob(".unfinished-*"))
+    assert refused in error
+    assert "cannot be written" in error
+    assert not list(folder.rglob(".unfinished-*"))
+    found, passed_over = checkpoint.newest(folder / "checkpoints")
+    assert (found.state["step"], passed_over) == (9, [])
+    assert run(path, tmp_path).outcome == "finished"
 
 
 @pytest.mark.parametrize("every", [2, 5])
@@ -274,7 +355,6 @@ def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_p
 
 
 def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path, monkeypatch):
-    from altgrad_core import loop
     from altgrad_monitors.flip import Flip
 
     path = write(TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n")
@@ -288,12 +368,10 @@ def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path
 
 
 def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, monkeypatch):
-    from altgrad_core import loop
-
     whole = loop.evaluate
 
     def interrupted(run):
-        if run.step == 10:
+        if run.step == 9:
             os.kill(os.getpid(), signal.SIGINT)
         return whole(run)
 
@@ -301,4 +379,400 @@ def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, m
     result = run(write(PLAIN), tmp_path)
     assert result.outcome == "interrupted"
     found, _ = checkpoint.newest(result.folder / "checkpoints")
-    assert found.state["step"] == result.summary["step"] == 10
+    assert found.state["step"] == result.summary["step"] == 9
+
+
+# --- where a run is taken up -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 9, pytest.param(12, marks=pytest.mark.slow), 30])
+def test_a_run_that_dies_is_taken_up_bit_for_bit(step, write, tmp_path):
+    path = write(TINY + ARMS["GridOptim"] + WATCHED)
+    whole = run(path, tmp_path / "whole").folder
+    killed_at(path, tmp_path / "parts", step)
+    parts = run(path, tmp_path / "parts").folder
+    assert state_bytes(whole) == state_bytes(parts)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert json.dumps(lines(whole, name)) == json.dumps(lines(parts, name))
+
+
+def test_a_checkpoint_holds_the_scales_of_its_step_whether_or_not_it_was_evaluated(write, tmp_path):
+    """What monitors count in the step after a resume is compared with codes under these scales."""
+    path = write(TINY + "[quantize]\nformat = 'E4M3'\nscale_rule = 'exact'\n[optimizer]\nplugin = 'AdamW'\n")
+    evaluated, plain = (
+        run(path, tmp_path / str(every), "steps=7", f"train.eval_every={every}") for every in (6, 0)
+    )
+    one, other = (
+        checkpoint.load(result.folder / "checkpoints" / checkpoint.step_name(6)).state["scales"]
+        for result in (evaluated, plain)
+    )
+    assert {name: scale.item() for name, scale in one.items()} == {
+        name: scale.item() for name, scale in other.items()
+    }
+
+
+def test_torn_and_damaged_lines_are_skipped_and_a_resume_cuts_them_off(write, tmp_path):
+    path = write(PLAIN)
+    whole = run(path, tmp_path / "whole").folder
+    killed_at(path, tmp_path / "parts", 9)
+    parts = tmp_path / "parts" / "tiny" / "run"
+    with (parts / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"stop": 3}\n\xff\x00\n{"step": 10, "train/lo')
+    run(path, tmp_path / "parts")
+    assert json.dumps(lines(whole, "metrics.jsonl")) == json.dumps(lines(parts, "metrics.jsonl"))
+    for line in (parts / "metrics.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
+
+
+def test_data_that_changed_since_the_checkpoint_are_refused(write, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 200)
+    table = f'plugin = "text"\npath = {str(text)!r}'
+    path = write(PLAIN.replace('plugin = "markov"\ntokens = 4000', table))
+    killed_at(path, tmp_path / "runs", 3)
+    text.write_text("to be or not to bee" * 200)
+    with pytest.raises(UsageError, match=r"the data have changed since the checkpoint .* --out"):
+        run(path, tmp_path / "runs")
+
+
+def test_a_pickle_where_a_checkpoint_is_expected_is_passed_over_and_does_not_run(write, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path, checkpoints = write(PLAIN), tmp_path / "tiny" / "run" / "checkpoints"
+    killed_at(path, tmp_path, 9)
+    torch.save({"model": Payload()}, checkpoints / checkpoint.step_name(12))
+    (checkpoints / checkpoint.step_name(9) / checkpoint.MODEL).write_bytes(pickle.dumps(Payload()))
+    result = run(path, tmp_path)
+    said = [line["message"] for line in lines(result.folder, "events.jsonl") if line["event"] == "warning"]
+    assert [checkpoint.step_name(12) in said[0], checkpoint.step_name(9) in said[1]] == [True, True]
+    assert result.outcome == "finished"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew_in_silence(write, tmp_path):
+    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
+    killed_at(path, tmp_path, 6)
+    for manifest in folder.rglob(checkpoint.MANIFEST):
+        manifest.unlink()
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match="no whole checkpoint is left; start anew with --out"):
+        run(path, tmp_path)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.ln_1, self.ln_2, self.attn = nn.LayerNorm(width), nn.LayerNorm(width), PlainAttention(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+
+def test_the_model_file_is_one_of_plain_nanogpt(write, tmp_path):
+    """Its names and shapes, as in nanoGPT's model.py, biases included."""
+    from safetensors.torch import load_file
+
+    folder = run(write(TINY + ARMS["GridOptim"]), tmp_path, "steps=3", "model.bias=true").folder
+    saved = load_file(folder / "checkpoints" / checkpoint.step_name(3) / checkpoint.MODEL)
+    vocabulary, width = saved["lm_head.weight"].shape
+    tables = {"wte": nn.Embedding(vocabulary, width), "wpe": nn.Embedding(16, width)}
+    blocks = nn.ModuleList([PlainBlock(width)])
+    transformer = nn.ModuleDict({**tables, "h": blocks, "ln_f": nn.LayerNorm(width)})
+    head = nn.Linear(width, vocabulary, bias=False)
+    head.weight = tables["wte"].weight
+    plain = nn.ModuleDict({"transformer": transformer, "lm_head": head})
+    assert str(plain.load_state_dict(saved, strict=True)) == "<All keys matched successfully>"
+
+
+# --- folders and locks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["out", "cache"])
+def test_a_folder_that_cannot_be_written_ends_the_command_before_step_1(
+    place, write, tmp_path, monkeypatch, capsys
+):
+    path = write(PLAIN)
+    (tmp_path / "file").write_text("")
+    out = tmp_path / ("file" if place == "out" else "runs")
+    if place == "cache":
+        monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "file" / "cache"))
+    assert _guarded(run_app, [str(path), "--out", str(out), "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot" in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_lock_of_a_process_that_died_is_taken_over(write, tmp_path):
+    folder = tmp_path / "tiny" / "run"
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("process 1 on another machine")
+    assert run(write(PLAIN), tmp_path, "steps=3").outcome == "finished"
+    assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_begin_one_run_one_is_refused(write, launch, tmp_path):
+    path = write(PLAIN)
+    both = [launch(path, "--out", tmp_path, "--set", "steps=500") for _ in range(2)]
+    for process in both:
+        process.join()
+    assert sorted(process.exitcode for process in both) == [0, 2]
+    steps = [line["step"] for line in lines(tmp_path / "tiny" / "run", "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+LONG = {
+    "a step": ("train.gradient_accumulation=40",),
+    "an evaluation": ("train.eval_every=1", "train.eval_batches=40"),
+    "a save": ("train.checkpoint_every=1",),
+}
+"""Where a run spends nearly all of its time, by overrides."""
+
+
+def overriding(overrides):
+    return [token for override in overrides for token in ("--set", override)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number", "code"),
+    [
+        ("a step", signal.SIGTERM, 143),
+        ("an evaluation", signal.SIGINT, 130),
+        ("a save", signal.SIGTERM, 143),
+        ("a save", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_gets_its_checkpoint_wherever_it_comes(place, number, code, write, launch, tmp_path):
+    path = write(TINY + ARMS["GridOptim"] + WATCHED)
+    options = overriding((*LONG[place], "steps=12", "train.log_every=1"))
+    whole, parts = tmp_path / "whole" / "tiny" / "run", tmp_path / "parts" / "tiny" / "run"
+    launch(path, "--out", tmp_path / "whole", *options).join()
+    first = launch(path, "--out", tmp_path / "parts", *options)
+    wait_until(lambda: len(lines(parts, "metrics.jsonl")) > 2)
+    if place == "a save":
+        wait_until(lambda: list(parts.rglob(".unfinished-*")))
+    os.kill(first.pid, number)
+    first.join()
+    assert first.exitcode == code
+    found, passed_over = checkpoint.newest(parts / "checkpoints")
+    assert passed_over == []
+    assert found.state["step"] == lines(parts, "metrics.jsonl")[-1]["step"]
+    second = launch(path, "--out", tmp_path / "parts", *options)
+    second.join()
+    assert second.exitcode == 0
+    assert state_bytes(whole, 12) == state_bytes(parts, 12)
+    assert json.dumps(lines(whole, "metrics.jsonl")) == json.dumps(lines(parts, "metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
+    number, code, write, launch, forking, tmp_path
+):
+    path, cache = write(PLAIN), forking.cache
+    options = overriding(("data.tokens=300000", "steps=3"))
+    before = {one.name for one in cache.iterdir()}
+    first = launch(path, "--out", tmp_path, *options)
+    wait_until(lambda: {one.name for one in cache.iterdir()} != before)
+    os.kill(first.pid, number)
+    first.join()
+    assert first.exitcode == code
+    assert {one.name for one in cache.iterdir()} == before
+    assert not list(tmp_path.rglob("step_*"))
+    second = launch(path, "--out", tmp_path, "--set", "steps=3")
+    second.join()
+    assert second.exitcode == 0  # nothing was trained there: the folder is free for other options
+
+
+@pytest.mark.slow
+def test_a_second_sigint_ends_a_run_at_once(write, launch, tmp_path):
+    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
+    process = launch(path, "--out", tmp_path, "--set", "train.gradient_accumulation=100000")
+    wait_until(lambda: len(lines(folder, "metrics.jsonl")) == 1)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()  # it finishes its step
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+    assert not list(folder.rglob(".unfinished-*"))
+
+
+@pytest.mark.slow  # the compiler takes a minute
+def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch, tmp_path):
+    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
+    process = launch(path, "--out", tmp_path, "--set", "train.compile=true")
+    log = folder / "log.txt"
+    wait_until(lambda: log.exists() and "folder" in log.read_text())  # the header: training begins
+    time.sleep(1)
+    assert lines(folder, "metrics.jsonl") == []  # not even the first evaluation is there
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143
+    assert checkpoint.newest(folder / "checkpoints")[0].state["step"] == 1
+
+
+# --- clocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, tmp_path):
+    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
+    options = overriding(("train.log_every=1", "steps=9", "train.gradient_accumulation=60"))
+    process = launch(path, "--out", tmp_path, *options)
+    wait_until(lambda: len(lines(folder, "metrics.jsonl")) > 4)
+    time.sleep(0.05)  # in step 5: nothing is saved or evaluated before it
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    times = [line["time/step"] for line in read_lines(folder / "metrics.jsonl") if "time/step" in line]
+    assert len(times) == 9
+    assert min(times) > 0
+    assert max(times) < 3
+
+
+def test_a_clock_that_is_set_back_changes_no_timer(write, tmp_path, monkeypatch):
+    later = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(later)))
+    result = run(write(PLAIN), tmp_path)
+    times = [line["time/step"] for line in read_lines(result.folder / "metrics.jsonl") if "time/step" in line]
+    assert 0 < min(times) <= max(times) < 60
+    assert 0 < result.summary["seconds"] < 60
+
+
+# --- numbers that are not finite ---------------------------------------------------------------------
+
+
+def spoiled(place, value):
+    """Return how the loop computes the gradients of a step, with one number spoiled before the fifth."""
+    whole = loop._forward_backward
+
+    def forward_backward(run):
+        if run.step != 4:
+            return whole(run)
+        parameter = next(iter(run.trained.values()))
+        if place == "weight":
+            parameter.data.view(-1)[0] = value
+        loss = whole(run)
+        if place == "gradient":
+            parameter.grad.view(-1)[0] = value
+        return loss * value if place == "loss" else loss
+
+    return forward_backward
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("place", "actions"),
+    [("loss", ["SkipStep"]), ("gradient", ["SkipStep"]), ("weight", ["SkipStep", "SkipStep", "Stop"])],
+)
+def test_one_number_that_is_not_finite_is_not_stepped_with(
+    place, actions, value, write, tmp_path, monkeypatch
+):
+    stepped = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *rest: (stepped.append(1), step(self, *rest))[1]
+    )
+    monkeypatch.setattr(loop, "_forward_backward", spoiled(place, value))
+    result = run(write(PLAIN + "[[fallback]]\nplugin='nan_guard'\nnan_patience=3\n"), tmp_path, "steps=9")
+    events = [line for line in lines(result.folder, "events.jsonl") if line["event"] == "policy"]
+    assert [(line["step"], line["action"]) for line in events] == list(zip((5, 6, 7), actions, strict=False))
+    assert len(stepped) == (4 if place == "weight" else 8)
+    assert result.outcome == ("stopped" if place == "weight" else "finished")
+
+
+# --- plugins that fail -------------------------------------------------------------------------------
+
+ACME = """
+import attrs
+from altgrad_core.hookspecs import Component, hookimpl
+
+@attrs.frozen(kw_only=True)
+class Options:
+    pass
+
+@hookimpl
+def altgrad_formats():
+    return [Component(name="ACME", summary="", options=Options, target="acme_altgrad:build_format", bits=3)]
+
+@hookimpl
+def altgrad_optimizers():
+    return [Component(name="Acme", summary="", options=Options, target="acme_altgrad:build_optimizer")]
+
+def build_format(options):
+    from altgrad_core.format import Format
+
+    class Acme(Format):
+        def _quantize(self, x, rounding, overflow, uniform):
+            {format}
+            return super()._quantize(x, rounding, overflow, uniform)
+
+    return Acme(name="ACME", bits=3, values=[-1.0, -0.5, 0.0, 0.5, 1.0])
+
+def build_optimizer(options, inputs):
+    import torch
+
+    class Acme(torch.optim.SGD):
+        def step(self, closure=None):
+            {optimizer}
+            return super().step(closure)
+
+    return Acme(inputs.groups, lr=0.1)
+"""
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    """Return a function that installs a distribution with a format and an optimizer, each as told."""
+    place = tmp_path / "site"
+
+    def install(*, format="pass", optimizer="pass"):
+        (place / "acme-3.1.dist-info").mkdir(parents=True)
+        (place / "acme_altgrad.py").write_text(ACME.format(format=format, optimizer=optimizer))
+        (place / "acme-3.1.dist-info" / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: acme\nVersion: 3.1\n"
+        )
+        (place / "acme-3.1.dist-info" / "entry_points.txt").write_text("[altgrad]\nacme = acme_altgrad\n")
+        registry_module._discover.cache_clear()
+
+    monkeypatch.syspath_prepend(str(place))
+    yield install
+    sys.modules.pop("acme_altgrad", None)
+    registry_module._discover.cache_clear()
+
+
+THIRD = TINY + "[quantize]\nformat = 'ACME'\n[optimizer]\nplugin = 'Acme'\n"
+
+
+def test_a_third_partys_format_and_optimizer_train(write, acme, tmp_path):
+    acme()
+    assert run(write(THIRD), tmp_path, "steps=3").outcome == "finished"
+
+
+SPOILED = "raise ArithmeticError('spoiled')"
+
+
+@pytest.mark.parametrize("part", [{"format": f"if len(x) > 9: {SPOILED}"}, {"optimizer": SPOILED}])
+def test_a_format_or_optimizer_that_raises_ends_the_run_by_its_name(part, write, acme, tmp_path):
+    acme(**part)
+    with pytest.raises(ArithmeticError) as raised:
+        run(write(THIRD), tmp_path, "steps=3")
+    summary = read_json(tmp_path / "tiny" / "run" / "summary.json")
+    named = "raised in acme_altgrad of acme 3.1"
+    assert raised.value.__notes__ == [named]
+    assert (summary["outcome"], summary["message"]) == ("failed", f"ArithmeticError: spoiled; {named}")

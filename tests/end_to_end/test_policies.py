@@ -32,6 +32,7 @@ block_size = 16
 batch_size = 4
 device = "cpu"
 warmup_steps = 2
+min_lr_ratio = 1.0
 eval_every = 16
 eval_batches = 1
 log_every = 8
@@ -62,6 +63,15 @@ plugin = "emergency_shift"
 patience = 5
 warmup = 3
 """
+
+DEFAULT = """
+[[monitor]]
+plugin = "descent"
+[[fallback]]
+plugin = "emergency_shift"
+"""
+
+LONG = ("steps=600", "train.eval_every=0", "train.checkpoint_every=0", "train.min_lr_ratio=0.1")
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -118,6 +128,8 @@ RUNGS = (
 ARRIVES = {
     "master": SMALL.format(lr=STEP) + MASTER,
     "stochastic": SMALL.format(lr=STEP) + GRID.format(rounding="stochastic"),
+    "error_feedback": SMALL.format(lr=STEP) + GRID.format(rounding="error_feedback"),
+    "eco": SMALL.format(lr=STEP) + GRID.format(rounding="eco"),
     "GridOptim": RUNGS + GRID.format(rounding="stochastic"),
 }
 
@@ -126,7 +138,7 @@ def test_updates_lost_on_the_grid_move_every_layer_to_the_next_format(run):
     result = run(LOST, "steps=10")
     ((step, policy, action, details, metrics),) = actions(result)
     assert (step, policy, action, details["to"]) == (9, "emergency_shift", "SwitchFormat", "E5M2")
-    assert metrics["descent/quality/total"] < 0.2
+    assert metrics["descent/delivered/total"] < 0.2
     assert on_grid(saved(result), "E5M2")
     assert not on_grid(saved(result), "E3M4")
 
@@ -160,12 +172,51 @@ def test_updates_that_arrive_move_nothing_however_few_codes_change(run, arm):
 def test_the_founding_measure_fires_on_a_healthy_run_and_the_default_does_not(run):
     """Float32 masters that learn: the codes stand still, the updates arrive."""
     healthy = SMALL.format(lr=1e-3) + MASTER + SHIFT
-    default, founding = run(healthy), run(healthy + 'measure = "ratio"\n', "steps=10", name="ratio")
+    decays = "train.min_lr_ratio=0.1"
+    default = run(healthy, decays)
+    founding = run(healthy + 'measure = "ratio"\n', "steps=10", decays, name="ratio")
     assert actions(default) == []
     assert default.summary["final"]["descent/quality/total"] == pytest.approx(1)
     ((step, _, action, details, metrics),) = actions(founding)
     assert (step, action, details["to"]) == (9, "SwitchFormat", "E5M2")
     assert metrics["stall/stall_ratio/total"] > 0.5
+
+
+HEALTHY = {
+    "master": ("E5M2", MASTER),
+    "stochastic": ("E5M2", GRID.format(rounding="stochastic")),
+    "error_feedback": ("E4M3", GRID.format(rounding="error_feedback")),
+    "error_feedback, few bits": ("E5M2", GRID.format(rounding="error_feedback")),
+    "eco": ("E4M3", GRID.format(rounding="eco")),
+    "GridOptim": ("E5M2", GRID.format(rounding="stochastic")),
+}
+
+
+@pytest.mark.slow  # 600 steps each
+@pytest.mark.parametrize("arm", HEALTHY)
+def test_the_default_moves_nothing_in_a_long_healthy_run_to_the_end_of_its_schedule(run, arm):
+    format, quantize = HEALTHY[arm]
+    begin = RUNGS if arm == "GridOptim" else SMALL.format(lr=1e-3)
+    result = run(begin + quantize.replace("E3M4", format) + DEFAULT, *LONG)
+    assert result.outcome == "finished"
+    assert actions(result) == []
+
+
+@pytest.mark.slow  # 71 steps of 600
+def test_the_default_fires_as_soon_as_it_may_where_rounding_to_nearest_loses_the_updates(run):
+    grid = GRID.replace("E3M4", "E4M3").format(rounding="nearest_even")
+    result = run(SMALL.format(lr=STEP) + grid + DEFAULT, *LONG)
+    assert [(step, action) for step, _, action, _, _ in actions(result)] == [(71, "Stop")]
+
+
+@pytest.mark.slow  # 600 steps
+def test_residuals_in_a_format_that_loses_them_too_are_no_shelter(run):
+    """An update of 1e-4 is far below the spacings of E5M2, and below those of residuals in E5M2."""
+    grid = GRID.replace("E3M4", "E5M2").format(rounding="error_feedback")
+    result = run(SMALL.format(lr=STEP) + grid + DEFAULT, *LONG)
+    assert [action for _, _, action, _, _ in actions(result)] == ["Stop"]
+    wide = grid + 'residual_format = "FP32"\n'
+    assert actions(run(SMALL.format(lr=STEP) + wide + DEFAULT, *LONG, name="wide")) == []
 
 
 def test_only_the_stalled_one_of_two_formats_moves(run):
@@ -189,6 +240,30 @@ def test_non_finite_losses_go_along_the_chain_to_its_end(run):
 def test_an_unknown_format_in_the_chain_is_refused_at_the_start(run):
     with pytest.raises(UsageError, match=r"emergency_shift: chain: .*E5M3.*did you mean 'E5M2'"):
         run(LOST + 'chain = {E3M4 = "E5M3"}\n')
+
+
+TWO_FORMATS = '[[quantize.rule]]\nlayers = ".*attn.*"\nformat = "E4M3"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "way_out"),
+    [
+        (MASTER + TWO_FORMATS + DEFAULT, 'per = "type"', 'set per = "layer"'),
+        (MASTER + DEFAULT, 'layers = "transformer.ln_f"', "widen that pattern"),
+    ],
+)
+def test_a_monitor_that_tells_the_policy_nothing_is_refused_before_the_first_step(run, text, option, way_out):
+    observed = text.replace('"descent"\n', f'"descent"\n{option}\n')
+    with pytest.raises(UsageError, match=way_out):
+        run(SMALL.format(lr=STEP) + observed)
+
+
+def test_an_unquantised_run_is_told_that_there_is_no_format_to_move(run):
+    result = run(SMALL.format(lr=STEP) + DEFAULT, "steps=2")
+    warnings = [
+        line["message"] for line in read_lines(result.folder / "events.jsonl") if line["event"] == "warning"
+    ]
+    assert "emergency_shift has no format to move: no weights are quantised" in warnings
 
 
 # --- loss_spike ----------------------------------------------------------------------------------------
@@ -276,6 +351,19 @@ def test_saturated_gradients_get_half_the_scale_until_they_fit(run):
         if name.endswith(".gradients")
     }
     assert adjustments == {product}
+
+
+def test_gradients_that_overflow_to_infinity_get_half_the_scale_in_each_skipped_step(run):
+    """Nothing of these steps is taken: what a skipped step has shown halves the scale once."""
+    infinite = STATIC.replace("{amax}", '1e-5\noverflow = "ieee"')
+    result = run(SMALL.format(lr=1e-3) + infinite + BACKOFF.replace("6", "1000"), "steps=24")
+    found = [(step, details["factor"], metrics) for step, _, _, details, metrics in actions(result)]
+    skipped = [step for step, _, metrics in found if not metrics["train/gradient_finite"]]
+    assert skipped[:12] == list(range(1, 13))
+    assert {factor for _, factor, _ in found} == {0.5}
+    assert len(found) < 16
+    assert result.outcome == "finished"
+    assert all(tensor.isfinite().all() for tensor in saved(result).model.values())
 
 
 def test_gradients_that_never_saturate_keep_their_scale(run):

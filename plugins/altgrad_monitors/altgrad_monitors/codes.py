@@ -1,7 +1,10 @@
 """Codes of the quantised weights, kept from step to step: one byte a weight, shared by the monitors of a run.
 
-A weight's code is its rung under the quantiser's scale. A change of scale re-codes a whole tensor, and its
-elements then count as flipped, as they do in the stored bytes.
+A weight's code is its rung under the quantiser's scale. The codes before a step are those with which the one
+before it ended, under the scale of then: a change of scale re-codes a whole tensor, and its elements count as
+flipped, as they do in the stored bytes. That is so whatever steps are looked at: where the one before was
+not, its codes are taken from `before` and `scales_before`. Only of a weight that has been given another
+format, the codes before are those in the new one, of the values that it was given with it.
 
 What the monitors count of a step is counted once however many of them ask, and on a CPU by one pass over each
 weight, which writes its codes over those of the step before. Who needs both asks for them when it starts.
@@ -23,7 +26,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
 from altgrad_monitors import native_tally, tally
-from altgrad_monitors.tally import Asked, Tally
+from altgrad_monitors.tally import Asked, Tally, scale_then
 from altgrad_monitors.tally import codes as codes
 from altgrad_monitors.tally import row_of as row_of
 
@@ -42,6 +45,8 @@ class Flips:
     """The codes before the step, as one row."""
     now: Tensor
     """The codes after it."""
+    scale_before: Tensor
+    """The scale under which the codes before are, 0-d or as a row."""
 
 
 class CodeBook:
@@ -50,18 +55,28 @@ class CodeBook:
     def __init__(self, run: Any) -> None:
         self.wanted: set[str] = set()
         self.both_codes = False
-        self._index = run.step
+        self._index, self._switches = run.step, _switches(run)
+        self._run = weakref.ref(run)
         self._tally: Tally | None = None
         self._before: dict[str, Tensor] = {}
         self._codes: dict[str, Tensor] = {}
         self._formats: dict[str, Format | None] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._scales_before: dict[str, Tensor] = {}
         self._follow(_quantised(run.weights()))
+
+    def needs(self) -> tuple[str, ...]:
+        """Return what the next step must carry for its flips: nothing where the codes before it are kept."""
+        run = self._run()
+        kept = run is None or (run.step == self._index and _switches(run) == self._switches)
+        return () if kept else ("before",)
 
     def tally(self, step: Step) -> Tally:
         """Return what is wanted of this step's weights that have a gradient; computed once.
 
         Where steps were left out in between, or a weight has another format since, the codes before the step
-        come from `step.before`; where that is not there either, no code counts as flipped.
+        come from `step.before`. Without it they are those of the last look, and no code of another format
+        counts as flipped.
         """
         if self._tally is None or step.index != self._index:
             weights = _quantised(step.weights)
@@ -74,6 +89,7 @@ class CodeBook:
                 if name in step.gradients
             }
             self._tally, self._index = self._tallied(asked, step), step.index
+            self._switches = _switches(self._run())
         return self._tally
 
     def flips(self, step: Step) -> dict[str, Flips]:
@@ -92,9 +108,16 @@ class CodeBook:
                 flips_of_updated=both,
                 before=self._before[name],
                 now=self._codes[name],
+                scale_before=self._scales_before[name],
             )
             for name, flips, updates, both in zip(found.names, *columns, strict=True)
         }
+
+    def keep_both(self, run: Any) -> None:
+        """Keep codes and scales of both sides of a step from here on."""
+        if not self.both_codes:
+            self.both_codes = True
+            self._scales = {name: _scale(weight) for name, weight in _quantised(run.weights()).items()}
 
     def _knows(self, name: str, weight: Weight) -> bool:
         """Whether the codes kept of a weight are of the format it has now."""
@@ -108,6 +131,7 @@ class CodeBook:
         for name, weight in weights.items():
             if not self._knows(name, weight):
                 self._codes[name], self._formats[name] = _codes(weight), weight.format
+                self._scales.pop(name, None)
 
     def _tallied(self, asked: dict[str, Asked], step: Step) -> Tally:
         """Tally a step, and take up the codes after it: in one pass where there is a loop for it."""
@@ -118,19 +142,41 @@ class CodeBook:
         others = {name: ask for name, ask in asked.items() if name not in done}
         now = {name: now[name] if name in done else _codes(step.weights[name]) for name in asked}
         for name in (name for name, ask in others.items() if ask.recode):
-            before[name] = _codes(step.weights[name], step.before[name])
+            before[name] = _codes(step.weights[name], step.before[name], scale_then(step, name))
         parts = [] if taken is None else [taken]
         if others:
             parts.append(tally.tallied(others, step, before, now))
-        self._before = before if self.both_codes else {}
         self._codes |= now
+        if self.both_codes:
+            self._before = before
+            self._scales_before = {name: self._scale_before(name, step, ask) for name, ask in asked.items()}
+            self._scales |= {name: _scale(step.weights[name]) for name in asked}
         return tally.joined(parts, list(asked))
 
+    def _scale_before(self, name: str, step: Step, ask: Asked) -> Tensor:
+        """Return the scale under which the codes before a step are."""
+        weight = step.weights[name]
+        kept = None if ask.recode else self._scales.get(name)
+        return _scale(weight, scale_then(step, name)) if kept is None else kept
 
-def _codes(weight: Weight, value: Tensor | None = None) -> Tensor:
-    """Return the codes of a weight, or of other values of it, as one row."""
-    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    return codes(flat(weight.value if value is None else value), weight.format, row_of(weight.scale))
+
+def _codes(weight: Weight, value: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Return the codes of a weight, or of other values of it under another scale, as one row."""
+    scale = weight.scale if scale is None else scale
+    assert weight.format is not None and scale is not None  # noqa: PT018 - for the type checker
+    return codes(flat(weight.value if value is None else value), weight.format, row_of(scale))
+
+
+def _scale(weight: Weight, scale: Tensor | None = None) -> Tensor:
+    """Return a weight's scale, or another one of it, 0-d or as a row that stays what it is."""
+    scale = weight.scale if scale is None else scale
+    assert scale is not None
+    return row_of(scale).clone()
+
+
+def _switches(run: Any) -> int:
+    """Return how often formats have been switched in a run."""
+    return len(getattr(run, "switches", ()))
 
 
 _BOOKS: weakref.WeakKeyDictionary[Any, CodeBook] = weakref.WeakKeyDictionary()
@@ -146,7 +192,8 @@ def book_of(run: Any, *wanted: str) -> CodeBook:
         _BOOKS[run] = CodeBook(run)
     book = _BOOKS[run]
     book.wanted |= set(wanted)
-    book.both_codes |= not wanted
+    if not wanted:
+        book.keep_both(run)
     return book
 
 

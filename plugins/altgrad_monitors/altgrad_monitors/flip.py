@@ -1,12 +1,13 @@
 """`flip`: how many codes an optimizer step changed.
 
 Per layer and in total: `flip_count`, codes that changed in this step; `update_count`, elements with a
-non-zero gradient; `flips_of_updated`, the changed codes among those.
+non-zero gradient; `flips_of_updated`, the changed codes among those. A change of scale re-codes a whole
+tensor, and counts (`codes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +27,13 @@ class Flip:
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self.needs = ("before",) if options.every > 1 else ()
         self._options = options
         self._book: CodeBook | None = None
+
+    @property
+    def needs(self) -> Collection[str]:
+        """`before` in steps whose codes before are not kept: after others that were left out."""
+        return () if self._book is None else self._book.needs()
 
     def start(self, run: Any) -> None:
         self._book = book_of(run, "flips")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from altgrad_core import native
 from altgrad_core.hookspecs import Step
-from altgrad_monitors.tally import COUNTS, SUMS, Asked, Tally, recorded
+from altgrad_monitors.tally import COUNTS, SUMS, Asked, Tally, recorded, scale_then
 
 _SOURCE = Path(__file__).with_name("tally.c")
 CHUNK = 65536  # as in tally.c
@@ -66,12 +66,13 @@ def _row(
     """Return a row of the table, less the number of its first chunk; None where the loop cannot take it."""
     weight, gradient = step.weights[name], step.gradients[name]
     value, scale = weight.value, _scale(weight.scale, weight.value)
+    scale_before = _scale(scale_then(step, name), value) if ask.recode else scale
     more = ask.stall or ask.descent
     old = step.before[name] if more or ask.recode else None
     intended = recorded(step, name) if more else None
     tensors = [value, gradient, *(x for x in (old, intended) if x is not None)]
     loops = blocks.of(weight.format) if scale is not None and native.readable(*tensors) else None
-    if loops is None or scale is None:
+    if loops is None or scale is None or scale_before is None or scale_before[1] != scale[1]:
         return None
     flags = _WORDS * (now.dtype == torch.int16) + _RECODE * ask.recode
     flags += _STALL * ask.stall + _DESCENT * ask.descent + _IN_RUNGS * ask.in_rungs
@@ -79,7 +80,7 @@ def _row(
         *(value.data_ptr(), gradient.data_ptr()),
         *(0 if x is None else x.data_ptr() for x in (old, intended)),
         *(before.data_ptr(), now.data_ptr(), loops.rungs, loops.spacings, loops.context),
-        *(*scale, flags, now.numel()),
+        *(*scale, scale_before[0], *scale_before[2:], flags, now.numel()),
     ]
 
 

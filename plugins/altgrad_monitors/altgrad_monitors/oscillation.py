@@ -17,7 +17,7 @@ over all weights, with the bits of `advance`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -45,27 +45,23 @@ class History:
     """float32: f, see the module's text."""
     direction: Tensor
     """int8: of the last change of code; 0: none yet."""
-    scale: Tensor
-    """float32: the scale in the last observed step, 0-d or one for each element."""
     format: str
-    """The name of the format then."""
+    """The name of the format in the last observed step."""
 
     @classmethod
     def of(cls, weight: Weight) -> History:
         """Return the history of a weight before its first step."""
         none = torch.zeros(weight.value.numel(), dtype=torch.float32, device=weight.value.device)
-        return cls(none, none.to(torch.int8), *_grid(weight))
+        return cls(none, none.to(torch.int8), _format(weight))
 
     def to(self, device: torch.device) -> History:
-        rows = (one.to(device) for one in (self.frequency, self.direction, self.scale))
-        return History(*rows, self.format)
+        return History(self.frequency.to(device), self.direction.to(device), self.format)
 
-    def follow(self, weight: Weight) -> Tensor:
-        """Return where scale and format are those of the step before, bool, and take up the new ones."""
-        scale, format = _grid(weight)
-        steady = (scale == self.scale) & (format == self.format)
-        self.scale, self.format = scale.clone(), format
-        return steady
+    def follow(self, weight: Weight, scale_before: Tensor) -> Tensor:
+        """Return where scale and format are those before the step, bool, and take up the new format."""
+        assert weight.scale is not None  # for the type checker
+        known, self.format = _format(weight) == self.format, _format(weight)
+        return (row_of(weight.scale) == scale_before) & known
 
 
 class Oscillation:
@@ -75,10 +71,14 @@ class Oscillation:
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self.needs = ("before",) if options.every > 1 else ()
         self._options = options
         self._book: CodeBook | None = None
         self._histories: dict[str, History] = {}
+
+    @property
+    def needs(self) -> Collection[str]:
+        """`before` in steps whose codes before are not kept: after others that were left out."""
+        return () if self._book is None else self._book.needs()
 
     def start(self, run: Any) -> None:
         self._book = book_of(run)
@@ -99,7 +99,8 @@ class Oscillation:
         counts, fast = {}, {}
         for name, weight in weights.items():
             codes, history = (found[name].before, found[name].now), self._history(name, weight)
-            rows, steady = (*codes, history.frequency, history.direction), history.follow(weight)
+            steady = history.follow(weight, found[name].scale_before)
+            rows = (*codes, history.frequency, history.direction)
             if native_oscillation.serves(rows) and bool(steady.all()):
                 fast[name] = rows
                 continue
@@ -131,10 +132,10 @@ class Oscillation:
         }
 
 
-def _grid(weight: Weight) -> tuple[Tensor, str]:
-    """Return a quantised weight's scale, 0-d or as a row, and the name of its format."""
-    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    return row_of(weight.scale), weight.format.name
+def _format(weight: Weight) -> str:
+    """Return the name of a quantised weight's format."""
+    assert weight.format is not None  # for the type checker
+    return weight.format.name
 
 
 def _share(count: Tensor, weight: Weight) -> Share:

@@ -19,7 +19,8 @@ rescale                       weights whose scale is another than at the last ob
 
 A weight on the grid counts as `weights` where it is rounded, after the step. GridOptim's rungs are counted by
 `rung_counts`; its float32 masters are not looked at. Nothing is counted in evaluation. `total` takes counts
-and shares over all layers together, of amax and octaves the largest.
+and shares over all layers together, of amax and octaves the largest. Where nothing was quantised in the step,
+nothing is reported: of a step that was skipped, forward and backward only.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Range:
         self._averages = self._scales = torch.empty(0)
         self._saved: Mapping[str, Any] | None = None
         self._rungs: RungCounts | None = None
+        self._hook: Any = None
 
     # --- on the run ------------------------------------------------------------------------------------
 
@@ -110,6 +112,8 @@ class Range:
         if self._saved is not None:
             self._take_up(self._saved)
         self._attach()
+        if run.optimizer is not None:  # a switch of format comes just before its step
+            self._hook = run.optimizer.register_step_pre_hook(self._follow_switches)
         if run.storage is None and getattr(run.optimizer, "intended_in_rungs", False):
             self.needs = RungCounts.needs
             self._rungs = RungCounts(run, self._table, self._landing())
@@ -134,8 +138,13 @@ class Range:
         """Whether this monitor will be shown the step: by its interval, or because a policy reads it."""
         return any(watched.plugin is self for watched in due_monitors(self._run, index))
 
+    def _follow_switches(self, *_: Any) -> None:
+        if len(self._run.switches) != self._switches:
+            self._attach()
+
     def _attach(self) -> None:
         """Have the quantisers and the storage count; a change of format may put others there."""
+        self._switches = len(self._run.switches)
         flows = quantized_flows(self._run.model)
         for place, row in zip(self._places, self._rows, strict=True):
             if place.weight is None:
@@ -155,13 +164,8 @@ class Range:
         }
 
     def _in_use(self, place: Place) -> bool:
-        """Whether tensors are rounded, and counted, here: a weight in the forward pass or after the step."""
-        quantizer = place.quantizer
-        if place.weight is None or quantizer is None:
-            return place.weight is None
-        if place.kind == "weights" or not quantizer.on_grid:
-            return place.kind == "weights" and not quantizer.on_grid
-        return self._run.storage is not None or (self._rungs is not None and quantizer.storage != "master")
+        """Whether tensors were rounded, and counted, here in this step."""
+        return self._table is not None and self._rows[place.row].index == self._table.index
 
     def end(self, run: Any, outcome: str) -> None:
         """Take the counters away again."""
@@ -172,6 +176,8 @@ class Range:
                 quantizer.ranges = None
         if run.storage is not None:
             run.storage.ranges = None
+        if self._hook is not None:
+            self._hook.remove()
         if self._rungs is not None:
             self._rungs.remove()
 
@@ -180,11 +186,13 @@ class Range:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return what was counted in this step; nothing where it was not counted."""
         table = self._table
-        if table is None or not table.on or table.index != step.index:
+        if table is None:
+            return {}
+        self._attach()
+        if not table.on or table.index != step.index:
             return {}
         if self._rungs is not None:
             self._rungs.add(step)
-        self._attach()
         self._charge(table)
         self._average(table.ends[:, AMAX].double())
         totals, octaves = table.totals.double().unbind(), _octaves(table.ends).unbind()
@@ -201,6 +209,10 @@ class Range:
                 alone = {layer: one[0] for layer, one in self._by_layer(kinds, numbers).items()}
                 metrics |= reported(f"range/{name}_{flow}", alone, largest, self._options.per)
         return metrics | self._rescaled()
+
+    def skipped(self, step: Step) -> Mapping[str, Tensor | float]:
+        """Return what was counted in a step without an update: who backs off must see what overflowed."""
+        return self.observe(step)
 
     def _charge(self, table: RangeTable) -> None:
         """Add the time of the counting, which is spent inside the step, to the monitor's cost."""
@@ -235,7 +247,8 @@ class Range:
     def _rescaled(self) -> dict[str, Tensor | float]:
         """Return the changes of scale since the last observation."""
         scales = self._scales_now()
-        changed = (scales != self._scales).double().unbind()
+        known = ~(scales.isnan() | self._scales.isnan())
+        changed = (known & (scales != self._scales)).double().unbind()
         self._scales = scales
         weights = [place for place in self._places if place.kind == "weights"]
         layers = {
@@ -246,10 +259,10 @@ class Range:
         return reported("range/rescale", layers, summed, self._options.per)
 
     def _scales_now(self) -> Tensor:
-        """Return the weights' scales; 1 where there is none, or more than one."""
-        one = torch.ones((), device=self._run.device)
+        """Return the weights' scales; NaN where there is none, or more than one."""
+        none = torch.full((), torch.nan, device=self._run.device)
         quantizers = [place.quantizer for place in self._places if place.kind == "weights"]
-        scales = [one if each is None or each.scale.dim() else each.scale for each in quantizers]
+        scales = [none if each is None or each.scale.dim() else each.scale for each in quantizers]
         return torch.stack(scales) if scales else torch.empty(0)
 
     # --- checkpoints -----------------------------------------------------------------------------------

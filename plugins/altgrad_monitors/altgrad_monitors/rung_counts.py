@@ -71,6 +71,7 @@ class RungCounts:
                 index = next(at for at, scale in enumerate(scales.scales) if scale is quantizer.scale)
                 limit = None if limits is None else limits[index] * (before / quantizer.scale)
                 ends = self._ends_of(seen.format, before.device) if limit is None else limit
+                self._rows[weight].index = self._table.index
                 self._rows[weight].add_found(weight.numel(), *_lost(name, seen, step, before, ends))
 
     def _ends_of(self, format: Format, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ typedef void (*Spacings)(const float *, float *, int32_t, float, const void *);
 
 enum {
     WORDS = 1,    /* codes are int16, else int8 */
-    RECODE = 2,   /* the codes before the step are those of `before`, and are left where codes before belong */
+    RECODE = 2,   /* the codes before the step are those of `before` under the scale of then, left where they belong */
     STALL = 4,    /* count moves, and sum what is expected to be lost */
     DESCENT = 8,  /* sum products */
     IN_RUNGS = 16 /* `intended` is in rungs */
@@ -41,6 +41,8 @@ typedef struct {
     const void *context;
     const float *scale;            /* element i has scale[i / columns * down + i % columns * across] */
     int64_t columns, down, across; /* columns 0: one scale for all */
+    const float *scale_before;     /* of the same columns; read under RECODE only */
+    int64_t down_before, across_before;
     int64_t flags;
     int64_t n, first; /* elements, and number of the first chunk */
 } Weight;
@@ -62,14 +64,16 @@ typedef struct {
 
 /* --- scales -------------------------------------------------------------------------------------------------- */
 
-static void scales_of(const Weight *t, int64_t at, int32_t n, float *scales) {
-    int64_t row = at / t->columns, column = at % t->columns;
+static void scales_of(const float *scale, int64_t columns, int64_t down, int64_t across, int64_t at, int32_t n,
+                      float *scales) {
+    int64_t row = at / columns, column = at % columns;
     for (int32_t i = 0; i < n; row++, column = 0)
-        for (; column < t->columns && i < n; column++, i++) scales[i] = t->scale[row * t->down + column * t->across];
+        for (; column < columns && i < n; column++, i++) scales[i] = scale[row * down + column * across];
 }
 
-INLINE void multiply(const Weight *t, const float *x, const float *scales, float *out, int32_t n) {
-    const float one = *t->scale;
+/* scale: the one for all; scales: one for each element, where there are columns. */
+INLINE void multiply(const Weight *t, const float *x, const float *scale, const float *scales, float *out, int32_t n) {
+    const float one = *scale;
     if (t->columns)
         SIMD EACH out[i] = x[i] * scales[i];
     else
@@ -126,11 +130,11 @@ static void differ(const float *x, const float *y, Answers *answers, int32_t n) 
             SIMD EACH rungs[i] = scaled[i] != scaled[i] ? lowest : rungs[i];                            \
         SIMD EACH codes[i] = (type)rungs[i];                                                            \
     }                                                                                                   \
-    static void coded_##name(const Weight *t, int64_t at, const float *now, const float *old, int32_t n, \
+    static void coded_##name(const Weight *t, int64_t at, const float *now, const float *then, int32_t n, \
                              Answers *changed) {                                                        \
         type codes[PIECE], *before = (type *)t->codes_before + at, *after = (type *)t->codes + at;      \
         uint8_t *out = bytes_of(changed);                                                               \
-        if (t->flags & RECODE) name##_of(t, old, before, n);                                            \
+        if (t->flags & RECODE) name##_of(t, then, before, n);                                           \
         name##_of(t, now, codes, n);                                                                    \
         SIMD EACH out[i] = codes[i] != before[i];                                                       \
         SIMD EACH after[i] = codes[i];                                                                  \
@@ -158,7 +162,7 @@ static double lost_in_units(const Weight *t, const float *intended, const float 
                             const float *old, int32_t n) {
     float spacing[PIECE], size[PIECE];
     double lost = 0;
-    multiply(t, intended, scales, size, n); /* the sign is no matter yet */
+    multiply(t, intended, t->scale, scales, size, n); /* the sign is no matter yet */
     t->spacings(old, spacing, n, 1.0f, t->context);
     _Pragma("omp simd reduction(+ : lost)")
     EACH lost += lost_by(fabsf(size[i]) / spacing[i], gradient[i]);
@@ -204,20 +208,28 @@ INLINE void fetch(const void *array, int64_t at, const Weight *t, size_t size) {
         for (; from < to; from += 64) __builtin_prefetch(from);
 }
 
+/* Weights before the step, scaled as they were then. */
+static void scale_before_step(const Weight *t, int64_t at, const float *before, float *out, int32_t n) {
+    float scales[PIECE];
+    if (t->columns) scales_of(t->scale_before, t->columns, t->down_before, t->across_before, at, n, scales);
+    multiply(t, before, t->scale_before, scales, out, n);
+}
+
 static void piece_of(const Weight *t, int64_t at, int32_t n, Found *found) {
-    float scales[PIECE], scaled[PIECE], old[PIECE], actual[PIECE];
+    float scales[PIECE], scaled[PIECE], old[PIECE], then[PIECE], actual[PIECE];
     Answers changed, updated, moved;
     const float *now = t->now + at, *gradient = t->gradient + at;
     const float *before = t->before ? t->before + at : 0, *intended = t->intended ? t->intended + at : actual;
     const int64_t next = at + PIECE;
     if (n < PIECE) changed = updated = moved = (Answers){{0}};
-    if (t->columns) scales_of(t, at, n, scales);
-    multiply(t, now, scales, scaled, n);
+    if (t->columns) scales_of(t->scale, t->columns, t->down, t->across, at, n, scales);
+    multiply(t, now, t->scale, scales, scaled, n);
     fetch(t->now, next, t, sizeof(float));
-    if (before) multiply(t, before, scales, old, n);
+    if (before) multiply(t, before, t->scale, scales, old, n);
+    if (t->flags & RECODE) scale_before_step(t, at, before, then, n);
     fetch(t->before, next, t, sizeof(float));
-    if (t->flags & WORDS) coded_word(t, at, scaled, old, n, &changed);
-    else coded_byte(t, at, scaled, old, n, &changed);
+    if (t->flags & WORDS) coded_word(t, at, scaled, then, n, &changed);
+    else coded_byte(t, at, scaled, then, n, &changed);
     fetch(t->codes_before, next, t, t->flags & WORDS ? sizeof(int16_t) : sizeof(int8_t));
     are_not_zero(gradient, &updated, n);
     fetch(t->gradient, next, t, sizeof(float));

@@ -36,7 +36,7 @@ class Asked(NamedTuple):
     in_rungs: bool
     """Whether the intended update is in rungs."""
     recode: bool
-    """Whether the codes before the step come from `step.before`."""
+    """Whether the codes before the step come from `step.before`, under the scale of then."""
 
 
 @attrs.frozen(kw_only=True)
@@ -91,6 +91,11 @@ def recorded(step: Step, name: str) -> Tensor | None:
     """Return the intended update; None where it is the actual one and nobody has made a tensor of it."""
     found: Tensor | None = getattr(step.intended, "recorded", step.intended.get)(name)
     return found
+
+
+def scale_then(step: Step, name: str) -> Tensor | None:
+    """Return a weight's scale before the step; without one, that of now."""
+    return step.scales_before.get(name, step.weights[name].scale)
 
 
 # --- in torch ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 import types
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -306,6 +307,58 @@ def test_a_weight_that_is_no_longer_quantised_is_forgotten():
     )  # fmt: skip
     assert list(book.tally(seen).names) == []
     assert flips(book.tally(stepped(2, [0.5, 0.5]))) == [0]
+
+
+def left_out(index, values, before, scale, scale_before, format=EIGHTHS):
+    """Return a step after others that nobody looked at, in which the scale moved."""
+    one = stepped(index, values, format, before, scale)
+    given = torch.tensor(scale_before) if isinstance(scale_before, float) else scale_before
+    return attrs.evolve(one, scales_before={"a": given})
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["c", "torch"])
+def test_a_change_of_scale_counts_the_same_where_steps_were_left_out(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(native_tally, "_loops", lambda: None)
+    values = [0.125, 0.25, 0.0]
+    followed, looked = (book_of(Run({"a": torch.tensor(values)}), "flips") for _ in range(2))
+    followed.tally(stepped(1, values))
+    recoded = left_out(2, values, before=values, scale=2.0, scale_before=1.0)
+    assert flips(followed.tally(recoded)) == flips(looked.tally(recoded)) == [2]
+
+
+def test_a_scale_that_moved_in_steps_left_out_does_not_count():
+    book = book_of(Run({"a": torch.tensor([0.125, 0.25, 0.0])}), "flips")
+    moved = left_out(5, [0.125, 0.25, 0.125], before=[0.125, 0.25, 0.0], scale=2.0, scale_before=2.0)
+    assert flips(book.tally(moved)) == [1]
+
+
+def test_the_loop_takes_scales_of_before_in_rows_as_torch_does(drawn):
+    step = drawn(WARPED, per_row, shapes=MATRICES)
+    then = {name: per_row(value).mT.contiguous().mT * 1.7 for name, value in step.before.items()}
+    step = attrs.evolve(step, scales_before=then)
+    asked = {name: tally.asked(step, name, {"flips"}, True) for name in step.weights}
+    before, now = (
+        {name: torch.zeros(value.numel(), dtype=torch.int8) for name, value in then.items()} for _ in "12"
+    )
+    if native_tally.tallied(asked, step, before, now) is None:
+        pytest.skip("there is no C compiler")
+    for name, value in step.before.items():
+        expected = codes(value.reshape(-1), WARPED, then[name].reshape(-1))
+        assert torch.equal(before[name], expected)
+        assert not torch.equal(before[name], now[name])
+
+
+def test_what_was_before_is_needed_only_after_steps_left_out_and_switches():
+    run = Run({"a": torch.zeros(2)})
+    book, run.switches = book_of(run, "flips"), []
+    assert book.needs() == ()
+    run.step = 1
+    assert book.needs() == ("before",)
+    book.tally(stepped(1, [0.125, 0.0]))
+    assert book.needs() == ()
+    run.switches.append((".*", "WIDE"))
+    assert book.needs() == ("before",)
 
 
 def test_rungs_beyond_a_byte_stay_distinct():

@@ -72,7 +72,9 @@ def test_flips_are_counted_from_step_to_step():
 
 
 def test_where_steps_are_left_out_the_weights_before_count():
-    flip = started(Flip, [0.0, 0.0], every=10)
+    flip, run = Flip(MonitorOptions(every=10)), Run(start=[0.0, 0.0])
+    flip.start(run)
+    run.step = 9
     assert flip.needs == ("before",)
     seen = numbers(flip.observe(step(10, [0.5, 0.25], [1.0, 1.0], before=[0.5, 0.0])))
     assert seen["flip/flip_count/total"] == 1

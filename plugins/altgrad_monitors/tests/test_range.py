@@ -308,6 +308,31 @@ def test_weights_on_the_grid_are_counted_when_they_land(range_in, after, stored)
     assert "range/forward_overflow_count/total" not in seen
 
 
+def test_of_a_step_without_an_update_the_optimizer_is_not_reported(range_in, after, stored, step_of):
+    run, monitor = range_in(stored)
+    quantizer_of(layer(run, HEAD).weight).on_grid = False
+    assert "range/optimizer_overflow_count/total" in after(run, monitor, update=run.optimizer.step)
+    seen = after(run, monitor)
+    assert "range/forward_overflow_count/total" in seen
+    assert not any(name.startswith("range/optimizer") for name in seen)
+    assert monitor.skipped(step_of(run, run.step)).keys() == seen.keys()
+
+
+def test_gradients_that_overflowed_to_infinity_are_seen_in_a_step_that_was_skipped(range_in, step_of, run_of):
+    pytest.importorskip("altgrad_formats", reason="the tables here have no infinities")
+    static = {"format": "E5M2", "scale_mode": "static", "amax": 1e-9, "overflow": "ieee"}
+    run = run_of("E4M3")
+    altgrad.dequantize_model(run.model)
+    altgrad.quantize_model(run.model, "E4M3", gradients=static)
+    run, monitor = range_in(run)
+    with held_weights(run.model):
+        tokens = torch.arange(24).view(3, 8)
+        run.model(tokens, tokens)[1].backward()
+    assert not layer(run, HEAD).weight.grad.isfinite().all()
+    run.step += 1
+    assert float(monitor.skipped(step_of(run, 1))[f"range/saturated_gradients/{HEAD}"]) > 0.5
+
+
 def test_a_weight_that_leaves_the_grid_is_counted_in_the_forward_pass(range_in, after, stored):
     run, monitor = range_in(stored)
     after(run, monitor, update=run.optimizer.step)

@@ -172,7 +172,7 @@ def altgrad_optimizers() -> list[Component]:
             summary="AdamW in the geometry of the format's spacing",
             options=ManifoldAdamWOptions,
             target="altgrad_optim.manifold:build",
-            source="docs/architecture.md; placement both is Riemannian Adam, arXiv 1810.00760",
+            source="docs/science.md; placement both is Riemannian Adam, arXiv 1810.00760",
         ),
         Component(
             name="GridOptim",

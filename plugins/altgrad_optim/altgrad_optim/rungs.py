@@ -24,9 +24,7 @@ def stochastic_round(x: Tensor, uniform: Tensor) -> Tensor:
     return (whole + (uniform < magnitude - whole)).copysign(x)
 
 
-def grid_step(
-    scaled: Tensor, rungs: Tensor, format: Format, uniform: Tensor, rung_clip: int = 10
-) -> tuple[Tensor, Tensor]:
+def grid_step(scaled: Tensor, rungs: Tensor, format: Format, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Move on-grid values down by `rungs`, rounded stochastically to whole rungs.
 
     scaled: w*s, on the format's grid. rungs: r, float, already clipped. uniform: float32 in [0, 1).
@@ -62,8 +60,10 @@ def taken_step(
     weight: Tensor, rungs: Tensor, scale: Tensor, keys: Tensor, format: Format, rung_clip: int, by_value: bool
 ) -> tuple[Tensor, Tensor]:
     """Draw and take the step of on-grid weights; see `grid_step` and `value_step`."""
-    step = value_step if by_value else grid_step
-    return step(weight * scale, rungs, format, uniform_like(weight, keys), rung_clip)
+    scaled, uniform = weight * scale, uniform_like(weight, keys)
+    if by_value:
+        return value_step(scaled, rungs, format, uniform, rung_clip)
+    return grid_step(scaled, rungs, format, uniform)
 
 
 @kernel

@@ -51,7 +51,7 @@ class EmergencyShiftOptions:
     """Move the layers of a format that does not train to the next format of a chain."""
 
     measure: Literal["descent", "ratio"] = option(
-        "stall is 1 - descent/quality (descent), or stall/stall_ratio, which is high in healthy runs (ratio)",
+        "stall is 1 - descent/delivered (descent), or stall/stall_ratio, high in healthy runs too (ratio)",
         default="descent",
     )
     stall_threshold: float = option(
@@ -60,6 +60,11 @@ class EmergencyShiftOptions:
     patience: int = option("steps to average the stall over", unit="steps", default=50, validator=at_least(1))
     warmup: int = option(
         "first steps whose stall is not looked at", unit="steps", default=20, validator=at_least(0)
+    )
+    schedule_floor: float = option(
+        "share of the schedule's highest learning rate below which the stall is not looked at (descent)",
+        default=0.5,
+        validator=between(0, 1),
     )
     nan_patience: int = option(
         "consecutive non-finite losses that give the format up",

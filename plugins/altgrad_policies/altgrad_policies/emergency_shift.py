@@ -7,10 +7,15 @@ not finite  `nan_patience` losses or gradients in a row that are not finite. The
 stall       the average over the last `patience` steps that have one is above `stall_threshold`. NaN means
             that a step has none (nothing was to be updated): it is neither healthy nor stalled.
 
-With `measure = "descent"` the stall is 1 - <intended, actual>/|intended|^2: near 1 where rounding to nearest
-loses the updates; near 0 under float32 masters, stochastic rounding and GridOptim, however few codes change.
+With `measure = "descent"` the stall is 1 - descent/delivered, the share of the intended update that neither
+arrives nor is kept for later: near 1 where rounding to nearest loses the updates; near 0 under float32
+masters, stochastic rounding, error feedback, ECO and GridOptim, however few codes change.
 With "ratio" it is 1 - flips/updates, AltGrad's founding rule: near 1 in every healthy run whose steps are
 smaller than the format's spacing. It is there to be compared with.
+
+It is not looked at in steps at less than `schedule_floor` of the schedule's highest learning rate: at the end
+of a schedule the steps are meant to be small, and what a grid then loses of them is no emergency. The
+founding rule looks at every step.
 
 A model with one format is judged by the `total`, one with several by the mean over the layers of each. A
 stalled format takes all its layers along; its count, and that of the format they come to, start again.
@@ -18,15 +23,25 @@ stalled format takes all its layers along; its count, and that of the format the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from altgrad_core.hookspecs import Action, SkipStep, Stop, SwitchFormat
+from altgrad_core.loop import learning_rate_factor
 from altgrad_policies import STOP, EmergencyShiftOptions
-from altgrad_policies.quantized_layers import by_format, looked_up, named, of_layers, refuse_types
+from altgrad_policies.quantized_layers import (
+    by_format,
+    looked_up,
+    named,
+    of_layers,
+    refuse_types,
+    refuse_unwatched,
+    watched,
+)
 
-_METRICS = {"descent": "descent/quality", "ratio": "stall/stall_ratio"}
+_METRICS = {"descent": "descent/delivered", "ratio": "stall/stall_ratio"}
 
 
 class EmergencyShift:
@@ -52,13 +67,46 @@ class EmergencyShift:
         return tuple(f"{self.metric}/{layer}" for layer in ("total", *layers))
 
     def start(self, run: Any) -> None:
-        """Look up every format that the chain may come to. Raises UsageError for an unknown one."""
+        """Look up every format that the chain may come to.
+
+        Raises UsageError for an unknown one, and for a monitor that tells nothing of the layers.
+        """
         self._run = run
+        if run.step == 0:
+            self._check_monitor(run)
         for name in by_format(run):
             passed = {name}
             while (following := self._after(name)) is not None and following not in passed:
                 passed.add(following)
                 name = looked_up(run, following, "emergency_shift: chain")
+
+    def _check_monitor(self, run: Any) -> None:
+        """Refuse what would never be decided, and warn of what is not looked at."""
+        formats, monitor = by_format(run), self.metric.partition("/")[0]
+        layers = [layer for one in formats.values() for layer in one]
+        refuse_unwatched(run, "emergency_shift", monitor, layers, each=len(formats) > 1)
+        for name, one in formats.items():
+            if not watched(run, monitor, one):
+                run.warn(f"emergency_shift does not judge {name}: {monitor!r} observes none of its layers")
+        if not formats:
+            run.warn("emergency_shift has no format to move: no weights are quantised")
+        elif (judged := self._judged(run)) < self.options.patience:
+            run.warn(
+                f"emergency_shift will not judge the stall: {judged} steps of the run are looked at, patience "
+                f"is {self.options.patience}; lower it, warmup or schedule_floor"
+            )
+
+    def _judged(self, run: Any) -> int:
+        """Return how many steps of the run are looked at; no more than `patience` are counted."""
+        options, train = self.options, run.experiment.train
+        floor = options.schedule_floor if options.measure == "descent" else 0.0
+        steps = (
+            step
+            for step in range(options.warmup + 1, run.experiment.steps)  # read as the next one begins
+            if learning_rate_factor(step, run.experiment.steps, train.warmup_steps, train.min_lr_ratio)
+            >= floor
+        )
+        return sum(1 for _ in itertools.islice(steps, options.patience))
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
         """Return SwitchFormat for the layers of one format, Stop at the chain's end, or None."""
@@ -96,13 +144,19 @@ class EmergencyShift:
         same = {name for name in formats if formats[name] == self.layers.get(name)}
         self.stalls = {name: self.stalls.get(name, []) if name in same else [] for name in formats}
         self.layers = {name: list(layers) for name, layers in formats.items()}
-        if step - 1 <= self.options.warmup:
+        if step - 1 <= self.options.warmup or (self.options.measure == "descent" and self._winding_down()):
             return
         self._check_layers(metrics)
         for name in formats:
             stall = self._stall(name, metrics)
             if math.isfinite(stall):
                 self.stalls[name] = [*self.stalls[name], stall][-self.options.patience :]
+
+    def _winding_down(self) -> bool:
+        """Whether the schedule has brought the learning rate below the share that is looked at."""
+        group = self._run.optimizer.param_groups[0]
+        highest: float = group["initial_lr"] * self._run.lr_factor
+        return bool(group["lr"] < self.options.schedule_floor * highest)
 
     def _check_layers(self, metrics: Mapping[str, float]) -> None:
         """Raise ValueError where several formats are in use and no layer has ever reported."""
@@ -126,7 +180,7 @@ class EmergencyShift:
         return math.fsum(stalls) / len(stalls) if len(stalls) == self.options.patience else None
 
     def _stalled(self, name: str, stall: float) -> str:
-        what = "1 - descent quality" if self.options.measure == "descent" else "the stall ratio"
+        what = "1 - descent/delivered" if self.options.measure == "descent" else "the stall ratio"
         return (
             f"{what} of {name} was {stall:.3g} on average over {self.options.patience} steps, "
             f"above {self.options.stall_threshold:g}"

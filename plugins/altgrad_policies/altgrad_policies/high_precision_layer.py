@@ -17,7 +17,14 @@ from typing import Any
 
 from altgrad_core.hookspecs import Action, SwitchFormat
 from altgrad_policies import HighPrecisionLayerOptions
-from altgrad_policies.quantized_layers import by_format, looked_up, named, of_layers, refuse_types
+from altgrad_policies.quantized_layers import (
+    by_format,
+    looked_up,
+    named,
+    of_layers,
+    refuse_types,
+    refuse_unwatched,
+)
 
 EXCESS, ALERT = "kurtosis/excess", "kurtosis/alert"
 
@@ -44,9 +51,14 @@ class HighPrecisionLayer:
         return tuple(f"{metric}/{layer}" for layer in ("total", *layers) for metric in (EXCESS, ALERT))
 
     def start(self, run: Any) -> None:
-        """Look up the format. Raises UsageError for an unknown one."""
+        """Look up the format. Raises UsageError for an unknown one, and for a monitor that tells nothing."""
         self._run = run
         self._target = looked_up(run, self.options.to, "high_precision_layer: to")
+        if run.step:
+            return
+        refuse_unwatched(run, "high_precision_layer", "kurtosis", self._candidates(), each=True)
+        if not by_format(run):
+            run.warn("high_precision_layer has no layer to move: no weights are quantised")
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
         """Return SwitchFormat for the layers that have had enough alerts, or None."""

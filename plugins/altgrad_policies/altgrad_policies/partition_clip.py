@@ -22,7 +22,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Action, ClipGradients
 from altgrad_core.surgery import quantized_flows
 from altgrad_policies import PartitionClipOptions
-from altgrad_policies.quantized_layers import formats
+from altgrad_policies.quantized_layers import flow_layers, formats, refuse_unwatched
 
 E5M2_LARGEST = 57344.0
 """1.75 * 2^15 (OCP 8-bit floating point)."""
@@ -40,8 +40,14 @@ class PartitionClip:
 
     def start(self, run: Any) -> None:
         self._run = run
-        if run.step == 0 and not formats_of(run, self.options.flow):
-            what = "gradients are" if self.options.flow == "backward" else "weights or activations are"
+        if run.step:
+            return
+        backward = self.options.flow == "backward"
+        layers = flow_layers(run, "gradients" if backward else "activations")
+        layers += [] if backward else list(formats(run))
+        refuse_unwatched(run, "partition_clip", "range", layers, each=False)
+        if not layers:
+            what = "gradients are" if backward else "weights or activations are"
             run.warn(f"partition_clip watches the {self.options.flow} pass, where no {what} quantised")
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from altgrad_core.format import Format
 from altgrad_core.lookup import format_or_none
 from altgrad_core.registry import UsageError
-from altgrad_core.surgery import quantizer_of
+from altgrad_core.surgery import quantized_flows, quantizer_of
 
 
 def formats(run: Any) -> dict[str, Format]:
@@ -27,6 +27,12 @@ def by_format(run: Any) -> dict[str, list[str]]:
     for layer, format in formats(run).items():
         found.setdefault(format.name, []).append(layer)
     return found
+
+
+def flow_layers(run: Any, kind: str) -> list[str]:
+    """Return the layers whose `activations` or `gradients` are quantised."""
+    names = (name.rpartition(".") for name in quantized_flows(run.model))
+    return [layer for layer, _, found in names if found == kind]
 
 
 def looked_up(run: Any, name: str, where: str) -> str:
@@ -49,6 +55,36 @@ def named(layers: Iterable[str]) -> str:
 def of_layers(metric: str, layers: Iterable[str], metrics: Mapping[str, float]) -> dict[str, float]:
     """Return what `metrics` holds of `<metric>/<layer>`, by layer."""
     return {layer: metrics[f"{metric}/{layer}"] for layer in layers if f"{metric}/{layer}" in metrics}
+
+
+def refuse_unwatched(run: Any, policy: str, monitor: str, layers: Collection[str], *, each: bool) -> None:
+    """Raise UsageError where a monitor's options leave a policy nothing to read of these layers.
+
+    each: the policy reads the metrics of single layers, not the total alone.
+    """
+    options = _options_of(run, monitor)
+    if layers and not watched(run, monitor, layers):
+        raise UsageError(
+            f"{policy} reads {monitor!r}, whose layers = {options.layers!r} matches none of those that it "
+            f"decides about ({', '.join(layers)}); widen that pattern"
+        )
+    if layers and each and getattr(options, "per", "layer") != "layer":
+        raise UsageError(
+            f"{policy} reads single layers of {monitor!r}, which reports by type of layer; set "
+            'per = "layer" in its [[monitor]]'
+        )
+
+
+def watched(run: Any, monitor: str, layers: Collection[str]) -> list[str]:
+    """Return those of the layers that a monitor's option `layers` lets it observe."""
+    pattern = getattr(_options_of(run, monitor), "layers", ".*")
+    return [layer for layer in layers if re.fullmatch(pattern, layer)]
+
+
+def _options_of(run: Any, monitor: str) -> Any:
+    """Return a monitor's options as the experiment gives them; None where they are the defaults."""
+    found = (one.options for one in run.experiment.monitor if one.plugin.rpartition(":")[2] == monitor)
+    return next(found, None)
 
 
 def refuse_types(metric: str, layers: Iterable[str], metrics: Mapping[str, float]) -> None:

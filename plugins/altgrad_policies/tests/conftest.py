@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -54,6 +55,23 @@ class HandMadeRun:
     step: int = 0
     model: torch.nn.Module = attrs.field(factory=lambda: torch.nn.Linear(1, 1))
     warnings: list[str] = attrs.field(factory=list)
+    monitors: dict[str, dict[str, str]] = attrs.field(factory=dict)
+    """Options of its monitors, by name."""
+    steps: int = 1000
+    min_lr_ratio: float = 1.0
+    lr_factor: float = 1.0
+    optimizer: SimpleNamespace = attrs.field(
+        factory=lambda: SimpleNamespace(param_groups=[{"lr": 1.0, "initial_lr": 1.0}])
+    )
+
+    @property
+    def experiment(self):
+        choices = [
+            SimpleNamespace(plugin=name, options=SimpleNamespace(**options))
+            for name, options in self.monitors.items()
+        ]
+        train = SimpleNamespace(warmup_steps=0, min_lr_ratio=self.min_lr_ratio)
+        return SimpleNamespace(monitor=choices, steps=self.steps, train=train)
 
     @property
     def layers(self):
@@ -88,8 +106,13 @@ def table():
 
 @pytest.fixture
 def run_of(registry):
-    """Return a function from `{layer: format}` to a run whose `formats` a test may change."""
-    return lambda formats: HandMadeRun(formats=dict(formats), registry=registry)
+    """Return a function from `{layer: format}` to a run whose `formats` a test may change.
+
+    monitors: name to options. Others have their defaults.
+    """
+    return lambda formats, **monitors: HandMadeRun(
+        formats=dict(formats), registry=registry, monitors=monitors
+    )
 
 
 @pytest.fixture

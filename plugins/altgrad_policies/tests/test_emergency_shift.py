@@ -16,8 +16,8 @@ MIXED = {"h.0.attn": "E7M0", "h.0.mlp": "E3M4", "h.1.mlp": "E3M4"}
 def started(run_of):
     """Return a function that gives a policy that has begun, and its run."""
 
-    def start(layers=LAYERS, **options):
-        run = run_of(layers)
+    def start(layers=LAYERS, monitors=None, **options):
+        run = run_of(layers, **(monitors or {}))
         policy = EmergencyShift(EmergencyShiftOptions(**{"patience": 3, "warmup": 0, **options}))
         policy.start(run)
         return policy, run
@@ -31,7 +31,7 @@ def decisions(read):
 
     def decide(policy, qualities, first=2):
         return [
-            policy.decide(step, read(**{"descent/quality/total": quality}))
+            policy.decide(step, read(**{"descent/delivered/total": quality}))
             for step, quality in enumerate(qualities, first)
         ]
 
@@ -52,7 +52,7 @@ def test_lost_updates_move_every_layer_of_the_format_at_the_count_and_not_before
     assert isinstance(action, SwitchFormat)
     assert action.to == "E5M2"
     assert [layer for layer in LAYERS if re.fullmatch(action.layers, layer)] == ["h.0.attn", "h.0.mlp"]
-    assert "1 - descent quality of E7M0 was 1 on average over 3 steps, above 0.5" in action.reason
+    assert "1 - descent/delivered of E7M0 was 1 on average over 3 steps, above 0.5" in action.reason
 
 
 def test_the_default_is_an_average_above_one_half_over_fifty_steps_after_twenty(run_of, decisions):
@@ -75,6 +75,22 @@ def test_updates_that_arrive_late_but_whole_are_no_stall(started, decisions):
 def test_the_warm_up_counts_for_nothing(started, decisions):
     policy, _ = started(warmup=4)
     assert kinds(decisions(policy, [0.0] * 7)) == [None] * 6 + ["SwitchFormat"]
+
+
+def test_the_end_of_a_schedule_counts_for_nothing(started, decisions):
+    policy, run = started()
+    decisions(policy, [0.0, 0.0])
+    (group,) = run.optimizer.param_groups
+    group["lr"] = 0.49
+    assert kinds(decisions(policy, [0.0] * 9, first=4)) == [None] * 9
+    group["lr"] = 0.5
+    assert kinds(decisions(policy, [0.0], first=13)) == ["SwitchFormat"]
+
+
+def test_a_learning_rate_that_a_policy_has_lowered_is_no_end_of_a_schedule(started, decisions):
+    policy, run = started()
+    run.optimizer.param_groups[0]["lr"] = run.lr_factor = 0.125
+    assert kinds(decisions(policy, [0.0] * 3)) == [None, None, "SwitchFormat"]
 
 
 @pytest.mark.parametrize("undefined", [math.nan, math.inf, -math.inf])
@@ -124,12 +140,12 @@ def test_the_founding_measure_reads_the_stall_ratio(started, read):
 
 def mixed(attn, *mlps):
     values = zip(MIXED, (attn, *mlps), strict=True)
-    return {f"descent/quality/{layer}": value for layer, value in values}
+    return {f"descent/delivered/{layer}": value for layer, value in values}
 
 
 def test_with_several_formats_each_is_judged_by_its_own_layers(started, read):
     policy, _ = started(MIXED, patience=2)
-    assert set(policy.needs) == {"descent/quality/total", *mixed(0, 0, 0)}
+    assert set(policy.needs) == {"descent/delivered/total", *mixed(0, 0, 0)}
     actions = [policy.decide(step, read(**mixed(1.0, 0.1, 0.3))) for step in (2, 3)]
     assert kinds(actions) == [None, "SwitchFormat"]
     assert actions[-1].to == "E5M2"
@@ -155,23 +171,59 @@ def test_a_format_that_takes_layers_in_is_judged_anew(started, read):
     for step in (2, 3):
         policy.decide(step, read(**mixed(1.0, 0.0, 0.0)))
     run.formats["h.0.attn"] = "E3M4"
-    assert policy.decide(4, read(**mixed(1.0, 0.0, 0.0), **{"descent/quality/total": 0.0})) is None
+    assert policy.decide(4, read(**mixed(1.0, 0.0, 0.0), **{"descent/delivered/total": 0.0})) is None
 
 
 def test_several_formats_and_a_metric_per_type_of_layer_are_refused_with_the_way_out(started, read):
     policy, _ = started(MIXED)
     with pytest.raises(ValueError, match=r'for none of the layers h\.0\.attn, h\.0\.mlp.*set per = "layer"'):
-        policy.decide(2, read(**{"descent/quality/total": 1.0, "descent/quality/mlp": 1.0}))
+        policy.decide(2, read(**{"descent/delivered/total": 1.0, "descent/delivered/mlp": 1.0}))
 
 
 def test_layers_that_have_reported_once_may_fall_silent_and_a_resume_knows_it(started, read):
     policy, run = started(MIXED)
-    policy.decide(2, read(**mixed(1.0, 1.0, 1.0), **{"descent/quality/total": 1.0}))
-    assert policy.decide(3, read(**{"descent/quality/total": 1.0})) is None
+    policy.decide(2, read(**mixed(1.0, 1.0, 1.0), **{"descent/delivered/total": 1.0}))
+    assert policy.decide(3, read(**{"descent/delivered/total": 1.0})) is None
     resumed = EmergencyShift(policy.options)
     resumed.load_state_dict(policy.state_dict())
     resumed.start(run)
-    assert resumed.decide(4, read(**{"descent/quality/total": 1.0})) is None
+    assert resumed.decide(4, read(**{"descent/delivered/total": 1.0})) is None
+
+
+def test_a_metric_per_type_of_layer_is_refused_at_the_start_where_layers_are_read(started):
+    by_type = {"descent": {"per": "type", "layers": ".*"}}
+    with pytest.raises(UsageError, match=r"single layers of 'descent'.*set per = .layer."):
+        started(MIXED, by_type)
+    assert started(LAYERS, by_type)[1].warnings == []
+
+
+def test_a_monitor_that_observes_none_of_the_layers_is_refused_at_the_start(started):
+    with pytest.raises(UsageError, match=r"'stall', whose layers = 'head' matches none .*h\.0\.attn"):
+        started(LAYERS, {"stall": {"layers": "head"}}, measure="ratio")
+
+
+def test_a_format_that_is_not_observed_is_told_at_the_start(started):
+    _, run = started(MIXED, {"descent": {"layers": ".*mlp"}})
+    assert run.warnings == ["emergency_shift does not judge E7M0: 'descent' observes none of its layers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({}, True), ({"schedule_floor": 0.4}, False), ({"measure": "ratio"}, False)]
+)
+def test_a_run_that_is_too_short_for_its_schedule_to_be_judged_is_told_so(run_of, options, told):
+    """Cosine over 100 steps: those of 21 to 50 are read at half of the learning rate or more."""
+    run = run_of(LAYERS)
+    run.steps, run.min_lr_ratio = 100, 0.0
+    EmergencyShift(EmergencyShiftOptions(patience=31, **options)).start(run)
+    assert bool(run.warnings) == told
+    assert not told or "30 steps of the run are looked at, patience is 31" in run.warnings[0]
+
+
+def test_a_run_without_quantised_weights_is_told_so(started):
+    assert started()[1].warnings == []
+    assert started({"head": None})[1].warnings == [
+        "emergency_shift has no format to move: no weights are quantised"
+    ]
 
 
 # --- losses that are not finite ------------------------------------------------------------------------
@@ -196,7 +248,7 @@ def test_a_finite_step_in_between_starts_that_count_again(started, read):
 def test_a_non_finite_step_in_between_leaves_the_stalls_where_they_are(started, decisions, read):
     policy, _ = started()
     decisions(policy, [0.0, 0.0])
-    assert isinstance(policy.decide(4, read(loss=math.nan, **{"descent/quality/total": 0.0})), SkipStep)
+    assert isinstance(policy.decide(4, read(loss=math.nan, **{"descent/delivered/total": 0.0})), SkipStep)
     assert kinds(decisions(policy, [0.0], first=5)) == ["SwitchFormat"]
 
 
@@ -252,8 +304,8 @@ def test_names_are_matched_letter_by_letter(started, decisions):
 
 def test_it_is_a_policy_before_and_after_a_run_begins(started):
     assert isinstance(EmergencyShift(EmergencyShiftOptions()), Policy)
-    assert EmergencyShift(EmergencyShiftOptions()).needs == ("descent/quality/total",)
-    assert started()[0].needs == ("descent/quality/total",)
+    assert EmergencyShift(EmergencyShiftOptions()).needs == ("descent/delivered/total",)
+    assert started()[0].needs == ("descent/delivered/total",)
 
 
 @pytest.mark.parametrize("cut", range(1, 7))
@@ -262,7 +314,7 @@ def test_resume_reproduces_the_decisions(started, read, cut):
         values = [math.nan, 0.0, 0.0, math.nan, 0.2, 0.0]
         losses = [1.0, 1.0, math.nan, math.nan, 1.0, 1.0]
         return [
-            policy.decide(step + 2, read(loss=losses[step], **{"descent/quality/total": values[step]}))
+            policy.decide(step + 2, read(loss=losses[step], **{"descent/delivered/total": values[step]}))
             for step in steps
         ]
 

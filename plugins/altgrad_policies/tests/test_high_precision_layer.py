@@ -15,8 +15,8 @@ LAYERS = {"h.0.mlp": "E4M3", "h.1.mlp": "E4M3", "head": None}
 def started(run_of):
     """Return a function that gives a policy that has begun, and its run."""
 
-    def start(layers=LAYERS, **options):
-        run = run_of(layers)
+    def start(layers=LAYERS, monitors=None, **options):
+        run = run_of(layers, **(monitors or {}))
         policy = HighPrecisionLayer(HighPrecisionLayerOptions(**{"patience": 2, "every": 10, **options}))
         policy.start(run)
         return policy, run
@@ -132,3 +132,19 @@ def test_resume_reproduces_the_decisions(started, check):
     second.load_state_dict(first.state_dict())
     assert check(second, 21, h_0_mlp=12.0) == check(first, 21, h_0_mlp=12.0) is not None
     assert second.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "way_out"),
+    [({"per": "type", "layers": ".*"}, 'set per = "layer"'), ({"layers": "head"}, "widen that pattern")],
+)
+def test_a_monitor_that_tells_nothing_of_the_layers_is_refused_at_the_start(started, options, way_out):
+    with pytest.raises(UsageError, match=way_out):
+        started(monitors={"kurtosis": options})
+
+
+def test_a_run_without_quantised_weights_is_told_so(started):
+    assert started()[1].warnings == []
+    assert started({"head": None})[1].warnings == [
+        "high_precision_layer has no layer to move: no weights are quantised"
+    ]

@@ -5,6 +5,7 @@ import torch
 
 import altgrad_core as altgrad
 from altgrad_core.hookspecs import ClipGradients
+from altgrad_core.registry import UsageError
 from altgrad_policies import PartitionClipOptions
 from altgrad_policies.partition_clip import PartitionClip, by_largest, by_octaves
 
@@ -88,6 +89,13 @@ def test_nothing_to_watch_is_said_once(started):
     run.step = 5
     policy.start(run)
     assert len(run.warnings) == 1
+
+
+def test_a_monitor_that_observes_none_of_the_gradients_is_refused_at_the_start(started):
+    _, run = started()
+    run.monitors = {"range": {"layers": "head"}}
+    with pytest.raises(UsageError, match=r"partition_clip reads 'range', whose layers = 'head' matches none"):
+        PartitionClip(PartitionClipOptions()).start(run)
 
 
 def test_without_a_format_there_is_nothing_to_clip_to(started, read):

@@ -1,0 +1,236 @@
+"""`[compare]`: what a report may claim, written before the runs. No torch.
+
+The runs of a comparison come in groups, which differ inside in seed and step size alone:
+
+- an arm has a group in each combination of the other axes of [grid];
+- a reference has one in each combination of the axes that it leaves open, with the baseline's optimizer;
+- an arm with a stiffness has one per format on float32 weights, with `of_format`. What the arm does there it
+  does as an optimizer, not by geometry: a report takes it away.
+
+A group's name says its values alone, so that the same run is never two groups: a reference `fp32` of the file
+is the baseline's group at "FP32" of a grid that has this value, and where nothing is quantised the other
+options of [quantize] do not tell groups apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.options import Choice, FieldError, StiffnessChoice, at_least, option, plain
+from altgrad_core.quantize_options import UNQUANTISED, QuantizeOptions
+from altgrad_core.registry import listed, shown
+from altgrad_core.tuning import MOST_EXTENSIONS, rounded
+
+
+def _some(_: Any, field: Any, value: Sequence[Any]) -> None:
+    if not value:
+        raise ValueError("expected a list with at least one value, got []")
+    if twice := [one for one in value if list(value).count(one) > 1]:
+        raise ValueError(f"{shown(twice[0])} is listed twice; keep one")
+
+
+def _factors(_: Any, field: Any, value: Sequence[float]) -> None:
+    _some(_, field, value)
+    if bad := [one for one in value if one <= 0]:
+        raise ValueError(f"expected factors above 0, got {shown(bad[0])}")
+
+
+def _seeds(_: Any, field: Any, value: Sequence[int]) -> None:
+    _some(_, field, value)
+    if bad := [one for one in value if one < 0]:
+        raise ValueError(f"expected seeds of 0 or more, got {shown(bad[0])}")
+
+
+@attrs.frozen(kw_only=True)
+class CompareOptions:
+    """The table `[compare]`."""
+
+    arm: str = option("the axis of [grid] whose values are compared")
+    baseline: int = option(
+        "index of the arm that the others are compared with", default=0, validator=at_least(0)
+    )
+    tune: tuple[float, ...] = option(
+        "factors on each arm's own step size; a single one is taken as it is",
+        default=(0.25, 0.5, 1.0, 2.0, 4.0),
+        validator=_factors,
+    )
+    tune_seeds: tuple[int, ...] = option(
+        "seeds that each arm's best factor is chosen on", default=(1, 2), validator=_seeds
+    )
+    seeds: tuple[int, ...] = option(
+        "seeds that the arms are compared on", default=(3, 4, 5, 6, 7), validator=_seeds
+    )
+    metric: str = option("what is compared, at the end of a run; less is better", default="validation/loss")
+    smallest_effect: float = option(
+        "smaller differences count as none", unit="nats", default=0.005, validator=at_least(0)
+    )
+    references: dict[str, dict[str, Any]] = option(
+        "runs beside the arms, on every seed: name to what is different", default=attrs.Factory(dict)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if both := sorted(set(self.tune_seeds) & set(self.seeds)):
+            raise FieldError(
+                "seeds",
+                f"{both[0]} is one of tune_seeds too: what was chosen on a seed is not compared on it; "
+                "take other seeds",
+            )
+        if empty := next((name for name, table in self.references.items() if not table), None):
+            raise FieldError(("references", empty), "changes nothing, so it is no reference; remove it")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is a choice of factors."""
+        return len(self.tune) > 1
+
+    @property
+    def digest(self) -> str:
+        """Identify the table, defaults included."""
+        return hashlib.sha256(json.dumps(plain(self), sort_keys=True, default=str).encode()).hexdigest()
+
+
+@attrs.frozen(kw_only=True)
+class Role:
+    """What a group of runs is there for; the same runs may serve several ends."""
+
+    kind: Literal["arm", "reference", "intrinsic"]
+    """`intrinsic`: an arm on float32 weights."""
+    arm: int
+    at: Mapping[str, Any] = attrs.field(factory=dict)
+    """The combination of the other axes, as far as the group hangs on it."""
+    format: Any = None
+    """The format of the weights, of an intrinsic group that of the geometry, as a file writes it in full."""
+    reference: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Group:
+    """Runs that differ in seed and step size alone."""
+
+    name: str
+    roles: tuple[Role, ...]
+    step_of: str = ""
+    """Name of the group whose step size these runs take; empty: they have one of their own."""
+
+    def run(self, seed: int, factor: float) -> str:
+        """Return the name of a run's folder."""
+        return f"{self.name},seed={seed},step={rounded(factor)!r}"
+
+    def run_named(self, name: str) -> tuple[int, float] | None:
+        """Return seed and factor of the run with that name, None where it is none of this group."""
+        found = re.fullmatch(rf"{re.escape(self.name)},seed=(\d+),step=([\d.e+-]+)", name)
+        return (int(found[1]), float(found[2])) if found else None
+
+
+@attrs.frozen(kw_only=True)
+class Comparison:
+    """A file's `[compare]` and the groups of runs that it takes, in the order of the file's cells."""
+
+    options: CompareOptions
+    arms: tuple[str, ...]
+    """The values of the axis, as a person would name them."""
+    groups: tuple[Group, ...]
+
+    @functools.cached_property
+    def positions(self) -> dict[str, int]:
+        """Name of a group to its place, which is that of its cell in the file's cells."""
+        return {group.name: index for index, group in enumerate(self.groups)}
+
+    def tuning_runs(self, group: Group) -> int:
+        """Return how many runs choose a group's step size, as long as its best is not on the edge."""
+        own = self.options.tuned and not group.step_of
+        return len(self.options.tune) * len(self.options.tune_seeds) if own else 0
+
+    def runs(self, group: Group) -> int:
+        return self.tuning_runs(group) + len(self.options.seeds)
+
+    def plan(self) -> Iterator[tuple[str, str]]:
+        """Yield what is going to be run, as pairs of name and text."""
+        options, groups = self.options, self.groups
+        own = [group for group in groups if self.tuning_runs(group)]
+        most = MOST_EXTENSIONS * len(options.tune_seeds) * len(own)
+        yield "compared", f"{len(self.arms)} arms of {options.arm}; baseline {self.arms[options.baseline]}"
+        yield "by", f"{options.metric} on seeds {listed(map(str, options.seeds))}"
+        yield (
+            "tuning",
+            f"{sum(map(self.tuning_runs, groups))} runs: {len(own)} x {len(options.tune)} step sizes x "
+            f"{len(options.tune_seeds)} seeds; up to {most} more where the best is the first or last"
+            if own
+            else "none: a single factor leaves nothing to choose",
+        )
+        for kind, label in (("arm", "comparison"), ("reference", "references"), ("intrinsic", "float32")):
+            of_kind = [group for group in groups if group.roles[0].kind == kind]
+            seeds = len(options.seeds)
+            why = " (of_format on float32 weights)" if kind == "intrinsic" else ""
+            yield label, f"{len(of_kind) * seeds} runs: {len(of_kind)} x {seeds} seeds{why}"
+        yield "hash", options.digest
+
+
+def step_option(choice: Choice) -> str | None:
+    """Return which option of an optimizer is its step size: what its class calls `step_size`, else lr."""
+    declared = getattr(type(choice.options), "step_size", None)
+    name = declared if isinstance(declared, str) else "lr"
+    return name if hasattr(choice.options, name) else None
+
+
+def step_size(experiment: Experiment) -> float:
+    name = step_option(experiment.optimizer)
+    return float(getattr(experiment.optimizer.options, name)) if name else math.nan
+
+
+def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) -> Cell:
+    """Return a group's run: `base` on a seed, its step size `factor` times that of `step_source`.
+
+    Its last evaluation reads the whole validation split.
+    """
+    experiment, name = base.experiment, step_option(base.experiment.optimizer)
+    assert name is not None
+    size = rounded(step_size(step_source.experiment) * factor)
+    choice = experiment.optimizer
+    changed = attrs.evolve(
+        experiment,
+        seed=seed,
+        train=attrs.evolve(experiment.train, final_eval_batches=0),
+        optimizer=attrs.evolve(choice, options=attrs.evolve(choice.options, **{name: size})),
+    )
+    in_force = (*base.in_force, f"seed = {seed} ([compare])", f"optimizer.{name} = {size:g} ([compare])")
+    return Cell(name=group.run(seed, factor), experiment=changed, in_force=in_force)
+
+
+def unquantised(experiment: Experiment) -> bool:
+    """Whether a [quantize] table quantises nothing."""
+    quantize = experiment.quantize
+    if quantize is None:
+        return False
+    formats = [quantize.format, quantize.activations.format, quantize.gradients.format]
+    formats += [
+        one
+        for rule in quantize.rule
+        for one in (rule.format, rule.activations, rule.gradients)
+        if one is not None
+    ]
+    return all(one.unquantised for one in formats)
+
+
+def on_float32(experiment: Experiment) -> Experiment:
+    """Return the experiment with nothing quantised."""
+    return attrs.evolve(experiment, quantize=QuantizeOptions(format=UNQUANTISED))
+
+
+def stiffness_option(choice: Choice) -> str | None:
+    """Return which option of an optimizer is a stiffness; None: it has none."""
+    return next((name for name, value in _items(choice.options) if isinstance(value, StiffnessChoice)), None)
+
+
+def _items(options: Any) -> Iterator[tuple[str, Any]]:
+    for field in attrs.fields(type(options)):
+        yield field.name, getattr(options, field.name)

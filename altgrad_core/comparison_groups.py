@@ -1,0 +1,260 @@
+"""From the axes of a grid and its `[compare]` to groups of runs, with what is wrong with them. No torch.
+
+An arm with `step_of = k` takes the step size that arm k was tuned to, and so do its runs on float32 weights,
+where arm k then has runs too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from altgrad_core.arms import HERE, STEP_OF, Arm, arm_axis, arm_of, arm_problems
+from altgrad_core.axes import cell_name, short
+from altgrad_core.compare import (
+    CompareOptions,
+    Comparison,
+    Group,
+    Role,
+    on_float32,
+    step_option,
+    step_size,
+    stiffness_option,
+    unquantised,
+)
+from altgrad_core.contradictions import contradictions
+from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.options import Path, written
+from altgrad_core.overrides import Origin, Override, from_table, spelled
+from altgrad_core.registry import listed, suggestion
+from altgrad_core.structuring import Problem
+
+VALIDATION = ("loss", "perplexity", "bits_per_byte")
+"""What every evaluation gives; other metrics are a monitor's, or of training."""
+
+_FLOAT32 = Override(("quantize", "format"), "FP32", Origin(HERE))
+
+Build = Callable[[Sequence[Override], Sequence[Override]], Cell | None]
+"""Values of the axes, and changes on top of all others, to a cell; None where something is wrong with it."""
+
+
+def expanded(
+    options: CompareOptions, axes: Sequence[Sequence[Override]], build: Build
+) -> tuple[Comparison | None, tuple[Cell, ...], list[Problem]]:
+    """Return the groups of runs that a comparison takes, each with a cell of the file's own seed and step."""
+    position, problems = arm_axis(options, axes)
+    if position is None:
+        return None, (), problems
+    arms = [arm_of(value) for value in axes[position]]
+    if problems := list(arm_problems(options, arms)):
+        return None, (), problems
+    making = _Making(options, arms, position, axes, build)
+    making.make()
+    groups = tuple(group for group, _ in making.found.values())
+    cells = tuple(cell for _, cell in making.found.values())
+    names = tuple(short(arm.given.value) for arm in arms)
+    comparison = Comparison(options=options, arms=names, groups=groups)
+    return comparison, cells, [*making.problems, *_metric_problems(options, cells)]
+
+
+@attrs.define
+class _Making:
+    """Groups as they are found, each once."""
+
+    options: CompareOptions
+    arms: Sequence[Arm]
+    position: int
+    axes: Sequence[Sequence[Override]]
+    build: Build
+    found: dict[str, tuple[Group, Cell]] = attrs.field(factory=dict)
+    problems: list[Problem] = attrs.field(factory=list)
+    built: dict[tuple[Path, ...], Cell | None] = attrs.field(factory=dict)
+
+    def make(self) -> None:
+        """Find the groups of the arms, of the references, and of the arms on float32 weights."""
+        others = [axis for index, axis in enumerate(self.axes) if index != self.position]
+        combinations = [list(values) for values in itertools.product(*others)]
+        for values, index in itertools.product(combinations, range(len(self.arms))):
+            self._arm(index, values)
+        for name, values in itertools.product(self.options.references, combinations):
+            self._reference(name, values)
+        for values, index in itertools.product(combinations, range(len(self.arms))):
+            if self.problems:
+                return
+            self._intrinsic(index, values)
+
+    def _arm(self, index: int, others: Sequence[Override]) -> str:
+        """Add an arm's group in a combination of the other axes; returns its name."""
+        arm, cell = self.arms[index], self._cell(index, others)
+        if cell is None or not self._has_step(arm, cell.experiment):
+            return ""
+        of = "" if arm.step_of is None else self._arm(arm.step_of, others)
+        if of and not self._fits(arm, cell.experiment, self.found[of][1].experiment):
+            return ""
+        quantize = cell.experiment.quantize
+        format = None if quantize is None else quantize.format.plain()
+        role = Role(kind="arm", arm=index, at=_shown(others), format=format)
+        return self._add(role, cell, self._with(arm.given, others), of)
+
+    def _reference(self, name: str, others: Sequence[Override]) -> None:
+        place = (*HERE, "references", name)
+        try:
+            changes = list(from_table(self.options.references[name], place))
+        except ValueError as error:
+            self.problems.append(Problem(place, str(error)))
+            return
+        values = self._with(self.arms[self.options.baseline].own, others)
+        cell = self.build(values, changes)
+        if cell is None or not self._has_step(self.arms[self.options.baseline], cell.experiment):
+            return
+        left = _open(others, changes, cell.experiment)
+        role = Role(kind="reference", arm=self.options.baseline, at=_shown(left), reference=name)
+        self._add(role, cell, _substituted(values, changes))
+
+    def _intrinsic(self, index: int, others: Sequence[Override]) -> None:
+        """Add an arm's group on float32 weights, and that of the arm whose step size it takes."""
+        arm, cell = self.arms[index], self._cell(index, others)
+        if cell is None or stiffness_option(cell.experiment.optimizer) is None:
+            return
+        quantize = cell.experiment.quantize
+        if quantize is None or quantize.format.unquantised:
+            return
+        of = "" if arm.step_of is None else self._on_float32(arm.step_of, others)
+        self._on_float32(index, others, of)
+
+    def _on_float32(self, index: int, others: Sequence[Override], step_of: str = "") -> str:
+        arm, cell = self.arms[index], self._cell(index, others)
+        if cell is None or cell.experiment.quantize is None:
+            return ""
+        values = self._with(arm.given, others)
+        format = cell.experiment.quantize.format
+        experiment, choice = on_float32(cell.experiment), cell.experiment.optimizer
+        changes = [f"{spelled(_FLOAT32.path)} = FP32 ([compare])"]
+        if (name := stiffness_option(choice)) is not None:
+            stiffness = getattr(choice.options, name)
+            if stiffness.geometry.of_format is None:
+                place = Override(("optimizer", name, "of_format"), format.plain(), Origin(HERE))
+                changes.append(f"{spelled(place.path)} = {written(format)} ([compare])")
+                values.append(place)
+                geometry = attrs.evolve(stiffness.geometry, of_format=format)
+                options = attrs.evolve(choice.options, **{name: attrs.evolve(stiffness, geometry=geometry)})
+                experiment = attrs.evolve(experiment, optimizer=attrs.evolve(choice, options=options))
+        self._refuse(arm, experiment)
+        kept = [one for one in others if one.path[0] != "quantize"]
+        role = Role(kind="intrinsic", arm=index, at=_shown(kept), format=format.plain())
+        made = attrs.evolve(cell, experiment=experiment, in_force=(*cell.in_force, *changes))
+        return self._add(role, made, values, step_of)
+
+    def _add(self, role: Role, cell: Cell, values: Sequence[Override], step_of: str = "") -> str:
+        experiment = cell.experiment
+        if unquantised(experiment):
+            experiment, values = on_float32(experiment), _without_quantize(values)
+        name = cell_name(values)
+        group, cell = self.found.get(
+            name,
+            (
+                Group(name=name, roles=(), step_of=step_of),
+                attrs.evolve(cell, name=name, experiment=experiment),
+            ),
+        )
+        if role not in group.roles:
+            group = attrs.evolve(group, roles=(*group.roles, role))
+        self.found[name] = group, cell
+        return name
+
+    def _cell(self, index: int, others: Sequence[Override]) -> Cell | None:
+        """Return the cell of an arm in a combination of the other axes."""
+        values = self._with(self.arms[index].own, others)
+        key = tuple(value.origin.path for value in values)
+        if key not in self.built:
+            self.built[key] = self.build(values, ())
+        return self.built[key]
+
+    def _with(self, arm: Override, others: Sequence[Override]) -> list[Override]:
+        return [*others[: self.position], arm, *others[self.position :]]
+
+    def _has_step(self, arm: Arm, experiment: Experiment) -> bool:
+        """Whether the arm's optimizer has a step size that factors change; a problem where it has not."""
+        choice = experiment.optimizer
+        size, name = step_size(experiment), step_option(choice)
+        largest = max(self.options.tune) * size
+        if name is not None and size > 0 and math.isfinite(largest):
+            return True
+        message = f"[compare] tunes {name}: expected more than 0 and a finite product, got {size!r}"
+        if name is None:
+            message = f"{choice.plugin} has no step size for [compare] to tune: neither step_size nor lr"
+        self.problems.append(Problem(arm.given.origin.path, message))
+        return False
+
+    def _fits(self, arm: Arm, own: Experiment, other: Experiment) -> bool:
+        """Whether one arm can take the other's step size; a problem where it cannot."""
+        names = step_option(own.optimizer), step_option(other.optimizer)
+        place = (*arm.given.origin.path, STEP_OF)
+        if names[0] != names[1]:
+            message = (
+                f"arm {arm.step_of} has a step size called {names[1]}, {own.optimizer.plugin} {names[0]}"
+            )
+        elif isinstance(arm.own.value, dict) and names[0] in arm.own.value:
+            message = f"takes the {names[0]} of arm {arm.step_of}; leave {names[0]} out"
+        else:
+            return True
+        self.problems.append(Problem(place, message))
+        return False
+
+    def _refuse(self, arm: Arm, experiment: Experiment) -> None:
+        """Note what contradicts float32 weights in an experiment."""
+        sections = {field.name: getattr(experiment, field.name) for field in attrs.fields(Experiment)}
+        for problem in contradictions(sections):
+            message = f"on float32 weights, as [compare] runs it: {spelled(problem.path)}: {problem.message}"
+            self.problems.append(Problem(arm.given.origin.path, message))
+
+
+def _shown(values: Sequence[Override]) -> dict[str, Any]:
+    return {spelled(value.path): value.value for value in values}
+
+
+def _open(values: Sequence[Override], changes: Sequence[Override], experiment: Experiment) -> list[Override]:
+    """Return the values that a reference leaves as they are."""
+    left = [
+        value
+        for value in values
+        if not any(value.path[: len(change.path)] == change.path for change in changes)
+    ]
+    return [one for one in left if one.path[0] != "quantize"] if unquantised(experiment) else left
+
+
+def _substituted(values: Sequence[Override], changes: Sequence[Override]) -> list[Override]:
+    """Return values with changes in their places; a change of a table takes those inside of it away."""
+    rest = {change.path: change for change in changes}
+    kept = [
+        rest.pop(value.path, value)
+        for value in values
+        if value.path in rest or not any(value.path[: len(path)] == path for path in rest)
+    ]
+    return [*kept, *rest.values()]
+
+
+def _without_quantize(values: Sequence[Override]) -> list[Override]:
+    """Return values that name every run with nothing quantised in the same way."""
+    return [_FLOAT32, *(value for value in values if value.path[0] != "quantize")]
+
+
+def _metric_problems(options: CompareOptions, cells: Sequence[Cell]) -> Iterator[Problem]:
+    """Refuse a metric that some run will not have, as far as its name tells."""
+    place = (*HERE, "metric")
+    source, _, quantity = options.metric.partition("/")
+    if source == "validation" and quantity not in VALIDATION:
+        known = [f"validation/{one}" for one in VALIDATION]
+        yield Problem(place, f"no evaluation gives {options.metric!r}; there are: {listed(known)}")
+    if source in ("validation", "train", "epoch"):
+        return
+    for cell in cells:
+        names = [choice.plugin.rpartition(":")[2] for choice in cell.experiment.monitor]
+        if not quantity or source not in names:
+            hint = suggestion(source, names) or "; add it, or compare validation/loss"
+            yield Problem(place, f"no monitor {source!r} reports {options.metric!r}{hint}")
+            return
