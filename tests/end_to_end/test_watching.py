@@ -471,5 +471,6 @@ def test_what_the_core_keeps_for_monitors_is_on_their_account(train, monkeypatch
         whole(run, due, *arguments)
 
     monkeypatch.setattr(loop, "observe_after", looked)
+    monkeypatch.setattr(loop, "keep_scales", lambda run: None)  # which has an account of its own
     train(EYE, *(f"[[monitor]]\nplugin = '{name}'\n" for name in ("stall", "descent")))
     assert all(one["eye"] == 0 < one["stall"] == one["descent"] for one in charged)

@@ -92,8 +92,8 @@ class EmergencyShift:
             run.warn("emergency_shift has no format to move: no weights are quantised")
         elif (judged := self._judged(run)) < self.options.patience:
             run.warn(
-                f"emergency_shift will not judge the stall: {judged} steps of the run are looked at, patience "
-                f"is {self.options.patience}; lower it, warmup or schedule_floor"
+                f"emergency_shift will not judge the stall: {judged} steps of the run are looked at, "
+                f"patience is {self.options.patience}; lower it, warmup or schedule_floor"
             )
 
     def _judged(self, run: Any) -> int:
