@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import attrs
+import torch
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Stiffness
 from altgrad_core.options import Choice, FormatChoice, GeometryOptions, StiffnessChoice
-from altgrad_core.registry import Registry, UsageError, discover
+from altgrad_core.registry import PluginError, Registry, UsageError, discover
 from altgrad_core.stiffness import Geometry
 from altgrad_core.structuring import structure
 
@@ -75,4 +76,16 @@ def _built_format(choice: FormatChoice, registry: Registry) -> Format:
         raise TypeError(
             f"the format {choice.plugin!r} is no Format but {type(built).__name__}: mend its plugin"
         )
+    _refuse_another_shape(built, registry.find(choice.kind, choice.plugin).owner)
     return built
+
+
+def _refuse_another_shape(format: Format, owner: str) -> None:
+    """Raise PluginError where a format's own arithmetic returns another shape: see it before it trains."""
+    given = torch.tensor([[format.smallest, -format.largest, 0.0]], dtype=torch.float32, device="cpu")
+    found = format.fake_quantize(given)
+    if found.shape != given.shape:
+        raise PluginError(
+            f"the format {format.name!r} of {owner} returns the shape {tuple(found.shape)} for "
+            f"{tuple(given.shape)}: rounding keeps the shape"
+        )

@@ -21,7 +21,7 @@ from altgrad_core import checkpoint, loop
 from altgrad_core import registry as registry_module
 from altgrad_core.cli import _guarded, run_app
 from altgrad_core.record import read_json, read_lines
-from altgrad_core.registry import UsageError
+from altgrad_core.registry import PluginError, UsageError
 
 TINY = """
 name = "tiny"
@@ -762,6 +762,12 @@ THIRD = TINY + "[quantize]\nformat = 'ACME'\n[optimizer]\nplugin = 'Acme'\n"
 def test_a_third_partys_format_and_optimizer_train(write, acme, tmp_path):
     acme()
     assert run(write(THIRD), tmp_path, "steps=3").outcome == "finished"
+
+
+def test_a_format_that_returns_another_shape_ends_the_run_by_its_name(write, acme, tmp_path):
+    acme(format="return x.flatten()")
+    with pytest.raises(PluginError, match=r"acme 3\.1 returns the shape"):
+        run(write(THIRD), tmp_path, "steps=3")
 
 
 SPOILED = "raise ArithmeticError('spoiled')"
