@@ -466,6 +466,8 @@ import os, pathlib, signal, sys
 from altgrad_core.hookspecs import Document
 from altgrad_core.preparing import prepare
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background ignores it
+
 class Endless:
     read = 0
     def fingerprint(self):
