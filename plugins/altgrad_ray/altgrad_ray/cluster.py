@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,10 @@ CONNECTING = 5.0
 
 OBJECT_STORE = 100 * 2**20
 """Bytes of shared memory for a cluster of our own; cells hand over names and outcomes, no tensors."""
+
+LONGEST_FOLDER = 30
+"""Characters of the temporary folder, beyond which the names of Ray's sockets in it would pass the 107 that a socket
+may have: a cluster of our own takes /tmp then."""
 
 EXPECTED = (ConnectionError, OSError, RuntimeError, ValueError)
 """What `ray.init` raises for a cluster that is away, of another version, or not this machine's."""
@@ -51,7 +56,13 @@ def joined(address: str) -> Iterator[ModuleType]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    own: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE,
+    }
+    if "RAY_TMPDIR" not in os.environ and len(tempfile.gettempdir()) > LONGEST_FOLDER:
+        own["_temp_dir"] = "/tmp/ray"
     where = {"address": address} if address else own
     try:
         _answers(address)

@@ -8,6 +8,7 @@ import pytest
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"  # otherwise a token is written into the home folder
+os.environ["RAY_TMPDIR"] = "/tmp"  # the names of sockets end at 107 characters, and TMPDIR may be a long one
 
 PLUGIN = """
 import attrs
