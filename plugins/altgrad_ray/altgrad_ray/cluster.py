@@ -25,8 +25,8 @@ OBJECT_STORE = 100 * 2**20
 """Bytes of shared memory for a cluster of our own; cells hand over names and outcomes, no tensors."""
 
 LONGEST_FOLDER = 30
-"""Characters of the temporary folder, beyond which the names of Ray's sockets in it would pass the 107 that a socket
-may have: a cluster of our own takes /tmp then."""
+"""Characters of the temporary folder, beyond which the names of Ray's sockets in it would pass the 107 that
+one may have: a cluster of our own takes /tmp then."""
 
 EXPECTED = (ConnectionError, OSError, RuntimeError, ValueError)
 """What `ray.init` raises for a cluster that is away, of another version, or not this machine's."""
