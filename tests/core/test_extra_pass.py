@@ -261,7 +261,7 @@ def test_what_is_watched_hangs_on_no_graph():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_not_compiled_again(run_of, quantized, monkeypatch):
+def test_a_compiled_model_is_not_compiled_again(run_of, quantized):
     run = run_of(quantized())
     compiled = torch.compile(run.model, backend="eager")
     tokens, targets = next(micro_batches(run, 0))
@@ -272,10 +272,10 @@ def test_a_compiled_model_is_not_compiled_again(run_of, quantized, monkeypatch):
 
     trained()
     trained()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    observed(run, 1)
-    observed(run, 1, float32=True)
-    trained()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        observed(run, 1)
+        observed(run, 1, float32=True)
+        trained()
 
 
 def test_unquantized_gives_every_quantiser_back(quantized):
