@@ -19,7 +19,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #define PIECE 1024      /* elements of a block */
-#define GRID_PIECE 512  /* the same of GridOptim, which has more beside each weight in the first cache */
+#define GRID_PIECE 256  /* the same of GridOptim, which has more beside each weight in the first cache */
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
@@ -187,10 +187,13 @@ static void manifold_step(const Weight *t, const Manifold *o, float *powers, dou
     for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t at = piece * PIECE;
         const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
-        float p[PIECE], q[PIECE];
-        if (with_p) powers_of(t, at, n, o, o->gradient_power, p);
-        if (with_q && !whole) powers_of(t, at, n, o, o->update_power, q);
-        any_manifold_piece(t, c, at, n, o, with_p ? p : 0, whole ? powers + at : with_q ? q : 0, norm);
+        float first[PIECE], second[PIECE];
+        const float *p = 0, *q = 0;
+        if (with_q && whole) q = powers + at;
+        if (with_q && !whole) powers_of(t, at, n, o, o->update_power, second), q = second;
+        if (with_p && o->gradient_power == o->update_power) p = q;
+        else if (with_p) powers_of(t, at, n, o, o->gradient_power, first), p = first;
+        any_manifold_piece(t, c, at, n, o, p, q, norm);
     }
 }
 
