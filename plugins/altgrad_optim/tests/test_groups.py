@@ -115,6 +115,7 @@ def test_an_empty_parameter_takes_a_step_under_every_norm(table):
         weight = nn.Parameter(torch.ones(0, 4))
         weight.grad = torch.ones(0, 4)
         ManifoldAdamW([{"params": [weight], "format": table("E4M3")}], normalize=normalize).step()
+        assert weight.shape == (0, 4)
 
 
 def test_half_precision_parameters_take_steps(table):
