@@ -43,14 +43,7 @@ def land(
     Returns the places of those rounded, and of those watched among them the updates before rounding.
     """
     loops = None if native.recording() else _loops()
-    blocks = native.Blocks()
-    found = {
-        place: borrowed
-        for place, (weight, format) in enumerate(zip(weights, formats, strict=True))
-        if loops is not None
-        and native.readable(weight, watched.get(weight, weight))
-        and (borrowed := blocks.of(format)) is not None
-    }
+    found = {} if loops is None else _borrowed(weights, formats, watched)
     if loops is None or not found:
         return set(), {}
     intended = {
@@ -80,6 +73,18 @@ def land(
     return landed, {
         weights[place]: intended[weights[place]] for place in landed if weights[place] in intended
     }
+
+
+def _borrowed(
+    weights: Sequence[Tensor], formats: Sequence[Format], watched: Mapping[Tensor, Tensor]
+) -> dict[int, native.BlockLoops]:
+    """Return the loops of the weights that the loop in C can take, by their places."""
+    blocks, found = native.Blocks(), {}
+    for place, (weight, format) in enumerate(zip(weights, formats, strict=True)):
+        loops = blocks.of(format) if native.readable(weight, watched.get(weight, weight)) else None
+        if loops is not None:
+            found[place] = loops
+    return found
 
 
 def _addresses(*tensors: Tensor | None) -> Iterator[int]:

@@ -98,7 +98,6 @@ class GridOptim(GeometryOptimizer):
         "_counts",
         "_taken",
         "_members",
-        "_index",
         "_placed",
         "_settled",
     )
@@ -140,7 +139,6 @@ class GridOptim(GeometryOptimizer):
         self._counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._taken: list[one_pass.Taken] = []
         self._members: list[Member] = []
-        self._index: dict[Tensor, int] = {}
         self._placed: list[list[Member | None]] = []
         self._settled: list[Any] = []
         super().__init__(
@@ -322,7 +320,7 @@ class GridOptim(GeometryOptimizer):
 
     def _carry_over(self, group: dict[str, Any], weight: Tensor) -> None:
         """Keep of a weight's state what its update needs further; begin anew where a moment is missing."""
-        state, in_rungs = self.state[weight], weight in self._index
+        state, in_rungs = self.state[weight], any(one.weight is weight for one in self._members)
         needed = moment_names(group) if in_rungs else ("exp_avg", "exp_avg_sq")
         kept = {"rung_coordinate"} if in_rungs else set()
         if all(name in state for name in needed):
@@ -343,7 +341,6 @@ class GridOptim(GeometryOptimizer):
         before, scales_before = {one.identity: one.index for one in self._members}, self.scales
         places_before = {id(one.weight): one.index for one in self._members}
         self._members = found
-        self._index = {member.weight: member.index for member in found}
         self.scales = None
         if not found:
             return

@@ -354,10 +354,9 @@ static Seen grid_piece(const Member *t, Correction c, int64_t at, int32_t n, con
 
 /* The values in scaled units to which n weights would go from `before` if there were no bound, after the moments have
    been updated; NaN where the weight or its step is. */
-static Seen unbounded(const Member *t, const Move *move, Correction c, int64_t at, int32_t n, const Grid *o,
+static Seen unbounded(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o,
                       const float *before, float *target) {
     const float scale = *t->scale;
-    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
     float scaled[GRID_PIECE], r[GRID_PIECE], still[GRID_PIECE];
     int32_t rungs[GRID_PIECE];
     SIMD EACH scaled[i] = before[i] * scale;
@@ -365,8 +364,7 @@ static Seen unbounded(const Member *t, const Move *move, Correction c, int64_t a
     any_rates(t, c, at, n, o, scaled, r, 1);
     SIMD EACH still[i] = __builtin_isunordered(r[i], scaled[i]) ? 0.0f : r[i];
     const Seen seen = descended(t, at, n, o->clip, still, still, rungs);
-    SIMD EACH rungs[i] = within(rungs[i], least, most);
-    t->values(rungs, target, n, t->context);
+    t->values(rungs, target, n, t->context); /* which ends with the format */
     SIMD EACH target[i] = __builtin_isunordered(r[i], scaled[i]) ? NAN : target[i];
     return seen;
 }
@@ -389,7 +387,7 @@ static Landing left(const Member *t, const Move *move, Correction c, const Grid 
     Seen seen = NOTHING_SEEN;
     _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
     for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = together(seen, unbounded(t, move, c, at, size_of_piece(t, at), o, before + at, target + at));
+        seen = together(seen, unbounded(t, c, at, size_of_piece(t, at), o, before + at, target + at));
     memcpy(t->w, before, (size_t)t->n * sizeof(float));
     const int past = seen.least < (int32_t)move->least_rung || seen.most > (int32_t)move->most_rung;
     return (Landing){.past = past, .left = target};
