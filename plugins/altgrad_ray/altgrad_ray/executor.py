@@ -6,7 +6,8 @@ off. So a lost node costs time and changes no result. Ray's own retries are off,
 second try has to know that it is one: it waits for the lock of a first that may still be dying.
 
 Ctrl-C and SIGTERM reach every run as Ray's cancellation, which is a SIGINT: they finish their step and write
-a checkpoint. A second Ctrl-C ends them at once.
+a checkpoint. A second Ctrl-C ends them at once. A SIGTERM that a manager of jobs sends to Ray's own processes
+as well may end the cells before that: they go on from the checkpoint they had.
 """
 
 from __future__ import annotations

@@ -123,12 +123,15 @@ def test_a_node_lost_in_mid_grid_changes_no_bit(write, tmp_path, cluster, comman
     assert "resuming" in (parts / lost[0] / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("sent", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_leaves_checkpoints_and_no_process(sent, code, write, tmp_path, command):
+@pytest.mark.parametrize(
+    ("send", "sent", "code"),
+    [(os.killpg, "SIGINT", 130), (os.kill, "SIGTERM", 143)],  # a terminal's Ctrl-C reaches the whole group
+)
+def test_a_signal_leaves_checkpoints_and_no_process(send, sent, code, write, tmp_path, command):
     path = write("ray.toml", EXECUTOR.format(""))
     running = command(path, "--out", tmp_path, "--set", "steps=100000", start_new_session=True)
     processes = wait_until(lambda: begun(tmp_path / "tiny"))
-    os.killpg(running.pid, signal.Signals[sent])  # a terminal's Ctrl-C reaches the whole group
+    send(running.pid, signal.Signals[sent])
     found, out, err = ended(running)
     assert (found, err) == (code, ""), out
     for cell, process in processes.items():
