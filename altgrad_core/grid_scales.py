@@ -119,8 +119,8 @@ class GridScales:
             limits[at] = format.quantize(limits[at], rounding="toward_zero")
         return limits
 
-    def on_host(self, index: int) -> HostScale:
-        """Return what a step on a CPU needs of a weight's scale; waits for another device."""
+    def on_host(self) -> list[HostScale]:
+        """Return what a step on a CPU needs of the weights' scales; waits for another device."""
         if self._host is None:
             limits = self.limits()
             rows = [(-math.inf, math.inf)] * len(self.scales) if limits is None else limits.tolist()
@@ -128,7 +128,7 @@ class GridScales:
             self._host = [
                 HostScale(limits=(low, high), quiet=one) for (low, high), one in zip(rows, quiet, strict=True)
             ]
-        return self._host[index]
+        return self._host
 
     def _quiet(self) -> list[tuple[float, float]]:
         """Return for each weight a range (low, high] of amax in which `adapt` surely leaves its scale."""

@@ -147,6 +147,14 @@ def readable(*tensors: Tensor) -> bool:
     return not torch._C._functorch.maybe_current_level()
 
 
+def whereabouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Return what tables of addresses follow from: as long as it stays equal, so do they, and `readable` too.
+
+    (Not for tensors under torch.func, which `recording` tells of.)
+    """
+    return [(x.data_ptr(), type(x), x.dtype, x.is_contiguous(), x.is_neg(), x.numel()) for x in tensors]
+
+
 def one_number(scale: Tensor) -> bool:
     """Whether a loop that reads one float32 number may read this scale."""
     return scale.dim() == 0 and scale.dtype == torch.float32 and scale.is_cpu

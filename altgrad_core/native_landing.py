@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
 
 from altgrad_core import native
 from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales
-from altgrad_core.random_bits import stream_key_table
+from altgrad_core.random_bits import stream_state
 
 _SOURCE = Path(__file__).with_name("landing.c")
+
+_BEFORE, _INTENDED = 1, 2  # columns of a row, the struct Weight
 
 
 @functools.cache
@@ -24,9 +28,26 @@ def _loops() -> ctypes.CDLL | None:
     loops = native.library(_SOURCE)
     if loops is not None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        loops.land.argtypes = [count, pointer, pointer, ctypes.c_int32, pointer]
+        loops.land.argtypes = [count, pointer, pointer, pointer, ctypes.c_int32, pointer]
         loops.land.restype = None
     return loops
+
+
+@attrs.frozen(eq=False)
+class _Tables:
+    """Weights as the loop wants them, with what that was made of."""
+
+    made_of: tuple[object, ...]
+    places: list[int]
+    """Of the weights that the loop can take; the others are not in the tables."""
+    rows: Tensor  # (n, 8) int64, the struct Weight
+    ranges: Tensor  # (n, 4) float64, the struct Range
+    done: Tensor  # (n,) int64
+    split: bool
+    owners: list[native.BlockLoops]
+
+
+_tables: weakref.WeakKeyDictionary[GridScales, _Tables] = weakref.WeakKeyDictionary()
 
 
 def land(
@@ -43,49 +64,61 @@ def land(
     Returns the places of those rounded, and of those watched among them the updates before rounding.
     """
     loops = None if native.recording() else _loops()
-    found = {} if loops is None else _borrowed(weights, formats, watched)
-    if loops is None or not found:
+    tables = None if loops is None else _tables_of(weights, formats, scales)
+    if loops is None or tables is None:
         return set(), {}
-    intended = {
-        weights[place]: torch.empty_like(weights[place]) for place in found if weights[place] in watched
-    }
-    keys = None if stream is None else stream_key_table(*stream, list(found))
-    rows = [
-        [
-            weights[place].data_ptr(),
-            *_addresses(watched.get(weights[place]), intended.get(weights[place])),
-            borrowed.quantize,
-            borrowed.context,
-            scales.scales[place].data_ptr(),
-            0 if keys is None else keys.data_ptr() + 8 * row,
-            weights[place].numel(),
-        ]
-        for row, (place, borrowed) in enumerate(found.items())
-    ]
-    on_host = [scales.on_host(place) for place in found]
-    addresses = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    ranges = torch.tensor([[*one.limits, *one.quiet] for one in on_host], dtype=torch.float64, device="cpu")
-    done = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
-    split = native.too_few_for_threads([row[-1] for row in rows])
-    tables = native.address(addresses), native.address(ranges)
-    loops.land(len(rows), *tables, split, native.address(done))
-    landed = {place for place, one in zip(found, done.tolist(), strict=True) if one}
-    return landed, {
-        weights[place]: intended[weights[place]] for place in landed if weights[place] in intended
-    }
+    intended = _watch(tables, weights, watched)
+    inputs = native.address(tables.rows), native.address(tables.ranges)
+    state = None if stream is None else ctypes.byref(ctypes.c_uint64(stream_state(*stream)))
+    loops.land(len(tables.places), *inputs, state, tables.split, native.address(tables.done))
+    landed = {place for place, one in zip(tables.places, tables.done.tolist(), strict=True) if one}
+    return landed, {weights[place]: one for place, one in intended.items() if place in landed}
 
 
-def _borrowed(
-    weights: Sequence[Tensor], formats: Sequence[Format], watched: Mapping[Tensor, Tensor]
-) -> dict[int, native.BlockLoops]:
-    """Return the loops of the weights that the loop in C can take, by their places."""
-    blocks, found = native.Blocks(), {}
+def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, Tensor]) -> dict[int, Tensor]:
+    """Return where the loop leaves the updates before rounding of the weights that are watched, by place."""
+    tables.rows[:, _BEFORE : _INTENDED + 1] = 0
+    intended: dict[int, Tensor] = {}
+    for row, place in enumerate(tables.places):
+        before = watched.get(weights[place]) if watched else None
+        if before is not None and native.readable(before):
+            intended[place] = torch.empty_like(before)
+            tables.rows[row, _BEFORE], tables.rows[row, _INTENDED] = (
+                before.data_ptr(),
+                intended[place].data_ptr(),
+            )
+    return intended
+
+
+def _tables_of(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables | None:
+    """Return the tables, made anew only when something has changed or moved; None: no weight is for the loop."""
+    numbers = scales.on_host()
+    where = native.whereabouts(weights), native.whereabouts(scales.scales)
+    made_of = *where, list(formats), numbers, torch.get_num_threads()
+    tables = _tables.get(scales)
+    if tables is None or tables.made_of != made_of or torch._C._functorch.maybe_current_level():
+        tables = _tables[scales] = _made(weights, formats, scales, made_of)
+    return tables if tables.places else None
+
+
+def _made(
+    weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales, made_of: tuple[object, ...]
+) -> _Tables:
+    blocks, rows, ranges, owners = native.Blocks(), {}, [], []
     for place, (weight, format) in enumerate(zip(weights, formats, strict=True)):
-        loops = blocks.of(format) if native.readable(weight, watched.get(weight, weight)) else None
+        loops = blocks.of(format) if native.readable(weight) else None
         if loops is not None:
-            found[place] = loops
-    return found
-
-
-def _addresses(*tensors: Tensor | None) -> Iterator[int]:
-    return (0 if one is None else one.data_ptr() for one in tensors)
+            scale, on_host = scales.scales[place].data_ptr(), scales.on_host()[place]
+            where = [weight.data_ptr(), 0, 0, loops.quantize, loops.context, scale, place, weight.numel()]
+            rows[place] = where
+            ranges.append([*on_host.limits, *on_host.quiet])
+            owners.append(loops)
+    return _Tables(
+        made_of=made_of,
+        places=list(rows),
+        rows=torch.tensor(list(rows.values()), dtype=torch.int64, device="cpu"),
+        ranges=torch.tensor(ranges, dtype=torch.float64, device="cpu"),
+        done=torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
+        split=bool(rows) and native.too_few_for_threads([row[-1] for row in rows.values()]),
+        owners=owners,
+    )

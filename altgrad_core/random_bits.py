@@ -21,44 +21,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
 RESOLUTION = 2.0**-24
 """Spacing of the uniform numbers: the finest that float32 holds evenly on [0, 1)."""
 
-Word = TypeVar("Word", int, "numpy.ndarray[Any, Any]")
-"""A 64-bit number, or an array of them."""
-
 Key = tuple[int, int, int]
 """(seed, step, tensor), each in [0, 2^63)."""
 
 _WORD = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's increment
+# SplitMix64's increment, 2^64 over the golden ratio; then shifts to the right and multipliers, in turn
+_GOLDEN = 0x9E3779B97F4A7C15
+_SPLIT_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _LONGEST_STREAM = 2**31
 
 
-def _signed32(word: int) -> int:
-    """Return the low 32 bits of `word` as the int32 of the same pattern."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
+def _signed(word: int, bits: int = 32) -> int:
+    """Return the low bits of `word` as the signed integer of the same pattern."""
+    word &= 2**bits - 1
+    return word - 2**bits if word >> (bits - 1) else word
 
 
 # triple32's odd multipliers (github.com/skeeto/hash-prospector) as int32; of the shifts tried, that with the
 # best avalanche of the upper 24 bits: no bit of the index flips one with a probability off 1/2 by over 0.02
 _SHIFT = 15
-_MULTIPLIERS = (_signed32(0xED5AD4BB), _signed32(0xAC4C1B51), _signed32(0x31848BAB))
+_MULTIPLIERS = (_signed(0xED5AD4BB), _signed(0xAC4C1B51), _signed(0x31848BAB))
 
 
-def _split_mix(word: Word) -> Word:
+def _split_mix(word: int) -> int:
     """Return SplitMix64's output for the state `word` (a permutation of the 64-bit integers)."""
     word = (word + _GOLDEN) & _WORD
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
-    return word ^ (word >> 31)
+    for shift, multiplier in _SPLIT_MIX:
+        word = ((word ^ (word >> shift)) * multiplier) & _WORD
+    return word
+
+
+def _split_mix_of(words: Tensor) -> Tensor:
+    """Return `_split_mix` of each int64, whose product wraps; the shift is a logical one."""
+    words = words + _signed(_GOLDEN, 64)
+    for shift, multiplier in _SPLIT_MIX:
+        words = (words ^ (words >> shift & 2 ** (64 - shift) - 1)) * _signed(multiplier, 64)
+    return words
 
 
 def stream_keys(key: Key) -> tuple[int, int]:
@@ -69,7 +74,14 @@ def stream_keys(key: Key) -> tuple[int, int]:
     state = 0
     for name, part in zip(("seed", "step", "tensor"), key, strict=True):
         state = _next_state(state, name, part)
-    return _signed32(state), _signed32(state >> 32)
+    return _signed(state), _signed(state >> 32)
+
+
+def stream_state(seed: int, step: int) -> int:
+    """Return what the keys of all tensors' streams in a step follow from, a 64-bit word: SplitMix64's output for its
+    exclusive or with the tensor's number, the low half first.
+    """
+    return _next_state(_next_state(0, "seed", seed), "step", step)
 
 
 def _next_state(state: int, name: str, part: int) -> int:
@@ -86,7 +98,8 @@ def _xor_shift_(x: Tensor, shift: int) -> None:
 def mix_(index: Tensor, first: int | Tensor, second: int | Tensor) -> Tensor:
     """Overwrite element indices (int32) by 32 random bits under the two keys, the upper 24 good; return them.
 
-    The keys may be 0-d int32 tensors, so that a compiled kernel need not be compiled again for each.
+    The keys may be int32 tensors, 0-d, so that a compiled kernel need not be compiled again for each, or one
+    of each element.
     """
     index.add_(first).mul_(_MULTIPLIERS[0])
     _xor_shift_(index, _SHIFT)
@@ -125,19 +138,32 @@ def stream_key_tensor(key: Key, device: torch.device | str | None = None) -> Ten
     return keys
 
 
-def stream_key_table(seed: int, step: int, tensors: Sequence[int]) -> Tensor:
-    """Return `stream_key_tensor` of (seed, step, tensor) for several tensors, (n, 2), on the CPU."""
-    common = _next_state(_next_state(0, "seed", seed), "step", step)
+def stream_key_table(
+    seed: int, step: int, tensors: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return `stream_key_tensor` of (seed, step, tensor) for several tensors, (n, 2).
+
+    A `range` of tensors is made on the device: nothing is copied from the host, which would have to wait.
+    """
     if tensors and not 0 <= min(tensors) <= max(tensors) < 2**63:
         raise ValueError(f"the tensor of a random stream is in [0, 2^63), not {min(tensors)}")
-    states = _split_mix(numpy.array(tensors, dtype=numpy.uint64) ^ numpy.uint64(common))
-    return torch.from_numpy(states.astype("<u8").view("<i4").reshape(-1, 2))  # the low word comes first
+    common = stream_state(seed, step)
+    numbers = (
+        torch.arange(tensors.start, tensors.stop, tensors.step, dtype=torch.int64, device=device)
+        if isinstance(tensors, range)
+        else torch.tensor(tensors, dtype=torch.int64, device=device)
+    )
+    states = _split_mix_of(numbers ^ _signed(common, 64))
+    return torch.stack((states, states >> 32), dim=1).to(torch.int32)  # the low word comes first
 
 
 def uniform_like(x: Tensor, keys: Tensor) -> Tensor:
-    """Return the stream of `stream_key_tensor`'s keys, laid out in x's shape: the numbers of `uniform`."""
+    """Return the stream of `stream_key_tensor`'s keys, laid out in x's shape: the numbers of `uniform`.
+
+    keys: (2,), or (elements, 2) with those of each element (`rows.Row.keys`).
+    """
     index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
-    return bits_to_uniform(mix_(index, keys[0], keys[1])).reshape(x.shape)
+    return bits_to_uniform(mix_(index, *keys.unbind(-1))).reshape(x.shape)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

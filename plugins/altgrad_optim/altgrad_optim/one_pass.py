@@ -73,7 +73,7 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
 def _move(optimizer: GridOptim, borrowed: Borrowed, keys: int) -> native_steps.GridMove:
     """Return a weight's step for the loops; keys: the address of its random keys."""
     (member, loops, (first, *second)), scales = borrowed, optimizer.scales_in_use()
-    weight, on_host = member.weight, scales.on_host(member.index)
+    weight, on_host = member.weight, scales.on_host()[member.index]
     intended = 0
     if optimizer.watch:
         optimizer.intended[weight] = torch.empty_like(weight)
