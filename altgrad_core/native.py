@@ -49,6 +49,10 @@ class BlockLoops:
 
         rungs     (const float *x, int32_t *rungs, int32_t n, const void *context)
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
+        moves     (float *x, const int32_t *down, int32_t n, float scale, const int32_t *ends, int32_t *seen,
+                   const void *context): x, in place, to the values at clamp(rung(x·scale) - down, *ends), over
+                   the scale; seen: the lowest and the highest rung so far, before the clamp, and how many x
+                   have changed
         spacings  (const float *x, float *spacings, int32_t n, float scale, const void *context), of x·scale,
                    over the scale
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
@@ -61,6 +65,7 @@ class BlockLoops:
 
     rungs: int
     values: int
+    moves: int
     spacings: int
     quantize: int
     context: int
@@ -167,7 +172,7 @@ def too_few_for_threads(sizes: Sequence[int]) -> bool:
 
 def block_loops(loops: ctypes.CDLL, context: Tensor, owner: object = None) -> BlockLoops:
     """Return the functions `block_rungs`, ... of a compiled file, for the context that a tensor holds."""
-    names = "rungs", "values", "spacings", "quantize"
+    names = "rungs", "values", "moves", "spacings", "quantize"
     addresses = {name: entry(loops, f"block_{name}") for name in names}
     return BlockLoops(**addresses, context=context.data_ptr(), owner=(context, owner))
 

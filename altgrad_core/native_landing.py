@@ -91,7 +91,7 @@ def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, 
 
 
 def _tables_of(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables | None:
-    """Return the tables, made anew only when something has changed or moved; None: no weight is for the loop."""
+    """Return the tables, made anew when something has changed or moved; None: no weight is for the loop."""
     numbers = scales.on_host()
     where = native.whereabouts(weights), native.whereabouts(scales.scales)
     made_of = *where, list(formats), numbers, torch.get_num_threads()

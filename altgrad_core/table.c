@@ -93,18 +93,33 @@ typedef struct {
 
 static inline int32_t inside(int32_t cell, int32_t count) { return cell < 1 ? 1 : cell > count ? count : cell; }
 
+static inline int32_t rung_of(float x, Table t) { return inside(cell_of(x, t.nearest), t.counts[0]) - 1 - t.counts[1]; }
+
+static inline float value_at(int32_t rung, Table t) {
+    const int64_t cell = (int64_t)rung + 1 + t.counts[1], count = t.counts[0];
+    return t.outputs[cell < 1 ? 1 : cell > count ? count : cell];
+}
+
 void block_rungs(const float *x, int32_t *rungs, int32_t n, const void *context) {
     const Table t = *(const Table *)context;
-    const int32_t count = t.counts[0], zero = t.counts[1];
-    for (int32_t i = 0; i < n; i++) rungs[i] = inside(cell_of(x[i], t.nearest), count) - 1 - zero;
+    for (int32_t i = 0; i < n; i++) rungs[i] = rung_of(x[i], t);
 }
 
 void block_values(const int32_t *rungs, float *x, int32_t n, const void *context) {
     const Table t = *(const Table *)context;
-    const int32_t count = t.counts[0], zero = t.counts[1];
+    for (int32_t i = 0; i < n; i++) x[i] = value_at(rungs[i], t);
+}
+
+void block_moves(float *x, const int32_t *down, int32_t n, float s, const int32_t *ends, int32_t *seen,
+                 const void *context) {
+    const Table t = *(const Table *)context;
     for (int32_t i = 0; i < n; i++) {
-        const int64_t cell = (int64_t)rungs[i] + 1 + zero;
-        x[i] = t.outputs[cell < 1 ? 1 : cell > count ? count : cell];
+        const int32_t rung = rung_of(x[i] * s, t) - down[i];
+        seen[0] = rung < seen[0] ? rung : seen[0];
+        seen[1] = rung > seen[1] ? rung : seen[1];
+        const float to = value_at(rung < ends[0] ? ends[0] : rung > ends[1] ? ends[1] : rung, t) / s;
+        seen[2] += to != x[i];
+        x[i] = to;
     }
 }
 

@@ -268,24 +268,55 @@ DECODE(decode_words, uint16_t)
 
 /* Blocks, for the loops of others (altgrad_core.native.BlockLoops): n values of one thread, format given by
    `layout`. Rungs of NaN may be anything. */
+static inline int32_t rung_of(float x, Layout k) {
+    int32_t b = bits_of(x), code = nearest_even(b & 0x7FFFFFFF, k), sign = b >> 31;
+    code = code > k.largest ? k.largest : code;
+    return (code ^ sign) - sign;
+}
+
+static inline float value_at(int32_t rung, Layout k) {
+    int32_t sign = rung >> 31, magnitude = (rung ^ sign) - sign;
+    float value = value_of(magnitude > k.largest ? k.largest : magnitude, k);
+    return float_of(bits_of(value) | (sign & INT32_MIN));
+}
+
 void block_rungs(const float *restrict x, int32_t *restrict rungs, int32_t n, const void *layout) {
     const Layout k = *(const Layout *)layout;
     _Pragma("omp simd")
-    for (int32_t i = 0; i < n; i++) {
-        int32_t b = bits_of(x[i]), code = nearest_even(b & 0x7FFFFFFF, k), sign = b >> 31;
-        code = code > k.largest ? k.largest : code;
-        rungs[i] = (code ^ sign) - sign;
-    }
+    for (int32_t i = 0; i < n; i++) rungs[i] = rung_of(x[i], k);
 }
 
 void block_values(const int32_t *restrict rungs, float *restrict x, int32_t n, const void *layout) {
     const Layout k = *(const Layout *)layout;
     _Pragma("omp simd")
+    for (int32_t i = 0; i < n; i++) x[i] = value_at(rungs[i], k);
+}
+
+INLINE void moved(float *restrict x, const int32_t *restrict down, int32_t n, float s, const int32_t *ends, int32_t *seen,
+                  Layout k, const int power_of_two) {
+    const int32_t low = ends[0], high = ends[1];
+    const float inverse = 1.0f / s;
+    int32_t least = seen[0], most = seen[1], changed = 0;
+    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(+ : changed)")
     for (int32_t i = 0; i < n; i++) {
-        int32_t rung = rungs[i], sign = rung >> 31, magnitude = (rung ^ sign) - sign;
-        float value = value_of(magnitude > k.largest ? k.largest : magnitude, k);
-        x[i] = float_of(bits_of(value) | (sign & INT32_MIN));
+        int32_t rung = rung_of(x[i] * s, k) - down[i];
+        least = rung < least ? rung : least;
+        most = rung > most ? rung : most;
+        rung = rung < low ? low : rung;
+        rung = rung > high ? high : rung;
+        const float value = value_at(rung, k), to = power_of_two ? value * inverse : value / s;
+        changed += to != x[i];
+        x[i] = to;
     }
+    seen[0] = least;
+    seen[1] = most;
+    seen[2] += changed;
+}
+
+void block_moves(float *x, const int32_t *down, int32_t n, float s, const int32_t *ends, int32_t *seen, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    if (is_power_of_two(s)) moved(x, down, n, s, ends, seen, k, 1);
+    else moved(x, down, n, s, ends, seen, k, 0);
 }
 
 INLINE void spacings_of(const float *restrict x, float *restrict spacings, int32_t n, float s, Layout k,

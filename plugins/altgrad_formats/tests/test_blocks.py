@@ -17,6 +17,7 @@ SPACINGS = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER)
 QUANTIZE = ctypes.CFUNCTYPE(
     None, POINTER, POINTER, COUNT, ctypes.c_uint32, NUMBER, NUMBER, NUMBER, POINTER, POINTER
 )
+MOVES = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER, POINTER, POINTER)
 KEYS = stream_key_tensor((4, 5, 6))
 
 WIDE = ("FP16", "E0M15", "E7M8")  # not BF16: its spacings are below float32's normal range
@@ -81,6 +82,21 @@ def test_blocks_give_the_values_of_rungs_and_clamp_beyond_the_ends(format, loops
     rungs = torch.cat((torch.arange(low - 3, high + 4), torch.tensor([-(2**31) + 1, 2**31 - 1]))).int()
     found = called(loops.values, loops, rungs, torch.empty(rungs.shape))
     assert torch.equal(found, format.from_rung(rungs))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, scale):
+    down = torch.randint(-12, 13, x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    low, high = (int(rung) // 2 for rung in format.rung(format.values[[0, -1]]))
+    to = format.rung(x * scale) - down
+    expected = format.from_rung(to.clamp(low, high)) / scale
+    ends, seen = torch.tensor([low, high]).int(), torch.tensor([5, -5, 7]).int()
+    found = x.clone()
+    addresses = down.data_ptr(), found.numel(), scale, ends.data_ptr(), seen.data_ptr(), loops.context
+    MOVES(loops.moves)(found.data_ptr(), *addresses)
+    assert torch.equal(found, expected)
+    changed = int((expected != x).sum())
+    assert seen.tolist() == [min(5, int(to.min())), max(-5, int(to.max())), 7 + changed]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])

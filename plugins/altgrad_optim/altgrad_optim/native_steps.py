@@ -49,6 +49,7 @@ class _Grid(ctypes.Structure):
         ("moments", _Moments),
         *((name, _NUMBER) for name in ("momentum", "clip", "lr", "decay")),
         ("adam", _WORD),
+        ("state", ctypes.c_uint64),
     ]
 
 
@@ -132,27 +133,43 @@ class GridMove(NamedTuple):
     intended: int  # 0, or where -r is left
     rungs: int
     values: int
+    moves: int
     spacings: int
     context: int
     scale: int
-    keys: int
+    number: int  # of its random stream
     elements: int
     numbers: tuple[float, ...]
     """Limits of the values, in scaled units; the format's first and last rung; the range (low, high] of amax
     in which the scale stays."""
 
 
+class GridTable:
+    """The moves of a group's weights, as the loops read them; good as long as nothing in them has moved."""
+
+    def __init__(self, moves: Sequence[GridMove]) -> None:
+        self.sizes = [move.elements for move in moves]
+        self.addresses = _table([move[:-1] for move in moves], torch.int64)
+        self.numbers = _table([move.numbers for move in moves], torch.float64)
+
+    def leave_intended(self, places: Sequence[int]) -> None:
+        """Have -r left at these addresses, one a weight; 0: nowhere."""
+        self.addresses[:, GridMove._fields.index("intended")] = torch.tensor(places, device="cpu")
+
+
 class GridSteps:
     """One step of GridOptim's weights, taken when this is made.
 
+    state: of the random streams of the step (`random_bits.stream_state`).
     counts: (n, 2) int64: of each weight how many elements changed, and how many have a non-zero gradient; 0
         where it has not landed.
     """
 
     def __init__(
         self,
-        moves: Sequence[GridMove],
+        table: GridTable,
         *,
+        state: int,
         lr: float,
         decay: float,
         betas: tuple[float, float],
@@ -161,18 +178,15 @@ class GridSteps:
         clip: float,
         adam: bool,
     ) -> None:
-        options = _Grid(_moments(betas, eps), momentum, clip, lr, decay, adam)
-        tables = (
-            _table([move[:-1] for move in moves], torch.int64),
-            _table([move.numbers for move in moves], torch.float64),
-        )
-        self._sizes = [move.elements for move in moves]
+        options = _Grid(_moments(betas, eps), momentum, clip, lr, decay, adam, state)
+        self._sizes = table.sizes
         room, threads, split = _shares(self._sizes)
         before = _room(threads * room)
-        self._landings = torch.zeros((len(moves), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
+        self._landings = torch.zeros((len(self._sizes), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
         failed = _in_use().grid_steps(
-            len(moves),
-            *map(native.address, tables),
+            len(self._sizes),
+            native.address(table.addresses),
+            native.address(table.numbers),
             ctypes.byref(options),
             native.address(before),
             room,

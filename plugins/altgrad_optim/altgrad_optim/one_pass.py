@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,20 +10,12 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
-from altgrad_core.random_bits import stream_key_table
+from altgrad_core.random_bits import stream_state
 from altgrad_optim import native_steps
 from altgrad_optim.members import Member
 
 if TYPE_CHECKING:
     from altgrad_optim.grid import GridOptim
-
-
-class Borrowed(NamedTuple):
-    """What the loops need of a weight."""
-
-    member: Member
-    loops: native.BlockLoops  # of its format
-    moments: Sequence[Tensor]  # or its velocity
 
 
 class Taken(NamedTuple):
@@ -43,22 +36,33 @@ class Taken(NamedTuple):
             yield member, values.view_as(member.weight), past_end
 
 
+class _Kept(NamedTuple):
+    """What the loops need of a group's weights, with what it was made of."""
+
+    made_of: tuple[object, ...]
+    members: list[Member]
+    """Those that there are loops for."""
+    table: native_steps.GridTable
+    owners: list[native.BlockLoops]
+
+
+_kept: weakref.WeakKeyDictionary[GridOptim, dict[int, _Kept]] = weakref.WeakKeyDictionary()
+"""By the group's identity."""
+
+
 def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Taken | None:
     """Take the step of those of a group's weights that there are loops for; None: of none."""
     if group["rounding"] != "rung" or not native_steps.available():
         return None
-    blocks, found = native.Blocks(), []
-    for member in members:
-        loops = None if member.master else blocks.of(member.format)
-        if loops is not None:
-            moments = optimizer.started(group, member.weight)
-            if native.readable(member.weight, member.weight.grad, *moments):
-                found.append(Borrowed(member, loops, moments))
-    if not found:
+    kept = _table_of(optimizer, group, members)
+    if not kept.members:
         return None
-    keys = stream_key_table(optimizer.seed, optimizer.counter, [one.member.index for one in found])
+    intended = {one.weight: torch.empty_like(one.weight) for one in kept.members if optimizer.watch}
+    optimizer.intended |= intended
+    kept.table.leave_intended([one.data_ptr() for one in intended.values()] or [0] * len(kept.members))
     steps = native_steps.GridSteps(
-        [_move(optimizer, one, keys.data_ptr() + 8 * row) for row, one in enumerate(found)],
+        kept.table,
+        state=stream_state(optimizer.seed, optimizer.counter),
         lr=optimizer.grid_lr(group),
         decay=optimizer.decay(group),
         betas=group["betas"],
@@ -67,30 +71,66 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
         clip=group["rung_clip"],
         adam=group["normalize"] == "adam",
     )
-    return Taken([one.member for one in found], steps)
+    return Taken(kept.members, steps)
 
 
-def _move(optimizer: GridOptim, borrowed: Borrowed, keys: int) -> native_steps.GridMove:
-    """Return a weight's step for the loops; keys: the address of its random keys."""
-    (member, loops, (first, *second)), scales = borrowed, optimizer.scales_in_use()
-    weight, on_host = member.weight, scales.on_host()[member.index]
-    intended = 0
-    if optimizer.watch:
-        optimizer.intended[weight] = torch.empty_like(weight)
-        intended = optimizer.intended[weight].data_ptr()
+def _table_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> _Kept:
+    """Return the table of the weights' moves, made anew only when something in it has changed or moved."""
+    scales = optimizer.scales_in_use()
+    in_c = [member for member in members if not member.master]
+    weights = [member.weight for member in in_c]
+    moments = [optimizer.started(group, weight) for weight in weights]
+    steps = [optimizer.state[weight]["step"] for weight in weights]
+    made_of = (
+        in_c,
+        scales.on_host(),
+        native.whereabouts(weights),
+        native.whereabouts([weight.grad for weight in weights]),
+        [one.data_ptr() for both in moments for one in both],
+        [one.data_ptr() for one in steps],
+        [one.data_ptr() for one in scales.scales],
+        torch._C._functorch.maybe_current_level(),
+    )
+    tables = _kept.setdefault(optimizer, {})
+    kept = tables.get(id(group))
+    if kept is None or kept.made_of != made_of:
+        kept = tables[id(group)] = _made(optimizer, list(zip(in_c, moments, strict=True)), made_of)
+    return kept
+
+
+def _made(
+    optimizer: GridOptim, found: Sequence[tuple[Member, Sequence[Tensor]]], made_of: tuple[object, ...]
+) -> _Kept:
+    blocks, moving, moves, owners = native.Blocks(), [], [], []
+    for member, moments in found:
+        loops = blocks.of(member.format)
+        if loops is not None and native.readable(member.weight, member.weight.grad, *moments):
+            moving.append(member)
+            moves.append(_move(optimizer, member, loops, moments))
+            owners.append(loops)
+    return _Kept(made_of, moving, native_steps.GridTable(moves), owners)
+
+
+def _move(
+    optimizer: GridOptim, member: Member, loops: native.BlockLoops, moments: Sequence[Tensor]
+) -> native_steps.GridMove:
+    """Return a weight's step for the loops."""
+    weight, scales = member.weight, optimizer.scales_in_use()
+    first, *second = (one.data_ptr() for one in moments)
     return native_steps.GridMove(
         weight.data_ptr(),
         weight.grad.data_ptr(),
-        first.data_ptr(),
-        second[0].data_ptr() if second else 0,
+        first,
+        second[0] if second else 0,
         optimizer.state[weight]["step"].data_ptr(),
-        intended,
+        0,
         loops.rungs,
         loops.values,
+        loops.moves,
         loops.spacings,
         loops.context,
         scales.scales[member.index].data_ptr(),
-        keys,
+        member.index,
         weight.numel(),
-        (*on_host.limits, *member.rungs, *on_host.quiet),
+        (*scales.on_host()[member.index].limits, *member.rungs, *scales.on_host()[member.index].quiet),
     )

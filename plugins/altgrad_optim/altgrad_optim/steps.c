@@ -23,6 +23,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
+typedef void (*Moves)(float *, const int32_t *, int32_t, float, const int32_t *, int32_t *, const void *);
 typedef void (*Spacings)(const float *, float *, int32_t, float, const void *);
 
 #define EACH for (int32_t i = 0; i < n; i++)
@@ -88,12 +89,6 @@ typedef struct {
     const float *scale;
     int64_t n;
 } Weight;
-
-static inline int is_power_of_two(float s) {
-    int32_t b;
-    memcpy(&b, &s, sizeof(b));
-    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
-}
 
 /* S^power of n weights, of which the first is number `at`. */
 static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, int32_t power, float *s) {
@@ -215,6 +210,7 @@ typedef struct {
     float momentum, clip;
     float lr, decay; /* the decay is coupled without Adam */
     int32_t adam;    /* Adam's direction, else the velocity */
+    uint64_t state;  /* of the random streams of this step */
 } Grid;
 
 typedef struct {
@@ -225,10 +221,11 @@ typedef struct {
     float *intended; /* -r is left here, unless it is NULL */
     Rungs rungs;
     Values values;
+    Moves moves;
     Spacings spacings;
     const void *context;
     const float *scale;
-    const uint32_t *keys;
+    uint64_t number; /* of its random stream */
     int64_t n;
 } Member;
 
@@ -254,24 +251,37 @@ typedef struct {
 
 static const Seen NOTHING_SEEN = {INT32_MAX, INT32_MIN, 0, 0, 0};
 
-static inline float uniform(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
+/* The keys of a stream, as altgrad_core.random_bits.stream_keys makes them of the state of seed and step. */
+static void keys_of(uint64_t state, uint64_t number, uint32_t keys[2]) {
+    uint64_t word = (state ^ number) + 0x9E3779B97F4A7C15u;
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ word >> 27) * 0x94D049BB133111EBu;
+    word ^= word >> 31;
+    keys[0] = (uint32_t)word;
+    keys[1] = (uint32_t)(word >> 32);
+}
+
+static inline uint32_t random_bits(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
     i = (i + first) * 0xED5AD4BBu;
     i = (i ^ i >> 15) * 0xAC4C1B51u + second;
-    i = (i ^ i >> 15) * 0x31848BABu;
-    return (float)(int32_t)(i >> 8) * 0x1p-24f;
+    return (i ^ i >> 15) * 0x31848BABu;
 }
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* How far down n weights are to go, in rungs, before the clip; with `again` the moments have been updated before.
-   A loop of its own: what waits for a root and a quotient would hold up the arithmetic of the rounding. */
-INLINE void rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
-                  const float *spacing, float *r, const int adam, const int decays, const int again) {
+   Returns how many have a gradient. A loop of its own: what waits for a root and a quotient would hold up the
+   arithmetic of the rounding. */
+INLINE int32_t rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                     const float *spacing, float *r, const int adam, const int decays, const int again) {
     const Moments k = o->moments;
     const float lr = o->lr, decay = o->decay, momentum = o->momentum;
     const float *w = t->w + at, *g = t->g + at;
     float *m = t->m + at, *v = t->v + at;
-    SIMD EACH {
+    int32_t updates = 0;
+    _Pragma("omp simd reduction(+ : updates)")
+    EACH {
+        updates += g[i] != 0;
         if (adam) {
             r[i] = (again ? direction_of(m[i], v[i], k, c) : direction(g[i], &m[i], &v[i], k, c)) * lr;
             if (decays) r[i] = r[i] + scaled[i] / spacing[i] * decay;
@@ -280,93 +290,98 @@ INLINE void rates(const Member *t, Correction c, int64_t at, int32_t n, const Gr
             r[i] = m[i] * lr;
         }
     }
+    return updates;
 }
 
-static void any_rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
-                      float *r, const int again) {
-    float spacing[GRID_PIECE];
+static int32_t any_rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *w, float *r,
+                         const int again) {
+    float scaled[GRID_PIECE], spacing[GRID_PIECE];
     const int decays = o->decay != 0, adam = o->adam != 0;
-    if (adam && decays) t->spacings(scaled, spacing, n, 1.0f, t->context);
+    if (adam && decays) {
+        SIMD EACH scaled[i] = w[i] * *t->scale;
+        t->spacings(scaled, spacing, n, 1.0f, t->context);
+    }
 #define IN_CASE(adam_, decays_, again_)                                                                 \
     if (adam == adam_ && decays == decays_ && again == again_)                                          \
-        rates(t, c, at, n, o, scaled, spacing, r, adam_, decays_, again_);
+        return rates(t, c, at, n, o, scaled, spacing, r, adam_, decays_, again_);
     IN_CASE(0, 0, 0) IN_CASE(0, 1, 0) IN_CASE(1, 0, 0) IN_CASE(1, 1, 0)
     IN_CASE(0, 0, 1) IN_CASE(0, 1, 1) IN_CASE(1, 0, 1) IN_CASE(1, 1, 1)
+    return 0;
 }
 
-/* Takes n weights down by r rungs, rounded stochastically: `rungs` in place, without any limit. What r and the scaled
-   weight are where one is NaN is of no importance. */
-static Seen descended(const Member *t, int64_t at, int32_t n, float clip, const float *r, const float *scaled,
-                      int32_t *rungs) {
-    const uint32_t first = t->keys[0], second = t->keys[1], begin = (uint32_t)at;
-    int32_t least = INT32_MAX, most = INT32_MIN, undefined = 0;
-    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(| : undefined)")
-    EACH {
-        float rate = r[i] < clip ? r[i] : clip; /* a NaN too */
-        rate = rate > -clip ? rate : -clip;
-        const float magnitude = fabsf(rate), whole = floorf(magnitude);
-        const float up = uniform(begin + (uint32_t)i, first, second) < magnitude - whole ? 1.0f : 0.0f;
-        const int32_t rung = rungs[i] - (int32_t)copysignf(whole + up, rate);
-        undefined |= __builtin_isunordered(r[i], scaled[i]);
-        least = rung < least ? rung : least;
-        most = rung > most ? rung : most;
-        rungs[i] = rung;
+#define FEW 64 /* rungs: so many, times 2^24, are an int32 */
+
+/* r rungs after the clip, rounded stochastically: |r| rounds up where its fraction is above the number of its random
+   bits, the upper 24 of them over 2^24. A few rungs are rounded as integers, which is sooner. */
+INLINE int32_t whole_rungs(float r, float clip, uint32_t bits, const int few) {
+    float rate = r < clip ? r : clip; /* a NaN too */
+    rate = rate > -clip ? rate : -clip;
+    const float magnitude = fabsf(rate);
+    if (few) {
+        const int32_t parts = (int32_t)ceilf(magnitude * 0x1p24f);
+        const int32_t whole = (int32_t)(((uint32_t)parts + (~bits >> 8)) >> 24);
+        return rate < 0 ? -whole : whole;
     }
-    return (Seen){least, most, undefined, 0, 0};
+    const float whole = floorf(magnitude);
+    const float up = (float)(int32_t)(bits >> 8) * 0x1p-24f < magnitude - whole ? 1.0f : 0.0f;
+    return (int32_t)copysignf(whole + up, rate);
 }
 
-static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
-    rung = rung < least ? least : rung;
-    return rung > most ? most : rung;
+/* Takes n weights, w, down by r rungs. Returns whether one of those or of these is NaN; what is `down` then is of no
+   importance. before: gets the weights, unless it is NULL. */
+INLINE int32_t rounded(const uint32_t *keys, int64_t at, int32_t n, float clip, const float *restrict r,
+                       const float *restrict w, float *restrict before, int32_t *restrict down, const int few) {
+    const uint32_t first = keys[0], second = keys[1], begin = (uint32_t)at;
+    int32_t undefined = 0;
+    _Pragma("omp simd reduction(| : undefined)")
+    EACH {
+        undefined |= __builtin_isunordered(r[i], w[i]);
+        if (before) before[i] = w[i];
+        down[i] = whole_rungs(r[i], clip, random_bits(begin + (uint32_t)i, first, second), few);
+    }
+    return undefined;
+}
+
+static int32_t any_rounded(const Member *t, int64_t at, int32_t n, const Grid *o, const float *r, const float *w,
+                           float *before, int32_t *down) {
+    uint32_t keys[2];
+    keys_of(o->state, t->number, keys);
+    if (o->clip <= FEW) return rounded(keys, at, n, o->clip, r, w, before, down, 1);
+    return rounded(keys, at, n, o->clip, r, w, before, down, 0);
 }
 
 /* Moves and lands n weights; `before` gets them as they were. */
 static Seen grid_piece(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, float *before,
-                       int32_t least, int32_t most, int multiply) {
-    const float scale = *t->scale, inverse = 1.0f / scale;
-    float scaled[GRID_PIECE], r[GRID_PIECE];
-    int32_t rungs[GRID_PIECE], flips = 0, updates = 0;
-    float *w = t->w + at;
-    const float *g = t->g + at;
-    SIMD EACH {
-        before[i] = w[i];
-        scaled[i] = w[i] * scale;
-    }
-    t->rungs(scaled, rungs, n, t->context);
-    any_rates(t, c, at, n, o, scaled, r, 0);
-    if (t->intended) SIMD EACH t->intended[at + i] = scaled[i] != scaled[i] ? NAN : -limited(r[i], -o->clip, o->clip);
-    Seen seen = descended(t, at, n, o->clip, r, scaled, rungs);
-    if (seen.least < least || seen.most > most) SIMD EACH rungs[i] = within(rungs[i], least, most);
-    float *value = scaled;
-    t->values(rungs, value, n, t->context);
-    if (!multiply) SIMD EACH value[i] = value[i] / scale;
-    _Pragma("omp simd reduction(+ : flips, updates)")
-    EACH {
-        const float landed = multiply ? value[i] * inverse : value[i]; /* by a power of two: the same bits, sooner */
-        flips += landed != w[i];
-        updates += g[i] != 0;
-        w[i] = landed;
-    }
-    seen.flips = flips;
-    seen.updates = updates;
-    return seen;
+                       const int32_t *ends) {
+    float r[GRID_PIECE], *w = t->w + at;
+    int32_t down[GRID_PIECE], seen[3] = {INT32_MAX, INT32_MIN, 0};
+    const int32_t updates = any_rates(t, c, at, n, o, w, r, 0);
+    if (t->intended) SIMD EACH t->intended[at + i] = w[i] != w[i] ? NAN : -limited(r[i], -o->clip, o->clip);
+    const int32_t undefined = any_rounded(t, at, n, o, r, w, before, down);
+    t->moves(w, down, n, *t->scale, ends, seen, t->context);
+    return (Seen){seen[0], seen[1], undefined, updates, seen[2]};
 }
 
 /* The values in scaled units to which n weights would go from `before` if there were no bound, after the moments have
    been updated; NaN where the weight or its step is. */
 static Seen unbounded(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o,
                       const float *before, float *target) {
-    const float scale = *t->scale;
-    float scaled[GRID_PIECE], r[GRID_PIECE], still[GRID_PIECE];
-    int32_t rungs[GRID_PIECE];
-    SIMD EACH scaled[i] = before[i] * scale;
-    t->rungs(scaled, rungs, n, t->context);
-    any_rates(t, c, at, n, o, scaled, r, 1);
-    SIMD EACH still[i] = __builtin_isunordered(r[i], scaled[i]) ? 0.0f : r[i];
-    const Seen seen = descended(t, at, n, o->clip, still, still, rungs);
-    t->values(rungs, target, n, t->context); /* which ends with the format */
-    SIMD EACH target[i] = __builtin_isunordered(r[i], scaled[i]) ? NAN : target[i];
-    return seen;
+    const int32_t ends[2] = {INT32_MIN, INT32_MAX}; /* values end with the format */
+    float r[GRID_PIECE];
+    int32_t down[GRID_PIECE], seen[3] = {INT32_MAX, INT32_MIN, 0};
+    any_rates(t, c, at, n, o, before, r, 1);
+    SIMD EACH target[i] = before[i] * *t->scale;
+    SIMD EACH r[i] = __builtin_isunordered(r[i], before[i]) ? NAN : r[i];
+    any_rounded(t, at, n, o, r, before, 0, down);
+    SIMD EACH down[i] = r[i] != r[i] ? 0 : down[i];
+    t->moves(target, down, n, 1.0f, ends, seen, t->context);
+    SIMD EACH target[i] = r[i] != r[i] ? NAN : target[i];
+    return (Seen){seen[0], seen[1], 0, 0, 0};
+}
+
+static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
+    rung = rung < least ? least : rung;
+    return rung > most ? most : rung;
 }
 
 static Seen together(Seen a, Seen b) {
@@ -406,17 +421,16 @@ static int quiet(const Member *t, const Move *move, Seen seen) {
 }
 
 static Landing grid_move(const Member *t, const Move *move, const Grid *o, float *before, int split) {
-    const int multiply = is_power_of_two(*t->scale);
     const float limits[2] = {(float)move->low, (float)move->high};
-    int32_t bound[2], least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
+    int32_t bound[2], ends[2] = {(int32_t)move->least_rung, (int32_t)move->most_rung};
     t->rungs(limits, bound, 2, t->context);
-    if (!isinf(limits[0])) least = within(least, bound[0], most);
-    if (!isinf(limits[1])) most = within(most, least, bound[1]);
+    if (!isinf(limits[0])) ends[0] = within(ends[0], bound[0], ends[1]);
+    if (!isinf(limits[1])) ends[1] = within(ends[1], ends[0], bound[1]);
     const Correction c = counted(t->counter, &o->moments);
     Seen seen = NOTHING_SEEN;
     _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
     for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = together(seen, grid_piece(t, c, at, size_of_piece(t, at), o, before + at, least, most, multiply));
+        seen = together(seen, grid_piece(t, c, at, size_of_piece(t, at), o, before + at, ends));
     if (!quiet(t, move, seen)) return left(t, move, c, o, before, split);
     return (Landing){.flips = seen.flips, .updates = seen.updates};
 }
