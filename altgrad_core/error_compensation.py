@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
+from altgrad_core.rows import Row
 
 
 @attrs.frozen(kw_only=True)
@@ -59,17 +60,23 @@ class ErrorCompensation:
         self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], formats: Sequence[Format]
     ) -> None:
         self._optimizer = optimizer
+        self._weights = list(weights)
         self._momentum_of = _reader(optimizer)
         self._widest = [float(format.values.diff().max()) for format in formats]
         for weight in weights:
             _refuse_without_moment(optimizer, weight)
 
-    def keep(self, index: int, weight: Tensor, scale: Tensor, residual: Tensor) -> None:
-        """Give the residual of a weight that has just been rounded under this scale to its moment."""
-        momentum = self._momentum_of(self._optimizer, weight)
-        if momentum is not None:
-            half = 0.5 * self._widest[index] / scale
-            compensate(momentum, torch.minimum(torch.maximum(residual, -half), half))
+    def keep(self, places: Sequence[int], row: Row, weights: Tensor, scale: Tensor, residual: Tensor) -> None:
+        """Give the residuals of a row of weights that have just been rounded to their moments.
+
+        places: of the weights, all of one format. scale: 0-d, or for each element.
+        """
+        half = 0.5 * self._widest[places[0]] / scale
+        given = row.parts(torch.minimum(torch.maximum(residual, -half), half))
+        for place, part in zip(places, given, strict=True):
+            momentum = self._momentum_of(self._optimizer, self._weights[place])
+            if momentum is not None:
+                compensate(momentum, part)
 
 
 def compensate(momentum: Momentum, residual: Tensor) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.format import Format
+from altgrad_core.rows import Row
 from altgrad_core.table_rounding import wide
 
 HALF_SPACING = 0.5
@@ -65,21 +66,28 @@ class ErrorFeedback:
         ]
 
     def residual(self, index: int, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the residual of a weight that is on its grid under this scale, in its dtype."""
-        stored, codes = self.stored[index], self._codes[index]
+        """Return the residual of one weight that is on its grid under this scale, in its shape and dtype."""
+        row = Row([weight])
+        return self.residuals([index], row, row.of([weight]), scale).view_as(weight)
+
+    def residuals(self, places: Sequence[int], row: Row, weights: Tensor, scale: Tensor) -> Tensor:
+        """Return the residuals of a row of weights that are on their grids under this scale, in their dtype.
+
+        places: of the weights, all of one format. scale: 0-d, or for each element.
+        """
+        stored, codes = row.of(self.stored[place] for place in places), self._codes[places[0]]
         if codes is None:
             return stored
         multiple = codes.decode(stored)
-        return (multiple * gap_beside(self._formats[index], weight, scale, multiple)).to(weight.dtype)
+        gap = gap_beside(self._formats[places[0]], weights, scale, multiple)
+        return (multiple * gap).to(weights.dtype)
 
-    def keep(self, index: int, weight: Tensor, scale: Tensor, residual: Tensor) -> None:
-        """Store the residual of a weight that has just been rounded to its grid under this scale."""
-        codes = self._codes[index]
-        if codes is None:
-            self.stored[index].copy_(residual)
-        else:
-            gap = gap_beside(self._formats[index], weight, scale, residual)
-            self.stored[index].copy_(codes.encode(residual / gap))
+    def keep(self, places: Sequence[int], row: Row, weights: Tensor, scale: Tensor, residual: Tensor) -> None:
+        """Store the residuals of a row of weights that have just been rounded under this scale."""
+        codes = self._codes[places[0]]
+        if codes is not None:
+            residual = codes.encode(residual / gap_beside(self._formats[places[0]], weights, scale, residual))
+        row.write(residual, [self.stored[place] for place in places])
 
     def take_over(self, other: ErrorFeedback, places: Mapping[int, int]) -> None:
         """Take up the residuals of weights that `other` has kept: its place to the place here."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from altgrad_core.grid_scales import rms_of
 from altgrad_core.quantizer import quantizer_of
+from altgrad_core.rows import Row, in_rows
 
 
 class MasterBound:
@@ -31,18 +32,26 @@ class MasterBound:
         rms = rms_of(self.weights)
         self.limits = torch.where(rms > 0, bound * rms, math.inf)
         self.bounded = [True] * len(self.weights)
+        self._without_format = [quantizer_of(weight) is None for weight in self.weights]
         optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        for weight, limit, bounded in zip(self.weights, self.limits.unbind(), self.bounded, strict=True):
-            if bounded:
-                weight.copy_(torch.minimum(torch.maximum(weight, -limit), limit))
+        limits = zip(self.weights, self.limits.unbind(), self.bounded, strict=True)
+        limited = [(weight, limit) for weight, limit, bounded in limits if bounded]
+        for places in in_rows([weight for weight, _ in limited], [None] * len(limited)):
+            weights = [limited[place][0] for place in places]
+            row = Row(weights)
+            limit = row.spread([limited[place][1] for place in places])
+            row.write(torch.minimum(torch.maximum(row.of(weights), -limit), limit), weights)
 
     def follow_formats(self) -> None:
-        """Limit the weights that are quantised masters now, of a format that optimizers see."""
+        """Limit the quantised masters of a format that optimizers see, and what never had a format."""
         quantizers = [quantizer_of(weight) for weight in self.weights]
-        self.bounded = [one is not None and one.geometry and not one.on_grid for one in quantizers]
+        self.bounded = [
+            never if one is None else one.geometry and not one.on_grid
+            for one, never in zip(quantizers, self._without_format, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"limits": self.limits}

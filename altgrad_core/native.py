@@ -50,8 +50,8 @@ class BlockLoops:
         rungs     (const float *x, int32_t *rungs, int32_t n, const void *context)
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
         moves     (float *x, const int32_t *down, int32_t n, float scale, const int32_t *ends, int32_t *seen,
-                   const void *context): x, in place, to the values at clamp(rung(x·scale) - down, *ends), over
-                   the scale; seen: the lowest and the highest rung so far, before the clamp, and how many x
+                   const void *context): x, in place, to the values at clamp(rung(x·scale) - down, *ends)
+                   over the scale; seen: the lowest and highest rung so far, before the clamp, and how many x
                    have changed
         spacings  (const float *x, float *spacings, int32_t n, float scale, const void *context), of x·scale,
                    over the scale

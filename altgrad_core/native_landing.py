@@ -45,6 +45,8 @@ class _Tables:
     done: Tensor  # (n,) int64
     split: bool
     owners: list[native.BlockLoops]
+    updates: dict[int, Tensor] = attrs.field(factory=dict)
+    """Where the loop leaves updates before rounding, by place: fresh pages cost more than it does."""
 
 
 _tables: weakref.WeakKeyDictionary[GridScales, _Tables] = weakref.WeakKeyDictionary()
@@ -64,7 +66,8 @@ def land(
     Returns the places of those rounded, and of those watched among them the updates before rounding.
     """
     loops = None if native.recording() else _loops()
-    tables = None if loops is None else _tables_of(weights, formats, scales)
+    on_cpu = all(weight.is_cpu for weight in weights)  # else the numbers below would be waited for
+    tables = _tables_of(weights, formats, scales) if loops is not None and on_cpu else None
     if loops is None or tables is None:
         return set(), {}
     intended = _watch(tables, weights, watched)
@@ -79,14 +82,18 @@ def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, 
     """Return where the loop leaves the updates before rounding of the weights that are watched, by place."""
     tables.rows[:, _BEFORE : _INTENDED + 1] = 0
     intended: dict[int, Tensor] = {}
-    for row, place in enumerate(tables.places):
-        before = watched.get(weights[place]) if watched else None
+    if not watched:
+        return intended
+    pairs = []
+    for place in tables.places:
+        before, pair = watched.get(weights[place]), (0, 0)
         if before is not None and native.readable(before):
-            intended[place] = torch.empty_like(before)
-            tables.rows[row, _BEFORE], tables.rows[row, _INTENDED] = (
-                before.data_ptr(),
-                intended[place].data_ptr(),
-            )
+            if place not in tables.updates:
+                tables.updates[place] = torch.empty_like(before)
+            intended[place] = tables.updates[place]
+            pair = before.data_ptr(), intended[place].data_ptr()
+        pairs.append(pair)
+    tables.rows[:, _BEFORE : _INTENDED + 1] = torch.tensor(pairs, dtype=torch.int64, device="cpu")
     return intended
 
 

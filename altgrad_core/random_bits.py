@@ -78,8 +78,9 @@ def stream_keys(key: Key) -> tuple[int, int]:
 
 
 def stream_state(seed: int, step: int) -> int:
-    """Return what the keys of all tensors' streams in a step follow from, a 64-bit word: SplitMix64's output for its
-    exclusive or with the tensor's number, the low half first.
+    """Return what the keys of all tensors' streams in a step follow from, a 64-bit word.
+
+    They are SplitMix64's output for its exclusive or with the tensor's number, the low half first.
     """
     return _next_state(_next_state(0, "seed", seed), "step", step)
 

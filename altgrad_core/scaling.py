@@ -56,8 +56,8 @@ def amax(tensors: Sequence[Tensor]) -> Tensor:
     NaN where a tensor holds NaN.
     """
     filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
-    if filled[0].is_cuda:  # one kernel for all; on a CPU it takes twenty times as long
-        return torch.stack([norm.double() for norm in torch._foreach_norm(filled, math.inf)])
+    if not filled[0].is_cpu:  # one kernel for all; on a CPU it takes twenty times as long
+        return torch.stack(torch._foreach_norm(filled, math.inf, dtype=torch.float64))
     ends = torch.stack([end for tensor in filled for end in torch.aminmax(tensor)]).double()
     return ends.view(-1, 2).abs().amax(dim=1)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import native_landing, scaling
+from altgrad_core import landing, native_landing, scaling
 from altgrad_core.error_compensation import ErrorCompensation
 from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
@@ -28,8 +28,9 @@ from altgrad_core.grid_scales import GridScales as GridScales
 from altgrad_core.kernels import not_compiled
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import quantizer_of
-from altgrad_core.random_bits import draw_seed, stream_key_tensor
+from altgrad_core.random_bits import draw_seed, stream_key_table
 from altgrad_core.recipe import refuse_off_grid
+from altgrad_core.rows import Row, among, in_rows
 
 if TYPE_CHECKING:
     from altgrad_core.range_counts import LandingCounts
@@ -215,21 +216,32 @@ class GridStorage:
             landed, self.intended = native_landing.land(
                 self.weights, self._formats, self.scales, stream, self.watched
             )
-        for weight, before in self.watched.items():
-            if weight not in self.intended:
-                self.intended[weight] = weight - before
+        unseen = [weight for weight in self.watched if weight not in self.intended]
+        if unseen:
+            moved = torch._foreach_sub(unseen, [self.watched[weight] for weight in unseen])
+            self.intended |= dict(zip(unseen, moved, strict=True))
         left = [index for index in range(len(self.weights)) if index not in landed]
         if left and self.scales.may_move:
-            amax = torch.zeros(len(self.weights), dtype=torch.float64, device=self.weights[0].device)
-            amax[left] = scaling.amax([self.weights[index].detach() for index in left])
-            self.scales.adapt(amax)
+            found = scaling.amax([self.weights[index].detach() for index in left]).unbind()
+            self.scales.adapt(among(len(self.weights), dict(zip(left, found, strict=True))))
         self._round(rounding, left, self.feedback or self._compensation)
+
+    def _rows(self, places: Collection[int]) -> Iterator[tuple[list[int], list[nn.Parameter], Row, Tensor]]:
+        """Yield weights that are treated at once: their places, themselves, their row, and its scale."""
+        order = list(places)
+        kinds = [id(self._formats[place]) for place in order]
+        for shared in in_rows([self.weights[place] for place in order], kinds):
+            chosen = [order[one] for one in shared]
+            weights = [self.weights[place] for place in chosen]
+            row = Row(weights)
+            yield chosen, weights, row, row.spread([self.scales.scales[place] for place in chosen])
 
     def _give_back(self, feedback: ErrorFeedback, places: Collection[int]) -> None:
         """Add the residuals to weights that are on their grids."""
-        for index in places:
-            weight = self.weights[index]
-            weight.add_(feedback.residual(index, weight, self.scales.scales[index]))
+        for chosen, weights, row, scale in self._rows(places):
+            values = row.of(weights)
+            values.add_(feedback.residuals(chosen, row, values, scale))
+            row.write_back(values, weights)
 
     def _released(self) -> bool:
         """Whether the model has been dequantised."""
@@ -243,17 +255,26 @@ class GridStorage:
         if not places:
             return
         limits, bounds = self.scales.limits(), self.scales.bounds()
-        for index in places:
-            weight, format = self.weights[index], self._formats[index]
-            stream = (self.seed, self.counter, index)
-            keys = stream_key_tensor(stream, weight.device) if rounding == "stochastic" else None
-            scale, limit = self.scales.scales[index], None if limits is None else limits[index]
-            unrounded = weight.detach()
-            rounded = format.fake_quantize(unrounded, scale, rounding, keys=keys, limit=limit)
-            residual = None if keeper is None else _within(unrounded, bounds, index) - rounded
-            weight.copy_(rounded)
-            if keeper is not None and residual is not None:
-                keeper.keep(index, weight, scale, residual)
+        streams = self._streams() if rounding == "stochastic" else None
+        for chosen, weights, row, scale in self._rows(places):
+            unrounded, format = row.of(weights), self._formats[chosen[0]]
+            keys = None if streams is None else row.keys([streams[place] for place in chosen])
+            limit = None if limits is None else row.pairs([limits[place] for place in chosen])
+            if row.alone:  # in one pass, where the format has a loop for it
+                rounded = format.fake_quantize(unrounded, scale, rounding, keys=keys, limit=limit)
+            else:
+                rounded = landing.landed(unrounded, scale, scale, limit, keys, format)
+            if keeper is None:
+                row.write(rounded, weights)
+                continue
+            bound = None if bounds is None else row.spread([bounds[place] for place in chosen])
+            residual = _within(unrounded, bound) - rounded
+            row.write(rounded, weights)
+            keeper.keep(chosen, row, rounded, scale, residual)
+
+    def _streams(self) -> Tensor:
+        """Return the keys of the weights' random streams in this step, (n, 2)."""
+        return stream_key_table(self.seed, self.counter, range(len(self.weights)), self.weights[0].device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs beside the weights."""
@@ -326,9 +347,9 @@ def store_on_grid(
     )
 
 
-def _within(weight: Tensor, bounds: Tensor | None, index: int) -> Tensor:
-    """Return the weight limited to its bound, as a float32 master is: no residual lies beyond."""
-    return weight if bounds is None else torch.minimum(torch.maximum(weight, -bounds[index]), bounds[index])
+def _within(weights: Tensor, bound: Tensor | None) -> Tensor:
+    """Return weights limited to their bounds, as float32 masters are: no residual lies beyond."""
+    return weights if bound is None else torch.minimum(torch.maximum(weights, -bound), bound)
 
 
 def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from altgrad_core.error_feedback import ErrorFeedback, ResidualCodes, gap_beside
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.registry import Registry, UsageError
+from altgrad_core.rows import Row
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
 from altgrad_core.table_rounding import wide
@@ -309,11 +310,11 @@ def test_a_weight_that_nothing_moves_stays(formats):
             scale = torch.tensor(format.largest / 16).log2().floor().exp2().clamp(max=2.0**100)
             weight = format.fake_quantize(x, scale)
             feedback = ErrorFeedback([weight], [format], stored_in)
-            feedback.keep(0, weight, scale, x - weight)
+            feedback.keep([0], Row([weight]), weight, scale, x - weight)
             before = feedback.stored[0].clone()
             given = weight + feedback.residual(0, weight, scale)
             assert torch.equal(format.fake_quantize(given, scale), weight), (format, stored_in)
-            feedback.keep(0, weight, scale, given - weight)
+            feedback.keep([0], Row([weight]), weight, scale, given - weight)
             assert stored_in is CODEBOOK or format is CODEBOOK or torch.equal(feedback.stored[0], before)
 
 

@@ -16,14 +16,13 @@ from torch.optim.adamw import adamw
 
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_optim import AdamWOptions
+from altgrad_optim.powers import root
 
 
 def build(options: AdamWOptions, inputs: OptimizerInputs) -> torch.optim.AdamW:
-    """Return torch.optim.AdamW; groups without a format, and without an lr, train at `other_lr`."""
+    """Return torch.optim.AdamW; groups that are not covered, and without an lr, train at `other_lr`."""
     other = options.lr if options.other_lr is None else options.other_lr
-    groups = [
-        {"lr": other if group.get("format") is None else options.lr, **group} for group in inputs.groups
-    ]
+    groups = [{"lr": options.lr if group["covered"] else other, **group} for group in inputs.groups]
     return torch.optim.AdamW(
         groups,
         lr=options.lr,
@@ -47,15 +46,6 @@ def adamw_direction(
     m.add_((gradient - m).mul_(1 - first))
     v.mul_(second).add_((gradient * gradient).mul_(1 - second))
     return m.div(root(v).mul_(over_root_c2).add_(eps)).mul_(over_c1)
-
-
-def root(x: Tensor) -> Tensor:
-    """Return the square root, rounded once.
-
-    torch's own on a CPU is up to one unit in the last place off (MKL's vector library); by way of float64 a
-    float32 one is right.
-    """
-    return x.double().sqrt_().to(x.dtype) if x.dtype == torch.float32 and x.is_cpu else x.sqrt()
 
 
 def corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:

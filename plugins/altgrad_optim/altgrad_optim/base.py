@@ -1,10 +1,10 @@
-"""What ManifoldAdamW and GridOptim share: groups, learning rates, and refusals, in torch's words."""
+"""What the optimizers with a geometry share: groups, learning rates, and refusals, in torch's words."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,12 +62,8 @@ class GeometryOptimizer(torch.optim.Optimizer):
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError, in torch's words, on a group's options that are out of range."""
-        refuse_bad(
-            **{self._lr_name: (options["lr"], not_negative), "epsilon": (options["eps"], not_negative)}
-        )
-        refuse_bad(
-            **{name: (options[name], not_negative) for name in ("weight_decay", "decay_lr", "other_lr")}
-        )
+        refuse_bad(**{self._lr_name: (options["lr"], not_negative)})
+        refuse_out_of_range(options)
         if "betas" in options:
             refuse_betas(options["betas"])
 
@@ -168,12 +164,35 @@ def positive(value: float) -> bool:
     return value > 0
 
 
+def finite(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def a_share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+RANGES: Mapping[str, Callable[[float], bool]] = {
+    **dict.fromkeys(("eps", "weight_decay", "decay_lr", "other_lr"), not_negative),
+    **dict.fromkeys(("max_stiffness", "clip"), positive),
+    **dict.fromkeys(("beta", "momentum"), a_share),
+    "bound": finite,
+}
+"""What options of the same name must be, whichever optimizer has them."""
+
+_TORCH_NAMES = {"lr": "learning rate", "eps": "epsilon value"}
+
+
+def refuse_out_of_range(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of the options that `RANGES` knows and that is out of range."""
+    refuse_bad(**{name: (options[name], right) for name, right in RANGES.items() if name in options})
+
+
 def refuse_bad(**values: tuple[float, Callable[[float], bool]]) -> None:
     """Raise ValueError in torch's words for each (value, is right) that is wrong."""
     for name, (value, right) in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not right(float(value)):
-            what = "learning rate" if name == "lr" else f"{name} value"
-            raise ValueError(f"Invalid {what}: {value!r}")
+            raise ValueError(f"Invalid {_TORCH_NAMES.get(name, f'{name} value')}: {value!r}")
 
 
 def _refuse_bad_scale(group: dict[str, Any]) -> None:

@@ -26,34 +26,32 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
-from altgrad_core import scaling
-from altgrad_core.format import Format, bounded
-from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
+from altgrad_core.format import bounded
+from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat, not_compiled
-from altgrad_core.random_bits import draw_seed, stream_key_tensor
+from altgrad_core.random_bits import draw_seed
+from altgrad_core.rows import Row
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
-from altgrad_optim import GridOptimOptions, one_pass
-from altgrad_optim.adamw import adamw_direction, moments, plain_step
+from altgrad_optim import GridOptimOptions, one_pass, row_steps
+from altgrad_optim.adamw import moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
     plain_lr,
-    positive,
     refuse_bad,
     refuse_others,
+    refuse_out_of_range,
     schedule_factor,
 )
-from altgrad_optim.members import Member, circumstances, members, with_gradients
-from altgrad_optim.rungs import counted, landed, master_values, rung_coordinate, taken_step
+from altgrad_optim.members import Member, circumstances, members, scales_of, taken_over, with_gradients
+from altgrad_optim.rungs import master_values, rung_coordinate
 
 STORAGES = ("grid", "master")
 
@@ -95,7 +93,6 @@ class GridOptim(GeometryOptimizer):
         "intended",
         "flips",
         "updates",
-        "_counts",
         "_taken",
         "_members",
         "_placed",
@@ -122,7 +119,7 @@ class GridOptim(GeometryOptimizer):
         storage_rounding: str = "nearest_even",
         scale_mode: str = "adaptive",
     ) -> None:
-        refuse_bad(bound=(bound, lambda x: 0 <= x < math.inf))
+        refuse_out_of_range({"bound": bound})
         refuse_others("storage", storage, STORAGES)
         refuse_others("storage_rounding", storage_rounding, STORAGE_ROUNDINGS)
         refuse_others("scale_mode", scale_mode, SCALE_MODES)
@@ -136,8 +133,7 @@ class GridOptim(GeometryOptimizer):
         self.watch = False
         self.intended: dict[Tensor, Tensor] = {}
         self.flips, self.updates = torch.zeros((2,), dtype=torch.int64).unbind()
-        self._counts: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._taken: list[one_pass.Taken] = []
+        self._taken: list[one_pass.Taken | row_steps.Landed] = []
         self._members: list[Member] = []
         self._placed: list[list[Member | None]] = []
         self._settled: list[Any] = []
@@ -163,10 +159,7 @@ class GridOptim(GeometryOptimizer):
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
         super()._refuse_bad_options(options)
-        refuse_bad(
-            rung_clip=(options["rung_clip"], lambda x: positive(x) and x <= MOST_RUNGS),
-            momentum=(options["momentum"], lambda x: 0 <= x < 1),
-        )
+        refuse_bad(rung_clip=(options["rung_clip"], lambda x: 0 < x <= MOST_RUNGS))
         refuse_others("normalize", options["normalize"], ("none", "adam"))
         refuse_others("rounding", options["rounding"], ("rung", "value"))
 
@@ -176,15 +169,12 @@ class GridOptim(GeometryOptimizer):
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
         self._settle()
-        self._counts, self._taken, self.intended = {}, [], {}
-        landings: dict[int, _Landing] = {}
+        self._taken, self.intended = [], {}
         for group, placed in zip(self.param_groups, self._placed, strict=True):
             moving, plain = with_gradients(group["params"], placed)
-            landed = self._land_in_one_pass(group, moving)
-            for member in (member for member in moving if member.index not in landed):
-                landings[member.index] = self._move(group, member)
+            left = self._take_in_one_pass(group, moving)
+            self._taken += row_steps.taken(self, group, left)
             plain_step(self, group, plain, plain_lr(group))
-        self._land(landings)
         self._count()
         self.counter += 1
         return loss
@@ -197,7 +187,7 @@ class GridOptim(GeometryOptimizer):
             weights = [member.weight for member in taken.members]
             rows = zip(*(column.unbind() for column in taken.counts.unbind(1)), strict=True)
             found |= dict(zip(weights, rows, strict=True))
-        return found | self._counts
+        return found
 
     def started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
         """Return the weight's moments, or its velocity, made at its first step."""
@@ -205,18 +195,21 @@ class GridOptim(GeometryOptimizer):
         moments(state, weight, *names)
         return [state[name] for name in names]
 
-    def _land_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> set[int]:
-        """Move and land weights by the loops in C, and return the places of those that there are loops for.
+    def _take_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> list[Member]:
+        """Move and land weights by the loops in C, and return those that there are none for.
 
         A scale that may have to change is looked at here.
         """
         taken = one_pass.taken(self, group, members)
         if taken is None:
-            return set()
+            return list(members)
         self._taken.append(taken)
         for member, values, past_end in taken.left():
-            self._land({member.index: _Landing(values, torch.tensor(past_end))}, rare=True)
-        return {member.index for member in taken.members}
+            these, past = row_steps.MemberRow.of(self, [member]), torch.tensor([past_end], device="cpu")
+            moved = row_steps.Moved(these, flat(values), these.needed(flat(values), past))
+            self._taken += row_steps.land(self, [moved], rare=True)
+        done = {member.index for member in taken.members}
+        return [member for member in members if member.index not in done]
 
     def decay(self, group: dict[str, Any]) -> float:
         """Return the factor of the decay: of w in the gradient, or under Adam of w in spacings."""
@@ -225,82 +218,11 @@ class GridOptim(GeometryOptimizer):
             return decay
         return float(group["decay_lr"]) * schedule_factor(group) * decay
 
-    def _move(self, group: dict[str, Any], member: Member) -> _Landing:
-        """Compute where one weight goes, before scale and bound."""
-        scale = self._scale(member)
-        rungs = self._rungs(group, member.weight, member.format, scale)
-        if self.watch:
-            self.intended[member.weight] = -rungs
-        if member.master:
-            return _Landing(self.state[member.weight]["rung_coordinate"].sub_(rungs), None)
-        keys = stream_key_tensor((self.seed, self.counter, member.index), member.weight.device)
-        how = math.ceil(group["rung_clip"]), group["rounding"] == "value"
-        return _Landing(*taken_step(flat(member.weight), flat(rungs), scale, keys, member.format, *how))
-
-    def _rungs(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> Tensor:
-        """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
-        state, decay, lr = self.state[weight], self.decay(group), self.grid_lr(group)
-        first, *second = self.started(group, weight)
-        state["step"] += 1
-        if not second:
-            gradient = weight.grad + weight * decay if decay else weight.grad
-            direction = first.mul_(group["momentum"]).add_(gradient) * lr
-        else:
-            step = int(state["step"])
-            direction = adamw_direction(weight.grad, first, *second, step, group["betas"], group["eps"]) * lr
-            if decay:
-                scaled = weight * scale
-                direction.add_(scaled.div_(format.spacing(scaled)).mul_(decay))
-        return direction.clamp_(-group["rung_clip"], group["rung_clip"])
-
-    def _land(self, landings: dict[int, _Landing], *, rare: bool = False) -> None:
-        """Scale, round, bound, for weights that move in this step; `rare`: not worth compiling."""
-        if not landings:
-            return
-        scales = self.scales_in_use()
-        before = torch.stack(scales.scales)
-        if scales.may_move:
-            scales.adapt(
-                torch.stack([self._amax(member, landings.get(member.index)) for member in self._members])
-            )
-        land, count = (landed.__wrapped__, counted.__wrapped__) if rare else (landed, counted)
-        limits = scales.limits()
-        ratios = torch.stack(scales.scales) / before
-        for index, landing in landings.items():
-            member = self._members[index]
-            limit, scale = None if limits is None else limits[index], scales.scales[index]
-            if member.master:
-                values = master_values(landing.target, member.format, limit, member.ends) / scale
-            else:
-                keys = self._rerounding_keys(member)
-                values = land(landing.target, ratios[index], scale, limit, keys, member.format)
-            values = values.view_as(member.weight)
-            self._counts[member.weight] = count(*map(flat, (values, member.weight, member.weight.grad)))
-            member.weight.copy_(values)
-
     def _count(self) -> None:
         """Add up the flips and updates of the step's weights."""
         totals = [taken.counts.sum(0) for taken in self._taken]
-        totals += [torch.stack(both) for both in self._counts.values()]
         total = torch.stack(totals).sum(0) if totals else torch.zeros((2,), dtype=torch.int64)
         self.flips, self.updates = total.unbind()
-
-    def _rerounding_keys(self, member: Member) -> Tensor | None:
-        """Return the random stream of the rounding after a change of scale; None: nearest even."""
-        if self.storage_rounding == "nearest_even":
-            return None
-        stream = (self.seed, self.counter, len(self._members) + member.index)
-        return stream_key_tensor(stream, member.weight.device)
-
-    def _amax(self, member: Member, landing: _Landing | None) -> Tensor:
-        """Return the magnitude that the scale must serve, 0-d float64; past the last rung, twice the largest.
-
-        0 for a weight that does not move: its scale must not either, since nothing rounds it again.
-        """
-        if landing is None or landing.past_end is None:
-            return torch.zeros((), dtype=torch.float64, device=member.weight.device)
-        largest = scaling.amax([landing.target])[0]
-        return torch.where(landing.past_end, 2 * member.format.largest, largest) / self._scale(member)
 
     # --- which weights move in rungs, and their first snap -------------------------------------------
 
@@ -338,42 +260,33 @@ class GridOptim(GeometryOptimizer):
         self._placed = [[at.get(weight) for weight in group["params"]] for group in self.param_groups]
         if [one.identity for one in found] == [one.identity for one in self._members] and not changed:
             return
-        before, scales_before = {one.identity: one.index for one in self._members}, self.scales
-        places_before = {id(one.weight): one.index for one in self._members}
-        self._members = found
-        self.scales = None
-        if not found:
-            return
-        self.scales = GridScales(
-            [member.weight.detach() for member in found],
-            [member.format for member in found],
-            [member.scale for member in found],
-            fitted=[member.fitted for member in found],
-            adaptive=[self.scale_mode == "adaptive" and not member.master for member in found],
-            margins=[member.quantizer.margin if member.quantizer else 1.0 for member in found],
+        before, scales_before, self._members = self._members, self.scales, found
+        self.scales = scales_of(
+            found,
             bound=self.bound,
-            shrink_early=self.storage_rounding == "stochastic",
-            adjustments=[member.quantizer.adjustment if member.quantizer else 1.0 for member in found],
+            adaptive=self.scale_mode == "adaptive",
+            storage_rounding=self.storage_rounding,
         )
+        if self.scales is None:
+            return
         if scales_before is not None:
-            places = {before[one.identity]: one.index for one in found if one.identity in before}
-            known = {id(one.weight): one.index for one in found}
-            same = {places_before[one]: known[one] for one in changed & places_before.keys() & known.keys()}
-            self.scales.take_over(scales_before, same, OF_THE_WEIGHT)
-            self.scales.take_over(scales_before, places)
-        self._snap([one for one in found if one.identity not in before or id(one.weight) in changed])
+            taken_over(self.scales, found, scales_before, before, changed)
+        known = {one.identity for one in before}
+        self._snap([one for one in found if one.identity not in known or id(one.weight) in changed])
 
     @torch.no_grad()
-    def _snap(self, members: Iterable[Member]) -> None:
+    def _snap(self, members: Sequence[Member]) -> None:
+        """Round weights to their grids, and have the forward pass use all members as they are."""
         limits = self.scales_in_use().limits()
         for member in members:
-            limit = None if limits is None else limits[member.index]
-            scale = self._scale(member)
+            scale = self.scales_in_use().scales[member.index]
             scaled = member.weight.detach() * scale
             if member.master:
                 u = self.state[member.weight]["rung_coordinate"] = rung_coordinate(scaled, member.format)
-                values = master_values(u, member.format, limit, member.ends)
+                ends = row_steps.master_ends([member], Row([member.weight]), limits)
+                values = master_values(u, member.format, *ends)
             else:
+                limit = None if limits is None else limits[member.index]
                 values = bounded(member.format.quantize(scaled), limit)
             member.weight.copy_(values / scale)
         self._claim()
@@ -388,9 +301,6 @@ class GridOptim(GeometryOptimizer):
         super().__setstate__(state)
         if "_members" in state:  # a copy, not what a checkpoint holds
             self._claim()
-
-    def _scale(self, member: Member) -> Tensor:
-        return self.scales_in_use().scales[member.index]
 
     def scales_in_use(self) -> GridScales:
         if self.scales is None:
@@ -442,14 +352,6 @@ class GridOptim(GeometryOptimizer):
 def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
     """Return what the state of a weight that moves in rungs holds beside its steps."""
     return ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
-
-
-@attrs.frozen(eq=False)
-class _Landing:
-    """Where a weight goes: grid values in scaled units, or under master the rung coordinate."""
-
-    target: Tensor
-    past_end: Tensor | None  # 0-d bool: some element was pushed past the last rung
 
 
 def build(options: GridOptimOptions, inputs: OptimizerInputs) -> GridOptim:

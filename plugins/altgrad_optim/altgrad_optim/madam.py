@@ -33,8 +33,6 @@ from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
     plain_lr,
-    positive,
-    refuse_bad,
     schedule_factor,
     split_by_grid,
 )
@@ -82,14 +80,6 @@ class Madam(GeometryOptimizer):
                 "other_lr": other_lr,
                 "decay_lr": decay_lr,
             },
-        )
-
-    def _refuse_bad_options(self, options: dict[str, Any]) -> None:
-        super()._refuse_bad_options(options)
-        refuse_bad(
-            beta=(options["beta"], lambda x: 0 <= x < 1),
-            clip=(options["clip"], positive),
-            bound=(options["bound"], lambda x: 0 <= x < math.inf),
         )
 
     @torch.no_grad()

@@ -15,9 +15,10 @@ S is taken at w before decay, in weight units, clamped to `max_stiffness`. S^q i
 rms, mean or max (`normalize`), accumulated in float64; with "none", lr reads as ULPs per step under q = 1.
 
 The core offers two options with every stiffness. `of_format`: S is that of another format, at its own fit
-scale of the current weights. In a model without a quantised weight it applies to the matrices, and runs a
-geometry on float32 weights. `refresh = "never"`: S stays that of the initial weights; a change of scale does
-not change it either. It is then part of the optimizer's state, one tensor more per weight.
+scale of the current weights. It is then also that of covered weights without a format (`param_groups`), or,
+where no weight is covered or has a grid, of all matrices: a geometry on float32 weights. `refresh = "never"`:
+S stays that of the initial weights; a change of scale does not change it either. It is then part of the
+optimizer's state, one tensor more per weight.
 
 When not to use it: where weights are float32 masters and only the forward pass is quantised, formats hardly
 differ and plain AdamW does as well. A tensor that starts at zero does not leave it under `normalize="none"`
@@ -26,7 +27,6 @@ with a learning rate meant for weight units.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,27 +38,23 @@ from altgrad_core.error_compensation import Momentum, adam_rate
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs, Stiffness
+from altgrad_core.kernels import flat
 from altgrad_core.lookup import get_stiffness
+from altgrad_core.rows import Row, in_rows
 from altgrad_core.stiffness import grid_stiffness
-from altgrad_optim import PLACEMENTS, ManifoldAdamWOptions, native_steps, position
-from altgrad_optim.adamw import adamw_direction, moments, plain_step, root
+from altgrad_optim import ManifoldAdamWOptions, native_steps, position
+from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
     plain_lr,
-    positive,
-    refuse_bad,
     refuse_others,
     schedule_factor,
     split_by_grid,
 )
-from altgrad_optim.position import Position
-
-NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "rms": lambda s: s.double().square().mean().sqrt(),
-    "mean": lambda s: s.double().mean(),
-    "max": lambda s: s.double().amax(),
-}
+from altgrad_optim.placement import exponents
+from altgrad_optim.position import Gridded, Position
+from altgrad_optim.powers import NORMALIZERS, limited, normalized, pointwise, powered
 
 
 class ManifoldAdamW(GeometryOptimizer):
@@ -127,7 +123,6 @@ class ManifoldAdamW(GeometryOptimizer):
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
         super()._refuse_bad_options(options)
-        refuse_bad(max_stiffness=(options["max_stiffness"], positive))
         refuse_others("normalize", options["normalize"], (*NORMALIZERS, "none"))
         if (track := options["track_position"]) not in (True, False):
             raise ValueError(f"Invalid track_position value: {track!r}; use True or False")
@@ -136,13 +131,14 @@ class ManifoldAdamW(GeometryOptimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
-        borrowed = self._borrowed_format()
+        of_format = getattr(self.stiffness, "of_format", None)
+        apart = of_format is not None and self._told_apart()
         for group in self.param_groups:
             gridded, plain = split_by_grid(group)
             tracked = gridded if group.get("track_position") else []
-            if borrowed is not None:
+            if of_format is not None and (group.get("covered") or not apart):
                 unit = torch.ones((), dtype=torch.float32)  # the formula fits its own scale
-                gridded = [(weight, borrowed, unit) for weight in plain if weight.dim() >= 2]
+                gridded = [*gridded, *((weight, of_format, unit) for weight in plain if weight.dim() >= 2)]
                 plain = [weight for weight in plain if weight.dim() < 2]
             before = position.starts(tracked)
             self._update(group, gridded)
@@ -150,39 +146,43 @@ class ManifoldAdamW(GeometryOptimizer):
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
-    def _borrowed_format(self) -> Format | None:
-        """Return the format whose geometry matrices without a grid take: `of_format`, if none has a grid.
+    def _told_apart(self) -> bool:
+        """Return whether anything says which weights the geometry is for: a grid, or that they are covered.
 
-        Beside quantised weights the others stay plain, so that arms differ in the quantised weights only.
+        The others then stay plain, so that arms differ in those weights only.
         """
-        of_format = getattr(self.stiffness, "of_format", None)
-        if of_format is None:
-            return None
-        gridded = (
-            grid_of(group, index) for group in self.param_groups for index in range(len(group["params"]))
+        return any(
+            group.get("covered") or grid_of(group, index) is not None
+            for group in self.param_groups
+            for index in range(len(group["params"]))
         )
-        return None if any(grid is not None for grid in gridded) else of_format
 
     def grid_lr(self, group: dict[str, Any]) -> float:
         """Return the learning rate of the group's parameters with a geometry."""
         return float(group["lr"]) if group.get("sets_lr") else super().grid_lr(group)
 
-    def _update(self, group: dict[str, Any], gridded: Sequence[tuple[Tensor, Format, Tensor]]) -> None:
+    def _update(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> None:
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
-        p, q = group["p"], group["q"]
-        fast = native_steps.available() and {p, q} <= native_steps.POWERS.keys()
-        blocks, moves = native.Blocks(), []
+        for weight, *_ in gridded:
+            moments(self.state[weight], weight, "exp_avg", "exp_avg_sq")
+        left = gridded
+        if native_steps.available() and {group["p"], group["q"]} <= native_steps.POWERS.keys():
+            left = self._update_in_c(group, gridded)
+        self._update_in_rows(group, left)
+
+    def _update_in_c(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> list[Gridded]:
+        """Take the step of the weights that there are loops for, and return the others."""
+        blocks, moves, left = native.Blocks(), [], []
         kept: list[object] = []  # what the loops read, until they have
         for weight, format, scale in gridded:
             state = self.state[weight]
-            moments(state, weight, "exp_avg", "exp_avg_sq")
             memory = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
-            loops = blocks.of(format) if fast and native.readable(*memory) else None
+            loops = blocks.of(format) if native.readable(*memory) else None
             if loops is None:
-                self._update_in_passes(group, weight, format, scale)
+                left.append((weight, format, scale))
                 continue
             stiffness, loop = 0, loops
-            if p or q:
+            if group["p"] or group["q"]:
                 loop = self._loop_of(format, loops) if native.one_number(scale) else None
             if loop is None:
                 spread = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
@@ -200,10 +200,11 @@ class ManifoldAdamW(GeometryOptimizer):
                 decay=self._kept(group),
                 betas=group["betas"],
                 eps=group["eps"],
-                powers=(p, q),
+                powers=(group["p"], group["q"]),
                 normalize=group["normalize"],
                 max_stiffness=group["max_stiffness"],
             )
+        return left
 
     def _loop_of(
         self, format: Format, loops: native.BlockLoops
@@ -212,12 +213,10 @@ class ManifoldAdamW(GeometryOptimizer):
 
         The spacing of their own grid is among the format's; a formula may offer another.
         """
-        if getattr(self.stiffness, "refresh", "step") != "step" or getattr(self.stiffness, "of_format", None):
-            return None
-        formula = getattr(self.stiffness, "formula", self.stiffness)
+        formula = pointwise(self.stiffness)
         if formula is grid_stiffness:
             return loops
-        offered = getattr(self.stiffness, "block_loop", None) or getattr(formula, "block_loop", None)
+        offered = getattr(formula, "block_loop", None)
         return offered(format) if offered is not None else None
 
     def _kept(self, group: dict[str, Any]) -> float:
@@ -226,20 +225,37 @@ class ManifoldAdamW(GeometryOptimizer):
         rate = self.grid_lr(group) if in_weight_units else group["decay_lr"] * schedule_factor(group)
         return float(1 - rate * group["weight_decay"])
 
-    def _update_in_passes(self, group: dict[str, Any], weight: Tensor, format: Format, scale: Tensor) -> None:
-        """Do in torch what steps.c does, with the same bits."""
-        state, p, q = self.state[weight], group["p"], group["q"]
-        stiffness = (
-            limited(self._stiffness_at(weight, format, scale), group["max_stiffness"]) if p or q else None
-        )
-        state["step"] += 1
-        gradient = weight.grad if stiffness is None else weight.grad * powered(stiffness, p)
-        direction = adamw_direction(
-            gradient, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["betas"], group["eps"]
-        )
+    def _update_in_rows(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> None:
+        """Do in torch what steps.c does, with the same bits: weights of one format and age share a row."""
+        kinds = [
+            (id(format), int(self.state[weight]["step"]), weight.grad.dtype) for weight, format, _ in gridded
+        ]
+        for places in in_rows([weight for weight, *_ in gridded], kinds):
+            self._update_row(group, [gridded[place] for place in places])
+
+    def _update_row(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> None:
+        """Take the step of weights that share format and step count."""
+        weights, states = [one[0] for one in gridded], [self.state[one[0]] for one in gridded]
+        row, p, q = Row(weights), group["p"], group["q"]
+        firsts, seconds = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        w, gradient, m, v = map(row.of, (weights, [one.grad for one in weights], firsts, seconds))
+        stiffness = limited(self._stiffness_of(row, w, gridded), group["max_stiffness"]) if p or q else None
+        if stiffness is not None:
+            gradient = gradient * powered(stiffness, p)
+        step = int(states[0]["step"]) + 1
+        direction = adamw_direction(gradient, m, v, step, group["betas"], group["eps"])
         if stiffness is not None and q:
-            direction *= normalized(powered(stiffness, q), group["normalize"])
-        weight.mul_(self._kept(group)).sub_(direction.mul_(self.grid_lr(group)))
+            direction *= normalized(powered(stiffness, q), group["normalize"], row)
+        w.mul_(self._kept(group)).sub_(direction.mul_(self.grid_lr(group)))
+        for values, tensors in ((w, weights), (m, firsts), (v, seconds)):
+            row.write_back(values, tensors)
+        torch._foreach_add_([state["step"] for state in states], 1)
+
+    def _stiffness_of(self, row: Row, values: Tensor, gridded: Sequence[Gridded]) -> Tensor:
+        """Return S at a row of weights, which have these values: at once, where it is elementwise."""
+        if pointwise(self.stiffness) is None:
+            return row.of(self._stiffness_at(*one) for one in gridded)
+        return self.stiffness(values, gridded[0][1], row.spread([scale for *_, scale in gridded]))
 
     @torch.no_grad()
     def momentum_of(self, weight: Tensor) -> Momentum | None:
@@ -256,7 +272,8 @@ class ManifoldAdamW(GeometryOptimizer):
         grid = grid_of(group, index)
         if group["q"] and grid is not None:
             stiffness = limited(self._stiffness_at(weight, *grid), group["max_stiffness"])
-            rate = rate * normalized(powered(stiffness, group["q"]), group["normalize"])
+            powers = normalized(powered(flat(stiffness), group["q"]), group["normalize"], Row([weight]))
+            rate = rate * powers.view_as(rate)
         return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
 
     @torch.no_grad()
@@ -286,50 +303,6 @@ def _refuse_late_start(steps: int) -> None:
             f"refresh='never' keeps the stiffness of the initial weights, but a weight has taken {steps}"
             " steps and its state has none; load a state saved under refresh='never', or use refresh='step'"
         )
-
-
-def limited(stiffness: Tensor, largest: float) -> Tensor:
-    """Return S, at most `largest`, or what its dtype holds."""
-    return stiffness.clamp(max=min(largest, torch.finfo(stiffness.dtype).max))
-
-
-def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
-    """Return S^exponent; exact for 0 and 1, rounded once for -1 and 1/2, twice for -1/2."""
-    if exponent == 0:
-        return 1.0
-    if exponent == 1:
-        return stiffness
-    if abs(exponent) == 0.5:
-        return root(stiffness) if exponent > 0 else root(stiffness).reciprocal_()
-    return stiffness.reciprocal() if exponent == -1 else stiffness.pow(exponent)
-
-
-def normalized(powers: Tensor | float, normalize: str) -> Tensor | float:
-    """Return S^q over its rms, mean or max over the tensor (float64 accumulation), in S's dtype."""
-    if normalize == "none" or not isinstance(powers, Tensor) or not powers.numel():
-        return powers
-    return powers * (1 / NORMALIZERS[normalize](powers)).to(powers.dtype)
-
-
-def exponents(placement: Any) -> tuple[float, float]:
-    """Return (p, q) of a placement given by name, pair, table or object with p and q. Raises ValueError."""
-    if isinstance(placement, str):
-        if placement not in PLACEMENTS:
-            raise ValueError(
-                f"Invalid placement: {placement!r}; use one of {', '.join(PLACEMENTS)} or a pair (p, q)"
-            )
-        return PLACEMENTS[placement]
-    if isinstance(placement, dict) and set(placement) <= {"p", "q"}:
-        pair: Any = (placement.get("p", 0.0), placement.get("q", 0.0))
-    else:
-        pair = (placement.p, placement.q) if hasattr(placement, "q") else placement
-    if not (
-        isinstance(pair, tuple | list)
-        and len(pair) == 2
-        and all(isinstance(one, int | float) and math.isfinite(one) for one in pair)
-    ):
-        raise ValueError(f"Invalid placement: {placement!r}; a pair is (p, q), two numbers")
-    return float(pair[0]), float(pair[1])
 
 
 def build(options: ManifoldAdamWOptions, inputs: OptimizerInputs) -> ManifoldAdamW:

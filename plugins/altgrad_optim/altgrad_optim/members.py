@@ -1,15 +1,16 @@
-"""Which weights move in rungs, and what is known of each."""
+"""Which weights move in rungs, what is known of each, and their scales."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import attrs
 from torch import Tensor
 
 from altgrad_core.format import Format
+from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
 from altgrad_core.groups import grid_of
 from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.recipe import refuse_off_grid
@@ -43,11 +44,6 @@ class Member:
         low, high = self.format.rung(self.format.values[[0, -1]]).tolist()
         return low, high
 
-    @functools.cached_property
-    def ends(self) -> Tensor:
-        """The format's lowest and largest value, (2,) on the weight's device."""
-        return self.format.values[[0, -1]].to(self.weight.device)
-
 
 def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
     """Return the weights that have a grid; under "grid" storage not those whose rule says "master"."""
@@ -61,6 +57,47 @@ def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
                     refuse_off_grid(quantizer.recipe)
                 found.append(Member(weight, *grid, quantizer, len(found), own == "master"))
     return found
+
+
+def scales_of(
+    found: Sequence[Member], *, bound: float, adaptive: bool, storage_rounding: str
+) -> GridScales | None:
+    """Return the scales of weights that move in rungs, fitted to them now; None where there is none.
+
+    adaptive: whether they follow the weights; under master they do not.
+    """
+    if not found:
+        return None
+    return GridScales(
+        [member.weight.detach() for member in found],
+        [member.format for member in found],
+        [member.scale for member in found],
+        fitted=[member.fitted for member in found],
+        adaptive=[adaptive and not member.master for member in found],
+        margins=[member.quantizer.margin if member.quantizer else 1.0 for member in found],
+        bound=bound,
+        shrink_early=storage_rounding == "stochastic",
+        adjustments=[member.quantizer.adjustment if member.quantizer else 1.0 for member in found],
+    )
+
+
+def taken_over(
+    scales: GridScales,
+    found: Sequence[Member],
+    scales_before: GridScales,
+    before: Sequence[Member],
+    changed: Set[int],
+) -> None:
+    """Have scales go on as they were: of the same members all, of weights with another format their bound.
+
+    changed: ids of the weights whose format or scale is another.
+    """
+    identities = {one.identity: one.index for one in before}
+    weights = {id(one.weight): one.index for one in before}
+    same = {weights[key]: one.index for one in found if (key := id(one.weight)) in changed & weights.keys()}
+    scales.take_over(scales_before, same, OF_THE_WEIGHT)
+    places = {identities[one.identity]: one.index for one in found if one.identity in identities}
+    scales.take_over(scales_before, places)
 
 
 def circumstances(groups: Iterable[dict[str, Any]]) -> list[Any]:

@@ -54,7 +54,10 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
     """Take the step of those of a group's weights that there are loops for; None: of none."""
     if group["rounding"] != "rung" or not native_steps.available():
         return None
-    kept = _table_of(optimizer, group, members)
+    in_c = [member for member in members if not member.master and member.weight.is_cpu]
+    if not in_c:
+        return None
+    kept = _table_of(optimizer, group, in_c)
     if not kept.members:
         return None
     intended = {one.weight: torch.empty_like(one.weight) for one in kept.members if optimizer.watch}
@@ -74,15 +77,14 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
     return Taken(kept.members, steps)
 
 
-def _table_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> _Kept:
+def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member]) -> _Kept:
     """Return the table of the weights' moves, made anew only when something in it has changed or moved."""
     scales = optimizer.scales_in_use()
-    in_c = [member for member in members if not member.master]
     weights = [member.weight for member in in_c]
     moments = [optimizer.started(group, weight) for weight in weights]
     steps = [optimizer.state[weight]["step"] for weight in weights]
     made_of = (
-        in_c,
+        list(in_c),
         scales.on_host(),
         native.whereabouts(weights),
         native.whereabouts([weight.grad for weight in weights]),

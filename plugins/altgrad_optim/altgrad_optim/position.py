@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
-from altgrad_core.kernels import flat, kernel
+from altgrad_core.kernels import kernel
+from altgrad_core.rows import Row, in_rows
 
 NAME = "position"
 """Of the buffer in an optimizer's state."""
@@ -51,17 +52,26 @@ class Position:
 
 def starts(weights: Sequence[Gridded]) -> list[Tensor]:
     """Return copies of the weights, as a step finds them."""
-    return [weight.detach().clone() for weight, *_ in weights]
+    found = [weight.detach() for weight, *_ in weights]
+    copies = [torch.empty_like(weight) for weight in found]
+    if found:
+        torch._foreach_copy_(copies, found)
+    return copies
 
 
 def advance(states: Mapping[Any, Any], weights: Sequence[Gridded], before: Sequence[Tensor]) -> None:
     """Add the movement of a step to the positions in the weights' states; the first starts them at 0."""
-    for (weight, format, scale), start in zip(weights, before, strict=True):
-        state = states[weight]
-        if NAME not in state:
-            state[NAME] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        row = flat(scale.expand_as(weight)) if scale.dim() else scale
-        state[NAME].add_(ulps_moved(_wide(start), _wide(weight), row, format).view_as(weight))
+    for weight, *_ in weights:
+        if NAME not in states[weight]:
+            states[weight][NAME] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for places in in_rows(before, [id(format) for _, format, _ in weights]):
+        found, format = [weights[place][0] for place in places], weights[places[0]][1]
+        row, positions = Row(found), [states[weight][NAME] for weight in found]
+        scale = row.spread([weights[place][2] for place in places])
+        starts = _wide(row.of(before[place] for place in places))
+        moved = row.of(positions)
+        moved.add_(ulps_moved(starts, _wide(row.of(found)), scale, format))
+        row.write_back(moved, positions)
 
 
 @kernel
@@ -70,6 +80,6 @@ def ulps_moved(before: Tensor, after: Tensor, scale: Tensor, format: Format) -> 
     return (after - before) * scale / format.spacing(before * scale)
 
 
-def _wide(weight: Tensor) -> Tensor:
-    """Return a weight as one row, float64 where it is that, else float32."""
-    return flat(weight if weight.dtype == torch.float64 else weight.float())
+def _wide(row: Tensor) -> Tensor:
+    """Return a row as float64 where it is that, else float32."""
+    return row if row.dtype == torch.float64 else row.float()

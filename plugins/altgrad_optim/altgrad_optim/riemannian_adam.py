@@ -34,8 +34,6 @@ from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
     plain_lr,
-    positive,
-    refuse_bad,
     refuse_others,
     schedule_factor,
     split_by_grid,
@@ -90,7 +88,6 @@ class RiemannianAdam(GeometryOptimizer):
         from altgrad_optim.grid_manifold import RETRACTIONS
 
         super()._refuse_bad_options(options)
-        refuse_bad(max_stiffness=(options["max_stiffness"], positive))
         refuse_others("retraction", options["retraction"], tuple(RETRACTIONS))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad_core.format import Format, bounded
+from altgrad_core.format import Format
 from altgrad_core.kernels import kernel
 from altgrad_core.random_bits import uniform_like
 
@@ -28,13 +28,13 @@ def grid_step(scaled: Tensor, rungs: Tensor, format: Format, uniform: Tensor) ->
     """Move on-grid values down by `rungs`, rounded stochastically to whole rungs.
 
     scaled: w*s, on the format's grid. rungs: r, float, already clipped. uniform: float32 in [0, 1).
-    Returns the new grid values (NaN where w or r is NaN), and 0-d bool: whether one was pushed past the end.
+    Returns the new grid values (NaN where w or r is NaN), and which were pushed past the end: bool.
     """
     moved = format.rung(scaled) - stochastic_round(rungs, uniform).to(torch.int32)
     lost = torch.isnan(rungs) | torch.isnan(scaled)
     values = format.from_rung(moved).to(scaled.dtype)
     past = (moved.abs() > format.rung(values).abs()) & ~lost
-    return torch.where(lost, torch.nan, values), past.any()
+    return torch.where(lost, torch.nan, values), past
 
 
 def value_step(
@@ -52,37 +52,21 @@ def value_step(
     values = format.from_rung(rung.clamp(start - rung_clip, start + rung_clip)).to(scaled.dtype)
     lost = torch.isnan(rungs) | torch.isnan(scaled)
     past = (target.abs() > format.largest) & ~lost
-    return torch.where(lost, torch.nan, values), past.any()
+    return torch.where(lost, torch.nan, values), past
 
 
 @kernel
 def taken_step(
     weight: Tensor, rungs: Tensor, scale: Tensor, keys: Tensor, format: Format, rung_clip: int, by_value: bool
 ) -> tuple[Tensor, Tensor]:
-    """Draw and take the step of on-grid weights; see `grid_step` and `value_step`."""
+    """Draw and take the step of a row of on-grid weights; see `grid_step` and `value_step`.
+
+    scale: 0-d, or for each element. keys: of `uniform_like`.
+    """
     scaled, uniform = weight * scale, uniform_like(weight, keys)
     if by_value:
         return value_step(scaled, rungs, format, uniform, rung_clip)
     return grid_step(scaled, rungs, format, uniform)
-
-
-@kernel
-def landed(
-    target: Tensor, ratio: Tensor, scale: Tensor, limit: Tensor | None, keys: Tensor | None, format: Format
-) -> Tensor:
-    """Return weights on the grid of the new `scale`, which is `ratio` times the old one, within the limit.
-
-    Rounding again, by the stream `keys` or to nearest even, changes something only where the scale moved.
-    """
-    draws = None if keys is None else uniform_like(target, keys)
-    rounding = "nearest_even" if keys is None else "stochastic"
-    return bounded(format.quantize(target * ratio, rounding=rounding, uniform=draws), limit) / scale
-
-
-@kernel
-def counted(values: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many weights change, and how many have a non-zero gradient: 0-d int64."""
-    return (values != weight).sum(), (gradient != 0).sum()
 
 
 def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
@@ -99,7 +83,7 @@ def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
     return rung + outward * fraction
 
 
-def master_values(u: Tensor, format: Format, limit: Tensor | None, ends: Tensor) -> Tensor:
-    """Clamp the coordinate u in place to the bound, or the format's ends, and return from_rung(round(u))."""
-    u.copy_(bounded(u, format.rung(ends if limit is None else limit).to(u.dtype)))
+def master_values(u: Tensor, format: Format, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Clamp the coordinate u in place to the rungs [low, high], and return from_rung(round(u))."""
+    u.clamp_(low, high)
     return format.from_rung(u.round()).to(u.dtype)

@@ -77,6 +77,13 @@ def test_adamw_trains_parameters_without_a_format_at_other_lr(groups):
     assert values(optimizer, "lr") == [0.1, 0.02]
 
 
+def test_adamw_trains_covered_weights_at_lr_with_a_format_or_without():
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 8, bias=False))
+    groups = param_groups(model, [model[1].weight])
+    optimizer = build_adamw(AdamWOptions(lr=0.1, other_lr=0.02), inputs(groups))
+    assert values(optimizer, "lr") == [0.1, 0.02]
+
+
 def test_every_option_of_manifold_adamw_arrives(groups):
     options = ManifoldAdamWOptions(
         lr=0.1,

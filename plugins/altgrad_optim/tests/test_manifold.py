@@ -13,7 +13,7 @@ from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model, quantizer_of
 from altgrad_core.testing import check_optimizer
 from altgrad_optim import ManifoldAdamW
-from altgrad_optim.manifold import exponents
+from altgrad_optim.placement import exponents
 
 ROUNDING = 2.0**-24  # of one float32 operation, relative
 
@@ -799,6 +799,34 @@ def test_beside_a_quantised_weight_the_others_stay_plain(table):
         arms.append(model)
     for one, other in zip(*(arm.parameters() for arm in arms), strict=True):
         assert torch.equal(one, other) == (quantizer_of(one) is None)
+
+
+def test_only_covered_weights_take_the_geometry_of_of_format_at_lr(table):
+    def trained(covers, **options):
+        model = model_of(None)
+        linear = [one.weight for one in model.modules() if isinstance(one, nn.Linear)]
+        groups = param_groups(model, linear if covers else ())
+        run(list(model.parameters()), ManifoldAdamW(groups, other_lr=0.01, **options), 2)
+        return model, {id(one) for one in linear}
+
+    model, linear = trained(True, lr=0.5, stiffness=borrowing(table("E5M2")))
+    everywhere, _ = trained(False, lr=0.5, stiffness=borrowing(table("E5M2")))
+    nowhere, _ = trained(True, lr=0.5)
+    kinds = {"linear": 0, "matrix": 0}
+    for one, other, plain in zip(*(net.parameters() for net in (model, everywhere, nowhere)), strict=True):
+        assert torch.equal(one, plain) == (id(one) not in linear)
+        assert torch.equal(one, other) == (id(one) in linear or one.dim() < 2)
+        kinds["linear" if id(one) in linear else "matrix"] += one.dim() >= 2
+    assert all(kinds.values())
+
+
+def test_covered_weights_without_a_format_or_a_geometry_are_plain_adamw_at_other_lr():
+    def trained(lr):
+        model = model_of(None)
+        groups = param_groups(model, [one.weight for one in model.modules() if isinstance(one, nn.Linear)])
+        return run(list(model.parameters()), ManifoldAdamW(groups, lr=lr, other_lr=0.01), 2)
+
+    assert same(trained(0.5), trained(0.01)), "lr may be in ULPs, which float32 weights have not"
 
 
 def test_the_learning_rate_of_a_borrowed_geometry_is_the_groups_own_or_lr_on_the_schedule(table):
