@@ -25,26 +25,27 @@ class Untouched:
     """What there is of a run at a moment, to be compared with what there is later."""
 
     def __init__(self, run: Run) -> None:
-        self._places: list[tuple[str, Tensor]] = []
+        self._places: list[tuple[str, str, Tensor]] = []  # what of which parameter
         self._quantizers = []
         for name, parameter in run.trained.items():
-            self._places.append((name, parameter))
+            self._places.append(("", name, parameter))
             if parameter.grad is not None:
-                self._places.append((f"the gradient of {name}", parameter.grad))
+                self._places.append(("the gradient of ", name, parameter.grad))
             state = run.optimizer.state.get(parameter) or {}
-            kept = ((key, value) for key, value in state.items() if isinstance(value, Tensor))
-            self._places += [(f"the optimizer's {key} of {name}", value) for key, value in kept]
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    self._places.append((f"the optimizer's {key} of ", name, value))
             if (quantizer := quantizer_of(parameter)) is not None:
                 self._quantizers.append((name, quantizer))
-        self._versions = [tensor._version for _, tensor in self._places]
+        self._versions = [tensor._version for _, _, tensor in self._places]
         self._scales = [(one.scale, one.scale._version) for _, one in self._quantizers]
         self._values = together([scale for scale, _ in self._scales])
 
     def written(self) -> str | None:
         """Return what has been written in place since, None where nothing has."""
-        for version, (what, tensor) in zip(self._versions, self._places, strict=True):
+        for version, (what, name, tensor) in zip(self._versions, self._places, strict=True):
             if tensor._version != version:
-                return what
+                return what + name
         for index, (name, quantizer) in enumerate(self._quantizers):
             scale, version = self._scales[index]
             if quantizer.scale is scale and scale._version == version:

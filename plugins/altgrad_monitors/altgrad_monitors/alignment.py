@@ -74,11 +74,11 @@ class Alignment:
 
     def __init__(self, options: AlignmentOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the quantities of each quantised layer, and of all of them."""
-        found = {weight.layer: aligned(weight) for weight in chosen(self._options.layers, step).values()}
+        found = {weight.layer: aligned(weight) for weight in chosen(self.layers, step).values()}
 
         def quantity(
             metric: str, of: Callable[[Aligned], Any], combine: Callable[[list[Any]], Tensor]

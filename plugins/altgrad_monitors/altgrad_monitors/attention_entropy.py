@@ -42,7 +42,7 @@ class AttentionEntropy:
 
     def __init__(self, options: AttentionEntropyOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._run: Any = None
 
     def start(self, run: Any) -> None:
@@ -53,8 +53,7 @@ class AttentionEntropy:
         attention = {
             f"{name}.c_attn": module
             for name, module in self._run.model.named_modules()
-            if isinstance(module, CausalSelfAttention)
-            and re.fullmatch(self._options.layers, f"{name}.c_attn")
+            if isinstance(module, CausalSelfAttention) and re.fullmatch(self.layers, f"{name}.c_attn")
         }
         projections: dict[str, nn.Module] = {layer: module.c_attn for layer, module in attention.items()}
         entropies: dict[str, Tensor] = {}

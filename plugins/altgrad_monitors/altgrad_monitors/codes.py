@@ -8,6 +8,10 @@ format, the codes before are those in the new one, of the values that it was giv
 
 What the monitors count of a step is counted once however many of them ask, and on a CPU by one pass over each
 weight, which writes its codes over those of the step before. Who needs both asks for them when it starts.
+
+What updates are compared with, the weights before the step, is kept in the same way, and written in the same
+pass, where somebody asks for it in every step and nothing is rounded after the optimizer. It takes four bytes
+a weight, as a copy of them does, and not the copying. Elsewhere the step carries it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from torch import Tensor
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
+from altgrad_core.updates import Updates
 from altgrad_monitors import native_tally, tally
-from altgrad_monitors.tally import Asked, Tally, scale_then
+from altgrad_monitors.tally import Asked, Tally, recorded, scale_then
 from altgrad_monitors.tally import codes as codes
 from altgrad_monitors.tally import row_of as row_of
 
@@ -54,21 +59,25 @@ class CodeBook:
 
     def __init__(self, run: Any) -> None:
         self.wanted: set[str] = set()
-        self.both_codes = False
+        self.both_codes = self.keeps_values = False
         self._index, self._switches = run.step, _switches(run)
         self._run = weakref.ref(run)
         self._tally: Tally | None = None
         self._before: dict[str, Tensor] = {}
         self._codes: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
         self._formats: dict[str, Format | None] = {}
         self._scales: dict[str, Tensor] = {}
         self._scales_before: dict[str, Tensor] = {}
         self._follow(_quantised(run.weights()))
 
-    def needs(self) -> tuple[str, ...]:
-        """Return what the next step must carry for its flips: nothing where the codes before it are kept."""
+    def needs(self, *, updates: bool = False) -> tuple[str, ...]:
+        """Return what the next step must carry for its flips, or its updates too: nothing that is kept."""
+        if updates and not self.keeps_values:
+            return "before", "intended"
         run = self._run()
         kept = run is None or (run.step == self._index and _switches(run) == self._switches)
+        kept &= not updates or self._values.keys() == self._codes.keys()
         return () if kept else ("before",)
 
     def tally(self, step: Step) -> Tally:
@@ -83,6 +92,7 @@ class CodeBook:
             left_out = step.index != self._index + 1
             stale = {name for name, weight in weights.items() if left_out or not self._knows(name, weight)}
             self._follow(weights)
+            step = self._with_values(step, stale)
             asked = {
                 name: tally.asked(step, name, self.wanted, name in stale)
                 for name in weights
@@ -113,6 +123,15 @@ class CodeBook:
             for name, flips, updates, both in zip(found.names, *columns, strict=True)
         }
 
+    def _with_values(self, step: Step, stale: Collection[str]) -> Step:
+        """Return the step with the weights before it and the updates, where they are kept here."""
+        if not self.keeps_values:
+            return step
+        kept = {name: value for name, value in self._values.items() if name not in stale}
+        before, after = kept | step.before, {name: weight.value for name, weight in step.weights.items()}
+        given = {name: update for name in step.intended if (update := recorded(step, name)) is not None}
+        return attrs.evolve(step, before=before, intended=Updates(given, after, before))
+
     def keep_both(self, run: Any) -> None:
         """Keep codes and scales of both sides of a step from here on."""
         if not self.both_codes:
@@ -128,16 +147,18 @@ class CodeBook:
         """Take up weights that have been quantised since, or in another format; forget those that are not."""
         for name in self._codes.keys() - weights.keys():
             del self._codes[name], self._formats[name]
+            self._values.pop(name, None)
         for name, weight in weights.items():
             if not self._knows(name, weight):
                 self._codes[name], self._formats[name] = _codes(weight), weight.format
                 self._scales.pop(name, None)
 
     def _tallied(self, asked: dict[str, Asked], step: Step) -> Tally:
-        """Tally a step, and take up the codes after it: in one pass where there is a loop for it."""
+        """Tally a step, and take up codes and values after it: in one pass where there is a loop for it."""
         before = {name: self._codes[name] for name in asked}
         now = {name: torch.empty_like(one) for name, one in before.items()} if self.both_codes else before
-        taken = native_tally.tallied(asked, step, before, now)
+        values = self._places_of_values(asked, step)
+        taken = native_tally.tallied(asked, step, before, now, values)
         done = set() if taken is None else set(taken.names)
         others = {name: ask for name, ask in asked.items() if name not in done}
         now = {name: now[name] if name in done else _codes(step.weights[name]) for name in asked}
@@ -146,12 +167,25 @@ class CodeBook:
         parts = [] if taken is None else [taken]
         if others:
             parts.append(tally.tallied(others, step, before, now))
+        for name in values.keys() - done:
+            values[name].copy_(step.weights[name].value)
         self._codes |= now
+        self._values |= values
         if self.both_codes:
             self._before = before
             self._scales_before = {name: self._scale_before(name, step, ask) for name, ask in asked.items()}
             self._scales |= {name: _scale(step.weights[name]) for name in asked}
         return tally.joined(parts, list(asked))
+
+    def _places_of_values(self, names: Collection[str], step: Step) -> dict[str, Tensor]:
+        """Return where the values of these weights are kept: what is there already, of others new memory."""
+        if not self.keeps_values:
+            return {}
+        return {
+            name: torch.empty_like(step.weights[name].value) if found is None else found
+            for name in names
+            for found in [self._values.get(name)]
+        }
 
     def _scale_before(self, name: str, step: Step, ask: Asked) -> Tensor:
         """Return the scale under which the codes before a step are."""
@@ -182,11 +216,11 @@ def _switches(run: Any) -> int:
 _BOOKS: weakref.WeakKeyDictionary[Any, CodeBook] = weakref.WeakKeyDictionary()
 
 
-def book_of(run: Any, *wanted: str) -> CodeBook:
+def book_of(run: Any, *wanted: str, every: int = 0) -> CodeBook:
     """Return the run's code book, made at the first asking.
 
     wanted: what is tallied, of `flips`, `stall` and `descent`; nothing means flips with the codes on both
-    sides of the step, which takes a second byte a weight.
+    sides of the step, which takes a second byte a weight. every: how often updates are asked for; 0: never.
     """
     if run not in _BOOKS:
         _BOOKS[run] = CodeBook(run)
@@ -194,7 +228,14 @@ def book_of(run: Any, *wanted: str) -> CodeBook:
     book.wanted |= set(wanted)
     if not wanted:
         book.keep_both(run)
+    if every == 1:
+        book.keeps_values = not _rounds_updates(run)
     return book
+
+
+def _rounds_updates(run: Any) -> bool:
+    """Whether updates are rounded after they are made, so that there are others than the actual ones."""
+    return getattr(run, "storage", None) is not None or hasattr(getattr(run, "optimizer", None), "watch")
 
 
 def chosen(pattern: str, step: Step) -> dict[str, Weight]:

@@ -15,7 +15,7 @@ two apart. It costs some passes over the weights in torch under these two roundi
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,24 +32,28 @@ from altgrad_monitors.tally import shares
 class Descent:
     """Reports both per layer and in total; see the module's text."""
 
-    needs = ("before", "intended")
     provides: Mapping[str, str] = {"quality": "mean", "delivered": "mean"}
     undefined_is_nan = True
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._book: CodeBook | None = None
         self._run: Any = None
 
+    @property
+    def needs(self) -> Collection[str]:
+        """The weights before the step, and the updates, where the code book does not keep them."""
+        return () if self._book is None else self._book.needs(updates=True)
+
     def start(self, run: Any) -> None:
-        self._book, self._run = book_of(run, "descent"), run
+        self._book, self._run = book_of(run, "descent", every=self.every), run
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return `descent/quality/<layer>` and `descent/delivered/<layer>`; NaN: no update was intended."""
         assert self._book is not None
         tally = self._book.tally(step)
-        layers = layers_of(self._options.layers, step, tally.names)
+        layers = layers_of(self.layers, step, tally.names)
         tally, names, per = tally.of(list(layers)), list(layers.values()), self._options.per
         product, square = tally.column("product"), tally.column("square")
         delivered = self._with_kept(step, list(layers), product)

@@ -45,7 +45,7 @@ class Fidelity:
 
     def __init__(self, options: FidelityOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._run: Any = None
 
     def start(self, run: Any) -> None:
@@ -56,7 +56,7 @@ class Fidelity:
         layers = {
             name: weight.layer
             for name, weight in step.weights.items()
-            if re.fullmatch(self._options.layers, weight.layer)
+            if re.fullmatch(self.layers, weight.layer)
         }
         if not layers:
             return {}

@@ -51,7 +51,7 @@ class Fisher:
 
     def __init__(self, options: FisherOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._formula = options.formula.build(discover())
         self._run: Any = None
 
@@ -60,7 +60,7 @@ class Fisher:
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the two metrics of the quantised weights."""
-        weights = chosen(self._options.layers, step)
+        weights = chosen(self.layers, step)
         if not weights:
             return {}
         parameters = [self._run.trained[name] for name in weights]

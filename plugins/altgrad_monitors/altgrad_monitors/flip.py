@@ -27,7 +27,7 @@ class Flip:
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._book: CodeBook | None = None
 
     @property
@@ -42,7 +42,7 @@ class Flip:
         """Return the three counts of each layer and in total."""
         assert self._book is not None
         tally = self._book.tally(step)
-        layers = layers_of(self._options.layers, step, tally.names)
+        layers = layers_of(self.layers, step, tally.names)
         tally = tally.of(list(layers))
         metrics: dict[str, Tensor | float] = {}
         for quantity, column in _COLUMNS.items():

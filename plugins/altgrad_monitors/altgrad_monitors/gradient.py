@@ -54,7 +54,7 @@ class Gradient:
 
     def __init__(self, options: GradientOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._quiet: dict[str, Tensor] = {}
         self._checks: dict[str, int] = {}
 
@@ -63,7 +63,7 @@ class Gradient:
         gradients = {
             name: flat(step.gradients[name])
             for name, weight in step.weights.items()
-            if name in step.gradients and re.fullmatch(self._options.layers, weight.layer)
+            if name in step.gradients and re.fullmatch(self.layers, weight.layer)
         }
         for name, gradient in gradients.items():
             self._count_quiet(name, gradient)

@@ -35,7 +35,7 @@ class Kurtosis:
 
     def __init__(self, options: KurtosisOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._run: Any = None
 
     def start(self, run: Any) -> None:
@@ -46,7 +46,7 @@ class Kurtosis:
         linears = {
             name: module
             for name, module in self._run.model.named_modules()
-            if isinstance(module, nn.Linear) and re.fullmatch(self._options.layers, name)
+            if isinstance(module, nn.Linear) and re.fullmatch(self.layers, name)
         }
         excesses: dict[str, Tensor] = {}
         alerts: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ class Magnitude:
 
     def __init__(self, options: MagnitudeOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._initial: dict[str, Tensor] = {}
 
     def start(self, run: Any) -> None:
@@ -50,7 +50,7 @@ class Magnitude:
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the three quantities of each layer and in total."""
-        weights = chosen(self._options.layers, step)
+        weights = chosen(self.layers, step)
         logs = {weight.layer: _moments(weight.value) for weight in weights.values()}
         ratios = {
             weight.layer: weight.value.abs().amax().double() / self._initial[name]

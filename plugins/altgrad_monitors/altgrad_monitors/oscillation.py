@@ -71,7 +71,7 @@ class Oscillation:
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._book: CodeBook | None = None
         self._histories: dict[str, History] = {}
 
@@ -87,9 +87,7 @@ class Oscillation:
         """Return `oscillation/fraction/<layer>`."""
         assert self._book is not None
         found = self._book.flips(step)
-        weights = {
-            name: weight for name, weight in chosen(self._options.layers, step).items() if name in found
-        }
+        weights = {name: weight for name, weight in chosen(self.layers, step).items() if name in found}
         counts = self._counts(weights, found)
         shares = {weight.layer: _share(counts[name], weight) for name, weight in weights.items()}
         return reported("oscillation/fraction", shares, pooled, self._options.per)

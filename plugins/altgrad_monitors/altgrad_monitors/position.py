@@ -33,7 +33,7 @@ class Position:
 
     def __init__(self, options: PositionOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._position_of: Callable[[Tensor], Any] = _untracked
         self._parameters: Mapping[str, Tensor] = {}
 
@@ -50,7 +50,7 @@ class Position:
         """Return each quantity of each layer and in total."""
         found = {
             weight.layer: position
-            for name, weight in chosen(self._options.layers, step).items()
+            for name, weight in chosen(self.layers, step).items()
             if (position := self._position_of(self._parameters[name])) is not None
         }
         metrics: dict[str, Tensor | float] = {}

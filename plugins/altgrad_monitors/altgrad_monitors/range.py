@@ -91,7 +91,7 @@ class Range:
     def __init__(self, options: RangeOptions) -> None:
         self.every = options.every
         self.needs: tuple[str, ...] = ()
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._table: RangeTable | None = None
         self._places: list[Place] = []
         self._averages = self._scales = torch.empty(0)
@@ -130,7 +130,7 @@ class Range:
         for name in quantized_flows(run.model):
             layer, _, kind = name.rpartition(".")
             places.append((kind, layer, None))
-        chosen = [one for one in places if re.fullmatch(self._options.layers, one[1])]
+        chosen = [one for one in places if re.fullmatch(self.layers, one[1])]
         for row, (kind, layer, weight) in enumerate(chosen):
             yield Place(kind, layer, row, weight)
 

@@ -7,8 +7,9 @@ stable_rank_ema  its exponential moving average over the checks, alpha 0.1, begu
 effective_rank   exp(-sum p ln p) (Roy and Vetterli, 2007)
 rank_99          how many of the largest singular values hold 99 % of the energy sum(s^2)
 spectral_norm    s_1
-warning          1 where the average has fallen by more than 0.30, in the classifier (`lm_head`, tied or not)
-                 and the projections `c_proj` by more than 0.15, relative to a reference; 0 elsewhere
+warning          1 where the average has fallen by more than 0.30, in the head (`lm_head`, tied or not, or
+                 `classifier`) and the projections `c_proj` by more than 0.15,
+                 relative to a reference; 0 elsewhere
 
 The reference is the average of a baseline run at the same step (its last logged one that is not later),
 or without a baseline the run's own average at the first check after `warmup` steps. Until there is one there
@@ -47,7 +48,7 @@ EMA_ALPHA = 0.1
 FALL, CRITICAL_FALL = 0.30, 0.15
 """Relative falls of the average above which a layer warns: any layer, and a critical one."""
 
-CRITICAL = re.compile(r"(.*\.)?(lm_head|c_proj)")
+CRITICAL = re.compile(r"(.*\.)?(lm_head|classifier|c_proj)")
 
 ENERGY = 0.99
 """Share of sum(s^2) that `rank_99` asks for."""
@@ -80,7 +81,7 @@ class Rank:
 
     def __init__(self, options: RankOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._baseline = Baseline(options.baseline, "rank/stable_rank_ema") if options.baseline else None
         self._average: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
@@ -88,11 +89,11 @@ class Rank:
     def start(self, run: Any) -> None:
         """Refuse a baseline that does not have this run's layers."""
         if self._baseline is not None:
-            self._baseline.check(one.layer for one in _matrices(self._options.layers, run.weights()).values())
+            self._baseline.check(one.layer for one in _matrices(self.layers, run.weights()).values())
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the quantities of each matrix, and over all of them."""
-        matrices = _matrices(self._options.layers, step.weights)
+        matrices = _matrices(self.layers, step.weights)
         found = spectra({name: weight.value for name, weight in matrices.items()})
         layers = {weight.layer: found[name] for name, weight in matrices.items()}
         for layer, quantities in layers.items():

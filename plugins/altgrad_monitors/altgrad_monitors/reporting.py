@@ -23,7 +23,7 @@ LAYER_TYPES = {
     "attention": r".*attn\.c_attn",
     "attention_output": r".*attn\.c_proj",
     "mlp": r".*mlp\..*",
-    "classifier": r"(.*\.)?lm_head",
+    "classifier": r"(.*\.)?(lm_head|classifier)",
     "embedding": r".*\.(wte|wpe)",
 }
 """Type of layer to a regex over nanoGPT's module paths; the first that matches is the layer's."""

@@ -12,7 +12,7 @@ expected_stall, and `descent`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,23 +27,27 @@ from altgrad_monitors.tally import Tally, shares
 class Stall:
     """Reports the three stall ratios; see the module's text."""
 
-    needs = ("before", "intended")
     provides: Mapping[str, str] = {"stall_ratio": "mean", "bit_stall": "mean", "expected_stall": "mean"}
     undefined_is_nan = True
 
     def __init__(self, options: MonitorOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._book: CodeBook | None = None
 
+    @property
+    def needs(self) -> Collection[str]:
+        """The weights before the step, and the updates, where the code book does not keep them."""
+        return () if self._book is None else self._book.needs(updates=True)
+
     def start(self, run: Any) -> None:
-        self._book = book_of(run, "stall")
+        self._book = book_of(run, "stall", every=self.every)
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the ratios of each layer and in total; NaN where a ratio is undefined."""
         assert self._book is not None
         tally = self._book.tally(step)
-        layers = layers_of(self._options.layers, step, tally.names)
+        layers = layers_of(self.layers, step, tally.names)
         tally = tally.of(list(layers))
         flips, updates = _arrived(tally, step)
         moved = tally.column("moved").double()

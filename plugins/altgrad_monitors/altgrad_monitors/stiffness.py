@@ -71,13 +71,13 @@ class StiffnessField:
 
     def __init__(self, options: StiffnessOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
         self._formula: Stiffness = options.formula.build(discover())
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the quantities of each layer, and of all of them."""
         counts, pairs = {}, {}
-        for name, weight in chosen(self._options.layers, step).items():
+        for name, weight in chosen(self.layers, step).items():
             stiffness = self._at(step.before[name], weight)
             counts[weight.layer] = histogram(stiffness)
             if name in step.gradients:

@@ -1,20 +1,21 @@
 /* What one step did to the quantised weights, on a CPU, in one call for all of them: each of weight, gradient, weight
-   before and intended update is read once, and the codes are written over those of the step before.
+   before and intended update is read once, and the codes are written over those of the step before; so are the
+   weights, where they are kept.
 
    What is counted is said by the torch code beside it (tally.py); here are the same operations, so the same counts,
    and the same sums but for their order. A format's arithmetic comes as functions over blocks
-   (altgrad_core.native.BlockLoops). Sums are float64, taken by chunks in a fixed order: the same with any number of
-   threads.
+   (altgrad_core.native.BlockLoops). Loops are over 32 bits throughout, a mask of all ones being -1: what a
+   processor does at once is then the same number of elements in all of them. Sums are taken by chunks in a fixed
+   order: the same with any number of threads.
 
    Nothing here may be contracted or reassociated: compile with -ffp-contract=off and without -ffast-math. */
 
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#define PIECE 256   /* elements of a block: what is known of them stays in a core's first cache */
-#define CHUNK 65536 /* elements that a thread takes at a time */
+#define PIECE 192   /* elements of a block: what is known of them stays in a core's first cache; see WHOLE */
+#define CHUNK 61440 /* elements that a thread takes at a time, in whole blocks */
 
 typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 typedef void (*Spacings)(const float *, float *, int32_t, float, const void *);
@@ -35,6 +36,7 @@ typedef struct {
     const float *now, *gradient;
     const float *before;   /* NULL where none of RECODE, STALL and DESCENT is asked for */
     const float *intended; /* NULL: now - before */
+    float *kept;           /* NULL, or where `now` is left for the next step; may be the memory of `before` */
     void *codes_before, *codes; /* may be the same memory */
     Rungs rungs;
     Spacings spacings;
@@ -64,120 +66,121 @@ typedef struct {
 
 /* --- scales -------------------------------------------------------------------------------------------------- */
 
+/* Writes the scale of each of n elements, or the one for all of them. */
 static void scales_of(const float *scale, int64_t columns, int64_t down, int64_t across, int64_t at, int32_t n,
                       float *scales) {
+    if (!columns) {
+        EACH scales[i] = *scale;
+        return;
+    }
     int64_t row = at / columns, column = at % columns;
     for (int32_t i = 0; i < n; row++, column = 0)
         for (; column < columns && i < n; column++, i++) scales[i] = scale[row * down + column * across];
 }
 
-/* scale: the one for all; scales: one for each element, where there are columns. */
-INLINE void multiply(const Weight *t, const float *x, const float *scale, const float *scales, float *out, int32_t n) {
-    const float one = *scale;
-    if (t->columns)
-        SIMD EACH out[i] = x[i] * scales[i];
-    else
-        SIMD EACH out[i] = x[i] * one;
-}
-
-/* --- answers to yes-or-no questions, a byte each, 0 or 1, summed eight at a time ------------------------------- */
-
-typedef struct {
-    uint64_t words[PIECE / 8];
-} Answers;
-
-static inline uint8_t *bytes_of(Answers *answers) { return (uint8_t *)answers->words; }
-
-static inline int64_t sum_of(uint64_t bytes) { /* each of them at most PIECE / 8 */
-    const uint64_t pairs = (bytes & 0x00FF00FF00FF00FFu) + (bytes >> 8 & 0x00FF00FF00FF00FFu);
-    return (int64_t)(pairs * 0x0001000100010001u >> 48);
-}
-
-INLINE int64_t yes(const Answers *one) {
-    uint64_t bytes = 0;
-    _Pragma("omp simd reduction(+ : bytes)")
-    for (int32_t i = 0; i < PIECE / 8; i++) bytes += one->words[i];
-    return sum_of(bytes);
-}
-
-INLINE int64_t both_yes(const Answers *one, const Answers *other) {
-    uint64_t bytes = 0;
-    _Pragma("omp simd reduction(+ : bytes)")
-    for (int32_t i = 0; i < PIECE / 8; i++) bytes += one->words[i] & other->words[i];
-    return sum_of(bytes);
-}
-
-static void are_not_zero(const float *x, Answers *answers, int32_t n) {
-    uint8_t *out = bytes_of(answers);
-    SIMD EACH out[i] = x[i] != 0;
-}
-
-static void differ(const float *x, const float *y, Answers *answers, int32_t n) {
-    uint8_t *out = bytes_of(answers);
-    SIMD EACH out[i] = x[i] != y[i];
+/* Returns whether a product is NaN. */
+INLINE int32_t multiply(const float *x, const float *scales, float *out, int32_t n) {
+    int32_t nan = 0;
+    _Pragma("omp simd reduction(| : nan)")
+    EACH {
+        const float product = x[i] * scales[i];
+        nan |= product != product ? -1 : 0;
+        out[i] = product;
+    }
+    return nan;
 }
 
 /* --- codes --------------------------------------------------------------------------------------------------- */
 
-/* NAME_of: codes as they are stored, the lower bits of the rungs, and the lowest integer for NaN.
-   coded_NAME: writes the codes of scaled values, and says which are others than before. */
-#define CODES(name, type, lowest)                                                                       \
-    static void name##_of(const Weight *t, const float *scaled, type *codes, int32_t n) {               \
-        int32_t rungs[PIECE], nan = 0;                                                                  \
-        t->rungs(scaled, rungs, n, t->context);                                                         \
-        _Pragma("omp simd reduction(| : nan)") EACH nan |= scaled[i] != scaled[i];                      \
-        if (nan)                                                                                        \
-            SIMD EACH rungs[i] = scaled[i] != scaled[i] ? lowest : rungs[i];                            \
-        SIMD EACH codes[i] = (type)rungs[i];                                                            \
-    }                                                                                                   \
-    static void coded_##name(const Weight *t, int64_t at, const float *now, const float *then, int32_t n, \
-                             Answers *changed) {                                                        \
-        type codes[PIECE], *before = (type *)t->codes_before + at, *after = (type *)t->codes + at;      \
-        uint8_t *out = bytes_of(changed);                                                               \
-        if (t->flags & RECODE) name##_of(t, then, before, n);                                           \
-        name##_of(t, now, codes, n);                                                                    \
-        SIMD EACH out[i] = codes[i] != before[i];                                                       \
-        SIMD EACH after[i] = codes[i];                                                                  \
-    }
-
-CODES(byte, int8_t, INT8_MIN)
-CODES(word, int16_t, INT16_MIN)
-
-/* --- sums ---------------------------------------------------------------------------------------------------- */
-
-/* The part of an updated element that is expected to be lost; size: of its update in spacings. NaN stays NaN. */
-static inline double lost_by(float size, float gradient) {
-    const float part = 1.0f - (size > 1.0f ? 1.0f : size);
-    return (double)(part * (gradient != 0 ? 1.0f : 0.0f));
-}
-
-static double lost_in_rungs(const float *intended, const float *gradient, int32_t n) {
-    double lost = 0;
-    _Pragma("omp simd reduction(+ : lost)")
-    EACH lost += lost_by(fabsf(intended[i]), gradient[i]);
-    return lost;
-}
-
-static double lost_in_units(const Weight *t, const float *intended, const float *gradient, const float *scales,
-                            const float *old, int32_t n) {
-    float spacing[PIECE], size[PIECE];
-    double lost = 0;
-    multiply(t, intended, t->scale, scales, size, n); /* the sign is no matter yet */
-    t->spacings(old, spacing, n, 1.0f, t->context);
-    _Pragma("omp simd reduction(+ : lost)")
-    EACH lost += lost_by(fabsf(size[i]) / spacing[i], gradient[i]);
-    return lost;
-}
-
-static void products_in_rungs(const Weight *t, const float *intended, const float *scaled, const float *old, int32_t n,
-                              Sums *sums) {
-    int32_t rungs[PIECE], rungs_before[PIECE];
-    double product = 0, square = 0;
+/* Rungs of scaled values, whose lower bits are the codes; of NaN the lowest integer that a code can be. */
+INLINE void rungs_of(const Weight *t, const float *x, const float *scales, int32_t *rungs, int32_t n) {
+    const int32_t lowest = t->flags & WORDS ? INT16_MIN : INT8_MIN;
+    float scaled[PIECE];
+    const int32_t nan = multiply(x, scales, scaled, n);
     t->rungs(scaled, rungs, n, t->context);
-    t->rungs(old, rungs_before, n, t->context);
+    if (nan)
+        SIMD EACH rungs[i] = scaled[i] != scaled[i] ? lowest : rungs[i];
+}
+
+#define CODES(name, type)                                                                                   \
+    static void read_##name(const type *codes, int32_t *rungs, int32_t n) { SIMD EACH rungs[i] = codes[i]; }        \
+    static void write_##name(const int32_t *rungs, type *codes, int32_t n) { SIMD EACH codes[i] = (type)rungs[i]; }
+
+CODES(bytes, int8_t)
+CODES(words, int16_t)
+
+static void read_codes(const Weight *t, const void *codes, int64_t at, int32_t *rungs, int32_t n) {
+    if (t->flags & WORDS) read_words((const int16_t *)codes + at, rungs, n);
+    else read_bytes((const int8_t *)codes + at, rungs, n);
+}
+
+static void write_codes(const Weight *t, const int32_t *rungs, void *codes, int64_t at, int32_t n) {
+    if (t->flags & WORDS) write_words(rungs, (int16_t *)codes + at, n);
+    else write_bytes(rungs, (int8_t *)codes + at, n);
+}
+
+/* --- counts, and what is expected to be lost ----------------------------------------------------------------- */
+
+/* Of one piece; pointers that are not needed may be anything. */
+typedef struct {
+    const int32_t *rungs, *rungs_before; /* equal in the lower `bits` where the codes are */
+    const float *now, *before, *gradient, *intended, *scales, *spacings;
+    int32_t bits;
+} Piece;
+
+/* A whole element, in the unit of what is lost: 1 - size in float32 is a multiple of 2^-24, so that counting is exact. */
+#define WHOLE 0x1p24f
+_Static_assert((int64_t)PIECE << 24 <= UINT32_MAX, "what is lost in a piece is counted in 32 bits");
+
+/* given: whether the update is `intended`, else the actual one. in_rungs: it is in rungs. NaN stays NaN. */
+INLINE void count(const Piece *p, int32_t n, Found *found, const int stall, const int given, const int in_rungs) {
+    int32_t same = 0, updates = 0, updated_same = 0, moved = 0, stayed = 0, nan = 0; /* negative: a mask is -1 */
+    uint32_t lost = 0;
+    _Pragma("omp simd reduction(+ : same, updates, updated_same, moved, stayed, lost) reduction(| : nan)")
+    EACH {
+        const int32_t is_same = ((p->rungs[i] ^ p->rungs_before[i]) & p->bits) == 0 ? -1 : 0;
+        const int32_t is_updated = p->gradient[i] != 0 ? -1 : 0;
+        same += is_same;
+        updates += is_updated;
+        updated_same += is_updated & is_same;
+        if (stall) {
+            const int32_t has_moved = p->now[i] != p->before[i] ? -1 : 0;
+            const float aim = given ? p->intended[i] : p->now[i] - p->before[i];
+            const float size = in_rungs ? fabsf(aim) : fabsf(aim) / p->spacings[i];
+            const float part = WHOLE - size * WHOLE;
+            moved += has_moved;
+            stayed += has_moved & is_same;
+            lost += (uint32_t)((int32_t)(part > 0 ? part : 0) & is_updated);
+            nan |= size != size ? -1 : 0;
+        }
+    }
+    found->counts.flips += n + same;
+    found->counts.updates -= updates;
+    found->counts.both += updated_same - updates;
+    found->counts.moved -= moved;
+    found->counts.stayed -= stayed;
+    found->sums.lost += nan ? NAN : lost / (double)WHOLE;
+}
+
+static void count_piece(const Weight *t, const Piece *p, int32_t n, Found *found) {
+    if (!(t->flags & STALL)) count(p, n, found, 0, 0, 0);
+    else if (t->flags & IN_RUNGS) count(p, n, found, 1, 1, 1);
+    else if (p->intended) count(p, n, found, 1, 1, 0);
+    else count(p, n, found, 1, 0, 0);
+}
+
+/* --- products ------------------------------------------------------------------------------------------------ */
+
+/* Rungs before the step are those under the scale of now here, which may not be those that are kept. */
+static void products_in_rungs(const Weight *t, const Piece *p, int32_t n, Sums *sums) {
+    const float *intended = p->intended, *now = p->now, *before = p->before;
+    const int32_t *rungs = p->rungs;
+    int32_t rungs_before[PIECE];
+    double product = 0, square = 0;
+    rungs_of(t, before, p->scales, rungs_before, n);
     _Pragma("omp simd reduction(+ : product, square)")
     EACH {
-        const double aim = intended[i], nan = scaled[i] != scaled[i] || old[i] != old[i] ? NAN : 0;
+        const double aim = intended[i], nan = now[i] != now[i] || before[i] != before[i] ? NAN : 0;
         product += aim * ((double)(rungs[i] - rungs_before[i]) + nan);
         square += aim * aim;
     }
@@ -185,7 +188,8 @@ static void products_in_rungs(const Weight *t, const float *intended, const floa
     sums->square += square;
 }
 
-static void products_in_units(const float *intended, const float *now, const float *before, int32_t n, Sums *sums) {
+static void products_in_units(const Piece *p, int32_t n, Sums *sums) {
+    const float *intended = p->intended, *now = p->now, *before = p->before;
     double product = 0, square = 0;
     _Pragma("omp simd reduction(+ : product, square)")
     EACH {
@@ -199,61 +203,59 @@ static void products_in_units(const float *intended, const float *now, const flo
 
 /* --- a piece of a weight, and all of them -------------------------------------------------------------------- */
 
-/* Has a piece of an array fetched while the one before it is worked on, an array at a time: they are read in short runs,
-   which the processor does not foresee, and it can wait for a few lines only. */
-INLINE void fetch(const void *array, int64_t at, const Weight *t, size_t size) {
-    const int64_t end = at + PIECE < t->n ? at + PIECE : t->n;
-    const char *from = (const char *)array + (size_t)at * size, *to = (const char *)array + (size_t)end * size;
-    if (array)
-        for (; from < to; from += 64) __builtin_prefetch(from);
-}
-
-/* Weights before the step, scaled as they were then. */
-static void scale_before_step(const Weight *t, int64_t at, const float *before, float *out, int32_t n) {
+/* The rungs before the step: as they are kept, or of the values before it under the scale of then, left to be kept. */
+static void rungs_before_step(const Weight *t, int64_t at, int32_t *rungs, int32_t n) {
     float scales[PIECE];
-    if (t->columns) scales_of(t->scale_before, t->columns, t->down_before, t->across_before, at, n, scales);
-    multiply(t, before, t->scale_before, scales, out, n);
+    if (!(t->flags & RECODE)) {
+        read_codes(t, t->codes_before, at, rungs, n);
+        return;
+    }
+    scales_of(t->scale_before, t->columns, t->down_before, t->across_before, at, n, scales);
+    rungs_of(t, t->before + at, scales, rungs, n);
+    write_codes(t, rungs, t->codes_before, at, n);
 }
 
-static void piece_of(const Weight *t, int64_t at, int32_t n, Found *found) {
-    float scales[PIECE], scaled[PIECE], old[PIECE], then[PIECE], actual[PIECE];
-    Answers changed, updated, moved;
-    const float *now = t->now + at, *gradient = t->gradient + at;
-    const float *before = t->before ? t->before + at : 0, *intended = t->intended ? t->intended + at : actual;
-    const int64_t next = at + PIECE;
-    if (n < PIECE) changed = updated = moved = (Answers){{0}};
-    if (t->columns) scales_of(t->scale, t->columns, t->down, t->across, at, n, scales);
-    multiply(t, now, t->scale, scales, scaled, n);
-    fetch(t->now, next, t, sizeof(float));
-    if (before) multiply(t, before, t->scale, scales, old, n);
-    if (t->flags & RECODE) scale_before_step(t, at, before, then, n);
-    fetch(t->before, next, t, sizeof(float));
-    if (t->flags & WORDS) coded_word(t, at, scaled, then, n, &changed);
-    else coded_byte(t, at, scaled, then, n, &changed);
-    fetch(t->codes_before, next, t, t->flags & WORDS ? sizeof(int16_t) : sizeof(int8_t));
-    are_not_zero(gradient, &updated, n);
-    fetch(t->gradient, next, t, sizeof(float));
-    found->counts.flips += yes(&changed);
-    found->counts.updates += yes(&updated);
-    found->counts.both += both_yes(&changed, &updated);
-    if (!t->intended && before) SIMD EACH actual[i] = now[i] - before[i];
-    fetch(t->intended, next, t, sizeof(float));
-    if (t->flags & STALL) {
-        differ(now, before, &moved, n);
-        const int64_t moves = yes(&moved);
-        found->counts.moved += moves;
-        found->counts.stayed += moves - both_yes(&moved, &changed);
-        found->sums.lost += t->flags & IN_RUNGS ? lost_in_rungs(intended, gradient, n)
-                                                : lost_in_units(t, intended, gradient, scales, old, n);
+/* The spacings at x, in weight units. */
+static void spacings_of(const Weight *t, const float *x, const float *scales, float *spacings, int32_t n) {
+    float scaled[PIECE];
+    if (!t->columns) {
+        t->spacings(x, spacings, n, *t->scale, t->context);
+        return;
     }
-    if ((t->flags & DESCENT) && (t->flags & IN_RUNGS)) products_in_rungs(t, intended, scaled, old, n, &found->sums);
-    else if (t->flags & DESCENT) products_in_units(intended, now, before, n, &found->sums);
+    multiply(x, scales, scaled, n);
+    t->spacings(scaled, spacings, n, 1.0f, t->context);
+    SIMD EACH spacings[i] /= scales[i];
+}
+
+static void piece_of(const Weight *t, int64_t at, int32_t n, const float *scales, Found *found) {
+    float spacings[PIECE], actual[PIECE];
+    int32_t rungs[PIECE], rungs_before[PIECE];
+    const float *now = t->now + at, *before = t->before ? t->before + at : 0;
+    const float *intended = t->intended ? t->intended + at : 0;
+    rungs_of(t, now, scales, rungs, n);
+    rungs_before_step(t, at, rungs_before, n);
+    write_codes(t, rungs, t->codes, at, n);
+    if ((t->flags & STALL) && !(t->flags & IN_RUNGS)) spacings_of(t, before, scales, spacings, n);
+    if (before && !intended && t->flags & (DESCENT | IN_RUNGS)) {
+        SIMD EACH actual[i] = now[i] - before[i];
+        intended = actual;
+    }
+    const int32_t bits = t->flags & WORDS ? UINT16_MAX : UINT8_MAX;
+    const Piece piece = {rungs, rungs_before, now, before, t->gradient + at, intended, scales, spacings, bits};
+    count_piece(t, &piece, n, found);
+    if ((t->flags & DESCENT) && (t->flags & IN_RUNGS)) products_in_rungs(t, &piece, n, &found->sums);
+    else if (t->flags & DESCENT) products_in_units(&piece, n, &found->sums);
+    if (t->kept) memcpy(t->kept + at, now, (size_t)n * sizeof(float));
 }
 
 static Found chunk_of(const Weight *t, int64_t begin, int64_t end) {
     Found found = {{0, 0, 0, 0, 0}, {0, 0, 0}};
-    for (int64_t at = begin; at < end; at += PIECE)
-        piece_of(t, at, (int32_t)(end - at < PIECE ? end - at : PIECE), &found);
+    float scales[PIECE];
+    for (int64_t at = begin; at < end; at += PIECE) {
+        const int32_t n = (int32_t)(end - at < PIECE ? end - at : PIECE);
+        if (t->columns || at == begin) scales_of(t->scale, t->columns, t->down, t->across, at, n, scales);
+        piece_of(t, at, n, scales, &found);
+    }
     return found;
 }
 

@@ -166,7 +166,7 @@ def _lost(intended: Tensor, gradient: Tensor, before: Tensor | None, scale: Tens
     """
     size = intended.abs()
     if before is not None:
-        size = size * scale / format.spacing(before * scale)
+        size = size / (format.spacing(before * scale) / scale)
     return ((1 - size.clamp(max=1)) * (gradient != 0)).sum(dtype=torch.float64)
 
 

@@ -86,7 +86,7 @@ class Ulp:
 
     def __init__(self, options: UlpOptions) -> None:
         self.every = options.every
-        self._options = options
+        self._options, self.layers = options, options.layers
 
     @property
     def provides(self) -> Mapping[str, str]:
@@ -95,9 +95,7 @@ class Ulp:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return each quantity of each layer and in total; NaN where a ratio is undefined."""
         weights = {
-            name: weight
-            for name, weight in chosen(self._options.layers, step).items()
-            if name in step.intended
+            name: weight for name, weight in chosen(self.layers, step).items() if name in step.intended
         }
         every = stride(sum(weight.value.numel() for weight in weights.values()))
         seen = {weight.layer: moves(name, weight, step, every) for name, weight in weights.items()}

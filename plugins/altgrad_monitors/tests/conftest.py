@@ -14,6 +14,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step
 from altgrad_core.model import GPT
 from altgrad_core.run_state import Run
+from altgrad_core.tasks import LanguageModelling
 
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "tie_weights": False}
 TRAINING = {"batch_size": 3, "gradient_accumulation": 2}
@@ -50,16 +51,18 @@ def run_of():
         if weights:
             flows = {"activations": FORMATS.get(activations), "gradients": FORMATS.get(gradients)}
             altgrad.quantize_model(gpt, FORMATS[weights], **flows, **recipe)
+        experiment = Experiment(
+            name="small", seed=3, model=options, train=TrainOptions(**TRAINING | dict(train))
+        )
+        text = np.random.default_rng(0).integers(0, 24, 500).astype(np.uint8)
+        tokens = types.SimpleNamespace(train=text, validation=text)
         given = {
-            "experiment": Experiment(
-                name="small", seed=3, model=options, train=TrainOptions(**TRAINING | dict(train))
-            ),
+            "experiment": experiment,
             "cell": "run",
             "model": gpt,
             "device": torch.device("cpu"),
-            "tokens": types.SimpleNamespace(
-                train=np.random.default_rng(0).integers(0, 24, 500).astype(np.uint8)
-            ),
+            "tokens": tokens,
+            "task": LanguageModelling(experiment, tokens),
             "autocast": autocast,
             "layers": {name: name.rpartition(".")[0] for name, _ in gpt.named_parameters()},
         }

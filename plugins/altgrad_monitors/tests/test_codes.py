@@ -74,7 +74,7 @@ def both_ways(step, wanted=EVERYTHING, recode=False):
     now = {name: _codes(one, one.value) for name, one in step.weights.items()}
     kept = {name: torch.zeros_like(one) if recode else one.clone() for name, one in before.items()}
     written = {name: torch.zeros_like(one) for name, one in now.items()}
-    in_c = native_tally.tallied(asked, step, kept, written)
+    in_c = native_tally.tallied(asked, step, kept, written, {})
     if in_c is None:
         pytest.skip("there is no C compiler")
     in_torch = tally.tallied(asked, step, before, now)
@@ -207,7 +207,7 @@ def test_weights_that_are_no_plain_rows_of_float32_take_the_way_through_torch(dr
     assert torch.equal(straight.counts, bent.counts)
     asked = {name: tally.asked(odd, name, EVERYTHING, False)}
     kept = {name: _codes(turned, step.before[name])}
-    assert native_tally.tallied(asked, odd, kept, kept) is None
+    assert native_tally.tallied(asked, odd, kept, kept, {}) is None
 
 
 # --- the code book -----------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_the_loop_takes_scales_of_before_in_rows_as_torch_does(drawn):
     before, now = (
         {name: torch.zeros(value.numel(), dtype=torch.int8) for name, value in then.items()} for _ in "12"
     )
-    if native_tally.tallied(asked, step, before, now) is None:
+    if native_tally.tallied(asked, step, before, now, {}) is None:
         pytest.skip("there is no C compiler")
     for name, value in step.before.items():
         expected = codes(value.reshape(-1), WARPED, then[name].reshape(-1))
@@ -386,4 +386,120 @@ def test_nothing_is_counted_behind_the_back_of_who_records(drawn):
     kept = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     with Recording():
         assert native.recording()
-        assert native_tally.tallied(asked, step, kept, kept) is None
+        assert native_tally.tallied(asked, step, kept, kept, {}) is None
+
+
+# --- values that the book keeps ----------------------------------------------------------------------
+
+
+def updated(index, now, before=None, gradients=True):
+    """Return a step of two weights, of which the first alone may have a gradient."""
+    values = {"a": torch.tensor(now), "b": torch.tensor(now)}
+    none = {} if before is None else {name: torch.tensor(before) for name in values}
+    return Step(
+        index=index,
+        loss=torch.tensor(1.0),
+        weights={name: weight(value.clone()) for name, value in values.items()},
+        gradients={name: torch.ones(len(now)) for name in (values if gradients else "a")},
+        before=none,
+        intended={},
+    )
+
+
+def moved(tally):
+    return tally.column("moved").tolist()
+
+
+@pytest.fixture(params=["c", "torch"])
+def either_way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native_tally, "_loops", lambda: None)
+
+
+@pytest.fixture
+def following():
+    """Return a run whose updates nothing rounds, and its book, which is asked for stall in every step."""
+    run = Run({"a": torch.zeros(3), "b": torch.zeros(3)})
+    return run, book_of(run, "stall", every=1)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_values_are_kept_from_step_to_step_once_a_step_has_carried_them(following):
+    run, book = following
+    assert book.needs(updates=True) == ("before",)
+    assert moved(book.tally(updated(1, [0.125, 0.0, 0.01], before=[0.0, 0.0, 0.0]))) == [2, 2]
+    run.step = 1
+    assert book.needs(updates=True) == ()
+    second = book.tally(updated(2, [0.125, 0.25, 0.02]))
+    assert moved(second) == [2, 2]
+    assert second.column("stayed").tolist() == [1, 1]
+    assert second.column("lost").tolist() == pytest.approx([1 + 0 + (1 - 0.08)] * 2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_the_weights_of_a_step_are_not_what_is_kept_of_them(following):
+    _, book = following
+    seen = updated(1, [0.125, 0.0, 0.0], before=[0.0, 0.0, 0.0])
+    book.tally(seen)
+    seen.weights["a"].value.fill_(0.5)  # as the next step does
+    assert moved(book.tally(updated(2, [0.125, 0.0, 0.0]))) == [0, 0]
+
+
+def test_kept_values_of_a_weight_without_a_gradient_are_asked_for_until_it_has_one(following):
+    run, book = following
+    book.tally(updated(1, [0.125, 0.0, 0.0], before=[0.0, 0.0, 0.0], gradients=False))
+    run.step = 1
+    assert book.needs(updates=True) == ("before",)
+    assert moved(book.tally(updated(2, [0.25, 0.0, 0.0], before=[0.125, 0.0, 0.0]))) == [1, 1]
+    run.step = 2
+    assert book.needs(updates=True) == ()
+
+
+def test_values_are_needed_again_after_a_step_that_was_left_out(following):
+    run, book = following
+    book.tally(updated(1, [0.125, 0.0, 0.0], before=[0.0, 0.0, 0.0]))
+    run.step = 2
+    assert book.needs(updates=True) == ("before",)
+    assert moved(book.tally(updated(3, [0.5, 0.0, 0.0], before=[0.5, 0.0, 0.0]))) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "rounding",
+    [{"storage": object()}, {"optimizer": types.SimpleNamespace(watch=False)}],
+    ids=lambda one: next(iter(one)),
+)
+def test_where_updates_are_rounded_the_step_carries_them(rounding):
+    run = Run({"a": torch.zeros(3)})
+    vars(run).update(rounding)
+    assert book_of(run, "stall", every=1).needs(updates=True) == ("before", "intended")
+
+
+def test_values_are_not_kept_for_who_looks_now_and_then():
+    run = Run({"a": torch.zeros(3), "b": torch.zeros(3)})
+    book = book_of(run, "stall", every=5)
+    assert book.needs(updates=True) == ("before", "intended")
+    book.tally(updated(1, [0.125, 0.0, 0.01], before=[0.0, 0.0, 0.0]))
+    assert book._values == {}
+
+
+def test_the_loop_leaves_values_where_they_are_kept(drawn):
+    step = drawn(WARPED)
+    asked = {name: tally.asked(step, name, EVERYTHING, False) for name in step.weights}
+    expected, *_ = both_ways(step)[1]
+    codes_of = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
+    kept = {name: step.before[name] for name in ("a", "b")}  # over what is read
+    found = native_tally.tallied(asked, step, codes_of, codes_of, kept)
+    assert all(torch.equal(kept[name].isnan(), step.weights[name].value.isnan()) for name in kept)
+    assert all(torch.equal(kept[name].nan_to_num(), step.weights[name].value.nan_to_num()) for name in kept)
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=0, equal_nan=True)
+
+
+def test_all_that_a_piece_of_the_loop_can_lose_is_counted():
+    still = torch.zeros(4096)  # every element is lost whole
+    step = Step(
+        index=1, loss=torch.tensor(1.0), weights={"a": weight(still)}, gradients={"a": torch.ones(4096)},
+        before={"a": still}, intended={"a": still},
+    )  # fmt: skip
+    (in_torch, *_), (in_c, *_) = both_ways(step)
+    assert in_c.column("lost").tolist() == in_torch.column("lost").tolist() == [4096.0]
