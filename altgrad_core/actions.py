@@ -127,7 +127,7 @@ def _planned(run: Run, layer: str, choice: FormatChoice) -> LayerRecipes:
     plan = rules.plan(
         _with_format(quantize, layer, choice, run.registry),
         [layer],
-        set(rules.tied_layers(run.experiment.model)) & {layer},
+        set(rules.tied_layers(run.experiment.architecture)) & {layer},
         run.registry,
     ).get(layer)
     if plan is None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 
 from altgrad_core import data, initial_weights, kernels, rules, shapes
 from altgrad_core.actions import formats_of
+from altgrad_core.deciding import READ_IN_EVERY_STEP
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell
 from altgrad_core.groups import param_groups
@@ -21,16 +23,17 @@ from altgrad_core.layer_recipes import LayerRecipes
 from altgrad_core.layer_recipes import refuse_inexact as _refuse_inexact
 from altgrad_core.lookup import format_or_none
 from altgrad_core.master_bound import MasterBound
-from altgrad_core.model import GPT
 from altgrad_core.options import Choice
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import RunFolder
-from altgrad_core.registry import Registry, UsageError, listed, suggestion
+from altgrad_core.registry import PluginError, Registry, UsageError, listed, suggestion
 from altgrad_core.run_state import Run, Watched
+from altgrad_core.step_seen import STEP_EXTRAS
 from altgrad_core.storage import GridStorage, store_on_grid
 from altgrad_core.surgery import quantize_layers, quantizer_of
+from altgrad_core.tasks import task_for
 from altgrad_core.terminal import Terminal
-from altgrad_core.watching import EPOCH_SUMMARIES, READ_IN_EVERY_STEP, STEP_EXTRAS
+from altgrad_core.watching import EPOCH_SUMMARIES
 
 
 def device_for(experiment: Experiment, asked: str = "auto") -> str:
@@ -57,16 +60,17 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     on = torch.device(device)
     if experiment.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be exact without
-    tokens = _tokens(experiment, registry)
-    model = GPT(experiment.model, tokens.vocab_size, _generator(experiment, "weights")).to(on)
+    tokens = _tokens(experiment, registry, terminal)
+    task = task_for(experiment, tokens)
+    model = task.model(_generator(experiment, "weights")).to(on)
     initial_weights.prepare(model, experiment, registry, folder, terminal)
     frozen = _freeze(model, experiment)
-    _quantize(model, experiment, registry, _autocast(experiment, device))
+    covered = _quantize(model, experiment, registry, _autocast(experiment, device))
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
-    optimizer = _optimizer(model, experiment, registry)
+    optimizer = _optimizer(model, experiment, registry, covered)
     storage = _storage(model, optimizer, experiment, registry)
-    monitors = _watched(experiment.monitor, registry)
-    policies = _watched(experiment.fallback, registry)
+    monitors = [_watched(choice, registry, _or_dropped) for choice in experiment.monitor]
+    policies = [_watched(choice, registry, Choice.build) for choice in experiment.fallback]
     _check_needs(monitors, policies, dict(model.named_modules()), _grouped(experiment))
     return Run(
         experiment=experiment,
@@ -78,8 +82,9 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
         compiled=_compiled(model, experiment, device),
         optimizer=optimizer,
         storage=storage,
-        master_bound=_master_bound(model, optimizer, experiment),
+        master_bound=_master_bound(model, optimizer, experiment, covered),
         tokens=tokens,
+        task=task,
         autocast=_autocast(experiment, device),
         layers=_layer_names(model),
         formats=formats_of(model),
@@ -94,20 +99,13 @@ def _generator(experiment: Experiment, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(experiment.seed, purpose))
 
 
-def _tokens(experiment: Experiment, registry: Registry) -> data.TokenData:
+def _tokens(experiment: Experiment, registry: Registry, terminal: Terminal) -> data.TokenData:
     choice = experiment.data.source
-    source = choice.build(registry)
+    source, cache = choice.build(registry), data.default_cache()
     try:
-        tokens = data.prepare(source, choice.plugin, experiment.data.tokenizer, data.default_cache())
+        tokens = data.prepare(source, choice.plugin, experiment.data.tokenizer, cache, terminal.say)
     except (ValueError, OSError) as error:
         raise UsageError(f"the data set {choice.plugin!r} cannot be prepared: {error}") from error
-    for split in data.SPLITS:
-        length, block = len(getattr(tokens, split)), experiment.model.block_size
-        if length <= block:
-            raise UsageError(
-                f"the {split} split of {choice.plugin!r} has {length} tokens, a window needs {block + 1}: "
-                "make model.block_size smaller, or give more text"
-            )
     if tokens.vocab_size != experiment.data.vocab_size:
         raise UsageError(
             f"the data set {choice.plugin!r} has {tokens.vocab_size} tokens, its options say "
@@ -132,12 +130,15 @@ def _autocast(experiment: Experiment, device: str) -> bool:
     return experiment.train.dtype == "bf16" or (experiment.train.dtype == "auto" and device == "cuda")
 
 
-def _quantize(model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool) -> None:
+def _quantize(
+    model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool
+) -> list[nn.Parameter]:
+    """Quantise what [quantize] says; returns the weights that it covers, those with a format of FP32 too."""
     quantize = experiment.quantize
     if quantize is None:
-        return
-    linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
-    planned = rules.plan(quantize, linears, rules.tied_layers(experiment.model), registry)
+        return []
+    linears, tied = shapes.linear_shapes(experiment.architecture), rules.tied_layers(experiment.architecture)
+    planned = rules.plan(quantize, linears, tied, registry)
     chosen = {
         layer: LayerRecipes(
             weights=recipe_from(quantize, plan.format, registry),
@@ -153,12 +154,16 @@ def _quantize(model: nn.Module, experiment: Experiment, registry: Registry, auto
             for recipe in (layer.weights, layer.activations, layer.gradients):
                 _refuse_inexact(recipe)
     quantize_layers(model, chosen, derived_seed(experiment.seed, "gradients"))
+    covered = rules.covered(quantize, linears, tied, registry)
+    return [model.get_submodule(layer).get_parameter("weight") for layer in covered]
 
 
-def _optimizer(model: nn.Module, experiment: Experiment, registry: Registry) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, experiment: Experiment, registry: Registry, covered: Collection[nn.Parameter]
+) -> torch.optim.Optimizer:
     quantize = experiment.quantize
     inputs = OptimizerInputs(
-        groups=param_groups(model),
+        groups=param_groups(model, covered),
         generator=_generator(experiment, "optimizer"),
         registry=registry,
         storage=quantize.storage if quantize else "master",
@@ -215,17 +220,20 @@ def _wants_grid(parameter: nn.Parameter) -> bool:
 
 
 def _master_bound(
-    model: nn.Module, optimizer: torch.optim.Optimizer, experiment: Experiment
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experiment: Experiment,
+    covered: Collection[nn.Parameter],
 ) -> MasterBound | None:
     quantize = experiment.quantize
     if quantize is None or not quantize.bound:
         return None
+    taken = {id(parameter) for parameter in covered}
     masters = [
         parameter
         for parameter in model.parameters()
         if parameter.requires_grad
-        and (quantizer := quantizer_of(parameter)) is not None
-        and not quantizer.on_grid
+        and (id(parameter) in taken if (found := quantizer_of(parameter)) is None else not found.on_grid)
     ]
     if not masters:
         return None
@@ -248,15 +256,28 @@ def _layer_names(model: nn.Module) -> dict[str, str]:
     return {name: heads.get(id(model.get_parameter(name)), path) for name, path in names.items()}
 
 
-def _watched(choices: tuple[Choice, ...], registry: Registry) -> list[Watched]:
-    return [
-        Watched(
-            choice.plugin.rpartition(":")[2],
-            registry.find(choice.kind, choice.plugin).owner,
-            choice.build(registry),
-        )
-        for choice in choices
-    ]
+def _watched(choice: Choice, registry: Registry, build: Callable[[Choice, Registry], Any]) -> Watched:
+    owner = registry.find(choice.kind, choice.plugin).owner
+    return Watched(choice.plugin.rpartition(":")[2], owner, build(choice, registry))
+
+
+def _or_dropped(choice: Choice, registry: Registry) -> Any:
+    """Return a monitor, or in the place of one that cannot be had what is dropped as the training begins."""
+    try:
+        return choice.build(registry)
+    except PluginError as error:
+        return _Unbuilt(error)
+
+
+@attrs.frozen
+class _Unbuilt:
+    """A monitor that cannot be loaded or built, so that it fails where it can be told of and dropped."""
+
+    error: PluginError
+    needs: tuple[str, ...] = ()
+
+    def start(self, run: Run) -> None:
+        raise self.error
 
 
 def _grouped(experiment: Experiment) -> set[str]:

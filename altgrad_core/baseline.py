@@ -15,9 +15,7 @@ import attrs
 
 from altgrad_core.record import RESOLVED, SUMMARY, read_json
 from altgrad_core.registry import UsageError
-
-COMPARED = {"validation/loss": "nats per token", "validation/bits_per_byte": "bits per byte"}
-"""Final metrics that are compared, and their units."""
+from altgrad_core.validation_metrics import HEADINGS, METRICS
 
 
 @attrs.frozen
@@ -25,11 +23,15 @@ class Baseline:
     """A run that has ended, and its final metrics."""
 
     folder: Path
+    task: str
     final: Mapping[str, float]
 
 
-def read(folder: str) -> Baseline | None:
-    """Return the run of a folder; None for an empty name. Raises UsageError where no run has ended there."""
+def read(folder: str, task: str) -> Baseline | None:
+    """Return the run of a folder; None for an empty name.
+
+    Raises UsageError where no run has ended there, or one that learnt something else than `task`.
+    """
     if not folder:
         return None
     path = Path(folder).expanduser()
@@ -40,21 +42,26 @@ def read(folder: str) -> Baseline | None:
             f"baseline: {path} {problem}, it has no {SUMMARY}; name the folder of a run that has, such as "
             "'runs/my_experiment/run'"
         )
-    return Baseline(path, summary.get("final") or {})
+    if summary["task"] != task:
+        raise UsageError(
+            f"baseline: {path} is a run of task = {summary['task']!r}, this one of {task!r}, whose losses do "
+            "not compare; name a run of the same task, or none"
+        )
+    return Baseline(path, task, summary.get("final") or {})
 
 
 def compared(final: Mapping[str, float], baseline: Baseline) -> dict[str, Any]:
     """Return what a summary keeps of a comparison: the folder, and how much more each metric is here."""
-    more = {name: final[name] - baseline.final[name] for name in COMPARED if _both(name, final, baseline)}
+    names = [name for name in METRICS[baseline.task] if name in HEADINGS and _both(name, final, baseline)]
+    more = {name: final[name] - baseline.final[name] for name in names}
     return {"folder": str(baseline.folder), "more": more}
 
 
 def rows(final: Mapping[str, float], baseline: Baseline) -> Iterator[tuple[str, str]]:
     """Yield the lines of the summary that compare a run with its baseline."""
     found = [
-        f"{baseline.final[name]:.4f} {unit}, {_difference(more)} here"
-        for name, unit in COMPARED.items()
-        if (more := compared(final, baseline)["more"].get(name)) is not None
+        f"{METRICS[baseline.task][name].words.format(baseline.final[name])}, {_difference(more)} here"
+        for name, more in compared(final, baseline)["more"].items()
     ]
     yield "baseline", f"{baseline.folder}: {'; '.join(found) or 'has no validation loss to compare with'}"
 

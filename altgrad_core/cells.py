@@ -17,6 +17,7 @@ from altgrad_core.record import EVENTS, RunFolder, WriteError, resolved
 from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
 from altgrad_core.run_state import PluginFailure
 from altgrad_core.terminal import Terminal
+from altgrad_core.validation_metrics import METRICS
 
 EXPECTED = (UsageError, PluginError, PluginFailure, WriteError)
 """Errors that say all there is to say; others are bugs, and print with a traceback."""
@@ -54,7 +55,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         if (ended := _ended(folder, terminal)) is not None:
             return ended
         terminal.log = folder.log
-        compared_with = baseline.read(file.baseline)  # before the training, not after it
+        compared_with = baseline.read(file.baseline, cell.experiment.task)  # before the training, not after
         run = assemble(cell, file.registry, folder, terminal, device)
         _resume(run)
         _header(run, file, cell, device)
@@ -134,16 +135,23 @@ def _header(run: Any, file: ExperimentFile, cell: Cell, device: str) -> None:
     terminal = run.terminal
     title = file.name if cell.name == SINGLE else f"{file.name} / {cell.name}"
     terminal.say(f"{title} on {device}", style="bold")
-    passes = cell.experiment.tokens / len(run.tokens.train)
     terminal.table(
         [
             *describe.rows(cell.experiment, file.registry),
-            ("text", f"{len(run.tokens.train):,} training tokens, {passes:.2f} passes over them"),
+            ("text", _text(run)),
             ("folder", str(run.folder.path)),
             *([("frozen", f"{run.frozen:,} numbers do not train")] if run.frozen else []),
             *([("overrides", "; ".join(cell.in_force))] if cell.in_force else []),
         ]
     )
+
+
+def _text(run: Any) -> str:
+    """Return how much there is to learn from, and how often the run is to read it."""
+    task, tokens = run.task, len(run.tokens.train)
+    passes = run.experiment.steps * task.per_step / task.epoch
+    documents = "" if task.read == "tokens" else f"{task.epoch:,} documents of "
+    return f"{documents}{tokens:,} training tokens, {passes:.2f} passes over them"
 
 
 def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
@@ -153,6 +161,7 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
     return {
         "name": experiment.name,
         "cell": run.cell,
+        "task": experiment.task,
         "outcome": outcome,
         "message": run.message,
         "step": run.step,
@@ -185,14 +194,9 @@ def _report(run: Any, file: ExperimentFile, compared_with: baseline.Baseline | N
         f"{summary['outcome']} at step {summary['step']} after {describe.duration(run.seconds)}", style="bold"
     )
     rows = [("reason", summary["message"])] if summary["message"] else []
-    if "validation/loss" in final:
-        per_byte = final.get("validation/bits_per_byte")
-        text = (
-            f"{final['validation/loss']:.4f} nats per token, perplexity {final['validation/perplexity']:.2f}"
-        )
-        rows.append(
-            ("validation", text + (f", {per_byte:.4f} bits per byte" if per_byte is not None else ""))
-        )
+    shown = METRICS[summary["task"]]
+    if evaluated := [one.words.format(final[name]) for name, one in shown.items() if name in final]:
+        rows.append(("validation", ", ".join(evaluated)))
     if compared_with is not None:
         rows += baseline.rows(final, compared_with)
     if best:
@@ -201,7 +205,7 @@ def _report(run: Any, file: ExperimentFile, compared_with: baseline.Baseline | N
         rows.append(("floor", f"{summary['loss_floor']:.4f} nats per token, the source's entropy"))
     rows += _what_policies_did(summary)
     rows.append(("on the grid", f"{summary['share_on_grid']:.1%} of the non-embedding parameters"))
-    rows.append(("text", f"{summary['passes']:.2f} passes over the training tokens"))
+    rows.append(("text", f"{summary['passes']:.2f} passes over the training {run.task.read}"))
     if summary["tokens_per_second"]:
         rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{describe.cost(run.seconds)}"))
     rows.append(("folder", str(run.folder.path)))

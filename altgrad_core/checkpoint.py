@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from altgrad_core.durable import sync
 from altgrad_core.record import WriteError
 from altgrad_core.registry import UsageError
+from altgrad_core.state_tree import pack, unpack
 
 MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 BEST, LAST_FINITE = "best", "last_finite"
@@ -59,7 +60,7 @@ def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[st
         scratch.mkdir(parents=True)
         _write(scratch, model, state)
         _replace(scratch, folder / name)
-        _sync(folder)
+        sync(folder)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -70,8 +71,7 @@ def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[st
 
 
 def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    tensors: dict[str, Tensor] = {}
-    tree = _packed(state, "", tensors)
+    tree, tensors = pack(state)
     for file, content in ((MODEL, model), (TENSORS, tensors)):
         save_file(
             {key: value.detach().contiguous().clone() for key, value in content.items()}, scratch / file
@@ -81,8 +81,8 @@ def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any])
     text = json.dumps(manifest, separators=(",", ":"))  # no byte of it is without meaning
     (scratch / MANIFEST).write_text(text)
     for file in (*manifest, MANIFEST):
-        _sync(scratch / file)
-    _sync(scratch)
+        sync(scratch / file)
+    sync(scratch)
 
 
 def load(path: Path) -> Checkpoint:
@@ -97,7 +97,7 @@ def load(path: Path) -> Checkpoint:
         if not (path / file).is_file() or _digest(path / file) != manifest.get(file):
             raise CheckpointError(f"{path}: {file} is not what its manifest says; the file is damaged")
     try:
-        state = _unpacked(json.loads((path / TREE).read_text()), load_file(path / TENSORS))
+        state = unpack(json.loads((path / TREE).read_text()), load_file(path / TENSORS))
         return Checkpoint(model=load_file(path / MODEL), state=state)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
@@ -152,46 +152,6 @@ def _replace(scratch: Path, final: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- trees of state: JSON with tensors beside it -----------------------------------------------------
-
-
-def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return JSON for a tree of state; its tensors go to `tensors` under their path."""
-    if isinstance(value, Tensor):
-        tensors[path] = value
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {"table": [[key, _packed(inner, f"{path}/{key}", tensors)] for key, inner in value.items()]}
-    if isinstance(value, list | tuple):
-        items = [_packed(inner, f"{path}/{index}", tensors) for index, inner in enumerate(value)]
-        return {type(value).__name__: items}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(
-        f"{path}: state must be tensors, numbers, text, lists and tables, not {type(value).__name__}"
-    )
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "table":
-        return {key: _unpacked(item, tensors) for key, item in inner}
-    items = [_unpacked(item, tensors) for item in inner]
-    return tuple(items) if kind == "tuple" else items
 
 
 def random_state() -> dict[str, Any]:

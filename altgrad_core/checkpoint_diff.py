@@ -37,7 +37,9 @@ def _entries(saved: Checkpoint) -> dict[str, Any]:
 def _place(name: str) -> tuple[Any, ...]:
     """Return where a parameter sorts: embeddings, blocks by their number, the head."""
     module = name.rpartition(".")[0]
-    rank = {shapes.TOKEN_EMBEDDING: 0, shapes.POSITION_EMBEDDING: 1, shapes.HEAD: 3}.get(module, 2)
+    rank = {shapes.TOKEN_EMBEDDING: 0, shapes.POSITION_EMBEDDING: 1, **dict.fromkeys(shapes.HEADS, 3)}.get(
+        module, 2
+    )
     return rank, [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ import attrs
 import cyclopts
 from cyclopts import Parameter
 
+from altgrad_core import interrupts
 from altgrad_core.hookspecs import KINDS
 from altgrad_core.registry import (
     NotFoundError,
@@ -62,14 +61,10 @@ def altgrad() -> None:
     sys.exit(_guarded(app))
 
 
-class _Terminated(BaseException):
-    """SIGTERM outside of a training loop, which answers it itself."""
-
-
 def _guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake prints without a traceback and exits with 2."""
     try:
-        with _terminable():
+        with interrupts.unwinding():
             code = command(tokens, exit_on_error=False, print_error=True)
         sys.stdout.flush()
     except cyclopts.CycloptsError:
@@ -77,32 +72,19 @@ def _guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, _Terminated) as signaled:
-        outcome, code = ("terminated", 143) if isinstance(signaled, _Terminated) else ("interrupted", 130)
-        print(f"{outcome}; a run goes on from its newest checkpoint, if it has one", file=sys.stderr)
-        return code
+    except KeyboardInterrupt:
+        return _unwound("interrupted", 130)
+    except interrupts.Terminated:
+        return _unwound("terminated", 143)
     except BrokenPipeError:  # the reader, head perhaps, has gone; Python would say so again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code if isinstance(code, int) else 0
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM unwind the command, so that files and folders are left as they should be."""
-
-    def terminate(_: int, frame: Any) -> None:
-        raise _Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _unwound(outcome: str, code: int) -> int:
+    print(f"{outcome}; a run goes on from its newest checkpoint, if it has one", file=sys.stderr)
+    return code
 
 
 # --- altgrad-run -------------------------------------------------------------------------------------

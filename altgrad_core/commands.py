@@ -12,10 +12,11 @@ from altgrad_core.comparing import Comparing, run_named
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
 from altgrad_core.grids import Request, is_local, requested, run_grid
 from altgrad_core.hookspecs import CellResult
-from altgrad_core.record import RESOLVED, SUMMARY, WriteError, read_json
+from altgrad_core.record import RESOLVED, SUMMARY, WriteError, begun, read_json
 from altgrad_core.registry import PluginError, UsageError
 from altgrad_core.run_state import EXIT_CODES, PluginFailure
 from altgrad_core.terminal import Terminal
+from altgrad_core.validation_metrics import HEADINGS
 
 
 def run_file(
@@ -56,15 +57,15 @@ def _run_one(file: ExperimentFile, cell: Cell, device: str, folder: Path, quiet:
 
 def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Cell, str, Path]:
     """Return the one cell that a run folder holds, its device and the folder. Raises UsageError."""
-    begun = read_json(folder / RESOLVED)
-    if begun is None:
+    asked = begun(folder)
+    if asked is None:
         raise UsageError(f"--resume {folder}: is no run folder, it has no {RESOLVED}")
-    if (compared := run_named(file, begun["cell"])) is not None:
+    if (compared := run_named(file, asked["cell"])) is not None:
         on = device_for(compared["cpu"].experiment, device)
         found = [(compared[on], on)]
     else:
-        found = [pair for pair in placed(file, device) if pair[0].name == begun["cell"]]
-    if not found or begun["options"]["name"] != file.name:
+        found = [pair for pair in placed(file, device) if pair[0].name == asked["cell"]]
+    if not found or asked["options"]["name"] != file.name:
         raise UsageError(
             f"--resume {folder}: holds {begun['options']['name']}/{begun['cell']}, not a cell of {file.path}"
         )
@@ -78,13 +79,14 @@ def _closing(
 
     diverged: cells that may have been stopped.
     """
-    print(f"\n{'outcome':>12}  {'validation':>10}  {'bits/byte':>9}  folder")
+    folders = {result.cell: request.folder(result.cell) for result in results}
+    finals = {cell: (read_json(path / SUMMARY) or {}).get("final") or {} for cell, path in folders.items()}
+    columns = [name for name in HEADINGS if any(name in final for final in finals.values())]
+    print("\n" + _row("outcome", [HEADINGS[name] for name in columns], "folder"))
     for result in results:
-        folder = request.folder(result.cell)
-        final = (read_json(folder / SUMMARY) or {}).get("final") or {}
-        numbers = (final.get("validation/loss"), final.get("validation/bits_per_byte"))
-        loss, per_byte = ("" if number is None else f"{number:.4f}" for number in numbers)
-        print(f"{result.outcome:>12}  {loss:>10}  {per_byte:>9}  {folder}")
+        final = finals[result.cell]
+        numbers = [f"{final[name]:.4f}" if name in final else "" for name in columns]
+        print(_row(result.outcome, numbers, folders[result.cell]))
     for result in results:
         if result.outcome in ("failed", "stopped") and result.message:
             print(f"\n{result.cell}: {result.message}", file=sys.stderr)
@@ -95,6 +97,10 @@ def _closing(
     if unbegun or any(result.outcome in ("interrupted", "terminated", "busy") for result in results):
         print("run the same command to go on")
     return max(codes, default=0)
+
+
+def _row(outcome: str, numbers: Sequence[str], folder: object) -> str:
+    return "  ".join([f"{outcome:>12}", *(f"{number:>10}" for number in numbers), str(folder)])
 
 
 def run(

@@ -5,11 +5,12 @@ The runs of a comparison come in groups, which differ inside in seed and step si
 - an arm has a group in each combination of the other axes of [grid];
 - a reference has one in each combination of the axes that it leaves open, with the baseline's optimizer;
 - an arm with a stiffness has one per format on float32 weights, with `of_format`. What the arm does there it
-  does as an optimizer, not by geometry: a report takes it away.
+  does as an optimizer, not by geometry: a report takes it away. The weights that [quantize] covers, and their
+  bound, stay what they are, so that only how they are stored differs.
 
 A group's name says its values alone, so that the same run is never two groups: a reference `fp32` of the file
-is the baseline's group at "FP32" of a grid that has this value, and where nothing is quantised the other
-options of [quantize] do not tell groups apart.
+is the baseline's group at "FP32" of a grid that has this value, and where nothing is quantised no other
+options of [quantize] tell groups apart than which weights it covers and their bound.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import attrs
 
 from altgrad_core.experiment import Cell, Experiment
 from altgrad_core.options import Choice, FieldError, StiffnessChoice, at_least, option, plain
-from altgrad_core.quantize_options import UNQUANTISED, QuantizeOptions
-from altgrad_core.registry import listed, shown
+from altgrad_core.quantize_options import UNQUANTISED, QuantizeOptions, RuleOptions
+from altgrad_core.registry import Registry, listed, shown
+from altgrad_core.rules import covers
 from altgrad_core.tuning import MOST_EXTENSIONS, rounded
+from altgrad_core.validation_metrics import more_is_better
 
 
 def _some(_: Any, field: Any, value: Sequence[Any]) -> None:
@@ -69,7 +72,9 @@ class CompareOptions:
     seeds: tuple[int, ...] = option(
         "seeds that the arms are compared on", default=(3, 4, 5, 6, 7), validator=_seeds
     )
-    metric: str = option("what is compared, at the end of a run; less is better", default="validation/loss")
+    metric: str = option(
+        "what is compared, at the end of a run; less is better, but of an F1", default="validation/loss"
+    )
     smallest_effect: float = option(
         "smaller differences count as none", unit="nats", default=0.005, validator=at_least(0)
     )
@@ -159,7 +164,8 @@ class Comparison:
         own = [group for group in groups if self.tuning_runs(group)]
         most = MOST_EXTENSIONS * len(options.tune_seeds) * len(own)
         yield "compared", f"{len(self.arms)} arms of {options.arm}; baseline {self.arms[options.baseline]}"
-        yield "by", f"{options.metric} on seeds {listed(map(str, options.seeds))}"
+        better = ", more is better," if more_is_better(options.metric) else ""
+        yield "by", f"{options.metric}{better} on seeds {listed(map(str, options.seeds))}"
         yield (
             "tuning",
             f"{sum(map(self.tuning_runs, groups))} runs: {len(own)} x {len(options.tune)} step sizes x "
@@ -206,11 +212,8 @@ def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) ->
     return Cell(name=group.run(seed, factor), experiment=changed, in_force=in_force)
 
 
-def unquantised(experiment: Experiment) -> bool:
+def unquantised(quantize: QuantizeOptions) -> bool:
     """Whether a [quantize] table quantises nothing."""
-    quantize = experiment.quantize
-    if quantize is None:
-        return False
     formats = [quantize.format, quantize.activations.format, quantize.gradients.format]
     formats += [
         one
@@ -221,9 +224,20 @@ def unquantised(experiment: Experiment) -> bool:
     return all(one.unquantised for one in formats)
 
 
-def on_float32(experiment: Experiment) -> Experiment:
-    """Return the experiment with nothing quantised."""
-    return attrs.evolve(experiment, quantize=QuantizeOptions(format=UNQUANTISED))
+ON_FLOAT32 = ("bound", "rule")
+"""Options of [quantize] that matter where nothing is quantised: rules say which weights are covered."""
+
+
+def on_float32(experiment: Experiment, quantize: QuantizeOptions, registry: Registry) -> Experiment:
+    """Return the experiment with nothing quantised; `quantize` covers the weights that it did."""
+    rule = tuple(
+        RuleOptions(layers=one.layers, format=None if covers(one, registry) else UNQUANTISED)
+        for one in quantize.rule
+    )
+    if all(one.format is None for one in rule):
+        rule = ()
+    float32 = QuantizeOptions(format=UNQUANTISED, bound=quantize.bound, rule=rule)
+    return attrs.evolve(experiment, quantize=float32)
 
 
 def stiffness_option(choice: Choice) -> str | None:

@@ -18,12 +18,14 @@ import attrs
 
 from altgrad_core import compare
 from altgrad_core.compare import Comparison, Group
+from altgrad_core.durable import write_whole
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
 from altgrad_core.grids import Request, run_grid
 from altgrad_core.hookspecs import CellResult
 from altgrad_core.options import plain
 from altgrad_core.record import SUMMARY, WriteError, read_json
 from altgrad_core.tuning import Tuning, rounded
+from altgrad_core.validation_metrics import more_is_better
 
 COMPARE = "compare.json"
 
@@ -114,7 +116,7 @@ class Comparing:
                 }
 
     def _loss(self, run: str) -> float | None:
-        """Return the metric of a run at its end: inf where it diverged, None where it has none."""
+        """Return the metric of a run at its end, less is better; inf where it diverged, None: it has none."""
         result = self.results.get(run)
         if result is None or result.outcome not in _MEASURED:
             return None
@@ -127,7 +129,7 @@ class Comparing:
                 result, outcome="failed", message=f"its end has no {metric!r}; there are: {', '.join(final)}"
             )
             return None
-        loss = float(final[metric])
+        loss = -float(final[metric]) if more_is_better(metric) else float(final[metric])
         return loss if math.isfinite(loss) else math.inf
 
     def _told(self, chosen: Mapping[str, float]) -> Iterator[str]:
@@ -152,11 +154,9 @@ class Comparing:
         if earlier and earlier.get("hash") != digest:
             hashes.append(earlier.get("hash"))
         text = json.dumps({**self._plain(), "earlier_hashes": hashes}, indent=1, default=str) + "\n"
-        scratch = path.with_name(f".{COMPARE}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text)
-            scratch.replace(path)
+            write_whole(path, text, writer=f".{os.getpid()}")
         except OSError as error:
             raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
 

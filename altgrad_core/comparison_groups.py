@@ -16,6 +16,7 @@ import attrs
 from altgrad_core.arms import HERE, STEP_OF, Arm, arm_axis, arm_of, arm_problems
 from altgrad_core.axes import cell_name, short
 from altgrad_core.compare import (
+    ON_FLOAT32,
     CompareOptions,
     Comparison,
     Group,
@@ -28,13 +29,12 @@ from altgrad_core.compare import (
 )
 from altgrad_core.contradictions import contradictions
 from altgrad_core.experiment import Cell, Experiment
-from altgrad_core.options import Path, written
+from altgrad_core.options import Path, plain, written
 from altgrad_core.overrides import Origin, Override, from_table, spelled
-from altgrad_core.registry import listed, suggestion
+from altgrad_core.quantize_options import QuantizeOptions
+from altgrad_core.registry import Registry, listed, suggestion
 from altgrad_core.structuring import Problem
-
-VALIDATION = ("loss", "perplexity", "bits_per_byte")
-"""What every evaluation gives; other metrics are a monitor's, or of training."""
+from altgrad_core.validation_metrics import METRICS
 
 _FLOAT32 = Override(("quantize", "format"), "FP32", Origin(HERE))
 
@@ -43,7 +43,7 @@ Build = Callable[[Sequence[Override], Sequence[Override]], Cell | None]
 
 
 def expanded(
-    options: CompareOptions, axes: Sequence[Sequence[Override]], build: Build
+    options: CompareOptions, axes: Sequence[Sequence[Override]], build: Build, registry: Registry
 ) -> tuple[Comparison | None, tuple[Cell, ...], list[Problem]]:
     """Return the groups of runs that a comparison takes, each with a cell of the file's own seed and step."""
     position, problems = arm_axis(options, axes)
@@ -52,7 +52,7 @@ def expanded(
     arms = [arm_of(value) for value in axes[position]]
     if problems := list(arm_problems(options, arms)):
         return None, (), problems
-    making = _Making(options, arms, position, axes, build)
+    making = _Making(options, arms, position, axes, build, registry)
     making.make()
     groups = tuple(group for group, _ in making.found.values())
     cells = tuple(cell for _, cell in making.found.values())
@@ -70,6 +70,7 @@ class _Making:
     position: int
     axes: Sequence[Sequence[Override]]
     build: Build
+    registry: Registry
     found: dict[str, tuple[Group, Cell]] = attrs.field(factory=dict)
     problems: list[Problem] = attrs.field(factory=list)
     built: dict[tuple[Path, ...], Cell | None] = attrs.field(factory=dict)
@@ -132,7 +133,8 @@ class _Making:
             return ""
         values = self._with(arm.given, others)
         format = cell.experiment.quantize.format
-        experiment, choice = on_float32(cell.experiment), cell.experiment.optimizer
+        experiment = on_float32(cell.experiment, cell.experiment.quantize, self.registry)
+        choice = experiment.optimizer
         changes = [f"{spelled(_FLOAT32.path)} = FP32 ([compare])"]
         if (name := stiffness_option(choice)) is not None:
             stiffness = getattr(choice.options, name)
@@ -144,15 +146,16 @@ class _Making:
                 options = attrs.evolve(choice.options, **{name: attrs.evolve(stiffness, geometry=geometry)})
                 experiment = attrs.evolve(experiment, optimizer=attrs.evolve(choice, options=options))
         self._refuse(arm, experiment)
-        kept = [one for one in others if one.path[0] != "quantize"]
-        role = Role(kind="intrinsic", arm=index, at=_shown(kept), format=format.plain())
+        at = _shown(_without_formats(others))
+        role = Role(kind="intrinsic", arm=index, at=at, format=format.plain())
         made = attrs.evolve(cell, experiment=experiment, in_force=(*cell.in_force, *changes))
         return self._add(role, made, values, step_of)
 
     def _add(self, role: Role, cell: Cell, values: Sequence[Override], step_of: str = "") -> str:
-        experiment = cell.experiment
-        if unquantised(experiment):
-            experiment, values = on_float32(experiment), _without_quantize(values)
+        experiment, quantize = cell.experiment, cell.experiment.quantize
+        if quantize is not None and unquantised(quantize):
+            experiment = on_float32(experiment, quantize, self.registry)
+            values = _float32_values(values, experiment)
         name = cell_name(values)
         group, cell = self.found.get(
             name,
@@ -224,7 +227,13 @@ def _open(values: Sequence[Override], changes: Sequence[Override], experiment: E
         for value in values
         if not any(value.path[: len(change.path)] == change.path for change in changes)
     ]
-    return [one for one in left if one.path[0] != "quantize"] if unquantised(experiment) else left
+    quantize = experiment.quantize
+    return _without_formats(left) if quantize is not None and unquantised(quantize) else left
+
+
+def _without_formats(values: Sequence[Override]) -> list[Override]:
+    """Return the values that tell runs with nothing quantised apart."""
+    return [one for one in values if one.path[0] != "quantize" or set(one.path[1:2]) & set(ON_FLOAT32)]
 
 
 def _substituted(values: Sequence[Override], changes: Sequence[Override]) -> list[Override]:
@@ -238,18 +247,28 @@ def _substituted(values: Sequence[Override], changes: Sequence[Override]) -> lis
     return [*kept, *rest.values()]
 
 
-def _without_quantize(values: Sequence[Override]) -> list[Override]:
-    """Return values that name every run with nothing quantised in the same way."""
-    return [_FLOAT32, *(value for value in values if value.path[0] != "quantize")]
+def _float32_values(values: Sequence[Override], experiment: Experiment) -> list[Override]:
+    """Return values that name every run with nothing quantised in the same way.
+
+    Of what a value of [quantize] may have changed, they have what still matters and is no default.
+    """
+    named = [_FLOAT32]
+    for name in ON_FLOAT32:
+        value = getattr(experiment.quantize, name)
+        varied = any(one.path[:2] in (("quantize",), ("quantize", name)) for one in values)
+        if varied and value != getattr(attrs.fields(QuantizeOptions), name).default:
+            named.append(Override(("quantize", name), plain(value), Origin(HERE)))
+    return [*named, *(one for one in values if one.path[0] != "quantize")]
 
 
 def _metric_problems(options: CompareOptions, cells: Sequence[Cell]) -> Iterator[Problem]:
     """Refuse a metric that some run will not have, as far as its name tells."""
     place = (*HERE, "metric")
     source, _, quantity = options.metric.partition("/")
-    if source == "validation" and quantity not in VALIDATION:
-        known = [f"validation/{one}" for one in VALIDATION]
-        yield Problem(place, f"no evaluation gives {options.metric!r}; there are: {listed(known)}")
+    for task in dict.fromkeys(cell.experiment.task for cell in cells):
+        if source == "validation" and options.metric not in METRICS[task]:
+            known = f"{listed(METRICS[task])} (task = {written(task)})"
+            yield Problem(place, f"no evaluation gives {options.metric!r}; there are: {known}")
     if source in ("validation", "train", "epoch"):
         return
     for cell in cells:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from altgrad_core import rules, shapes
+from altgrad_core.experiment import CLASSIFICATION
 from altgrad_core.format_uses import inexact_in_bfloat16
 from altgrad_core.options import written
+from altgrad_core.shapes import Architecture
 from altgrad_core.structuring import Problem
 
 
@@ -18,11 +20,18 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _quantize(sections)
     yield from _storage_rounding(sections)
     yield from _optimizer_options(sections)
-    if "model" in sections and "data" in sections:
-        yield from _rules(sections)
-        yield from _freeze(sections)
-        yield from _monitored(sections)
-        yield from _inexact(sections)
+    if not {"task", "data"} <= sections.keys():
+        return
+    unfit = list(_labels(sections))
+    yield from unfit
+    if "model" in sections and not unfit:
+        architecture = Architecture(
+            sections["model"], sections["data"].vocab_size, sections["data"].labels(sections["task"])
+        )
+        yield from _rules(sections, architecture)
+        yield from _freeze(sections, architecture)
+        yield from _monitored(sections, architecture)
+        yield from _inexact(sections, architecture)
 
 
 def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -70,32 +79,49 @@ def _optimizer_options(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 )
 
 
-def _rules(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    quantize, model = sections.get("quantize"), sections["model"]
+def _labels(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Classification needs to know how many labels there are; nothing else reads documents in windows."""
+    data, source = sections["data"], sections["data"].source
+    if sections["task"] != CLASSIFICATION:
+        if data.windows != 1:
+            message = f'says how a document is classified; leave it out, or set task = "{CLASSIFICATION}"'
+            yield Problem(("data", "windows"), message)
+    elif data.label_count is None:
+        yield Problem(
+            ("task",),
+            f"the data set {source.plugin!r} has no labels to classify by; name another as data.plugin "
+            '(`altgrad plugins --kind dataset` tells which have labels), or set task = "language_modelling"',
+        )
+    elif data.label_count == 0:
+        yield Problem(("data",), "classification needs to know how many labels there are; set label_count")
+
+
+def _rules(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
+    quantize = sections.get("quantize")
     if quantize is None:
         return
-    layers = shapes.linear_shapes(model, sections["data"].vocab_size)
-    for problem in rules.problems(quantize, layers, rules.tied_layers(model)):
+    layers = shapes.linear_shapes(architecture)
+    for problem in rules.problems(quantize, layers, rules.tied_layers(architecture)):
         yield Problem(("quantize", *problem.path), str(problem))
 
 
-def _inexact(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def _inexact(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
     """What an assembled run would refuse under bfloat16 autocast, as far as names and numbers tell.
 
     Where the file asks for bfloat16 by name: "auto" is that on CUDA only, and the file is right elsewhere.
     """
-    quantize, train, model = sections.get("quantize"), sections.get("train"), sections["model"]
+    quantize, train = sections.get("quantize"), sections.get("train")
     if quantize is None or train is None or train.dtype != "bf16":
         return
-    layers = shapes.linear_shapes(model, sections["data"].vocab_size)
-    for problem in inexact_in_bfloat16(quantize, layers, rules.tied_layers(model)):
+    layers = shapes.linear_shapes(architecture)
+    for problem in inexact_in_bfloat16(quantize, layers, rules.tied_layers(architecture)):
         yield Problem(("quantize", *problem.path), str(problem))
 
 
-def _freeze(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def _freeze(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
     if "train" not in sections:
         return
-    names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
+    names = shapes.parameter_shapes(architecture)
     frozen = set()
     for index, pattern in enumerate(sections["train"].freeze):
         matched = {name for name in names if re.fullmatch(pattern, name)}
@@ -106,10 +132,10 @@ def _freeze(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("train", "freeze"), "leaves nothing to train; narrow its patterns")
 
 
-def _monitored(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def _monitored(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
     """A monitor's `layers` must match a module path, as a rule's must."""
-    names = shapes.parameter_shapes(sections["model"], sections["data"].vocab_size)
-    layers = [name.rpartition(".")[0] for name in names] + [shapes.HEAD]
+    names = shapes.parameter_shapes(architecture)
+    layers = [name.rpartition(".")[0] for name in names] + [architecture.head]
     for index, choice in enumerate(sections.get("monitor", ())):
         pattern = getattr(choice.options, "layers", None)
         if isinstance(pattern, str) and not any(re.fullmatch(pattern, layer) for layer in layers):

@@ -37,13 +37,18 @@ def training_batch(
     from streams of Philox that do not meet.
     """
     _check_block(tokens, block_size, "training")
+    starts = drawn(batch_size, len(tokens) - block_size, seed=seed, step=step, micro_batch=micro_batch)
+    return _windows(tokens, starts, block_size)
+
+
+def drawn(count: int, below: int, *, seed: int, step: int, micro_batch: int) -> NDArray[np.int64]:
+    """Return `count` random numbers from 0 to `below` - 1, those of this place in the training."""
     philox = np.random.Philox(
         key=np.array([seed % 2**64, TRAINING_STREAM], dtype=np.uint64),
         counter=np.array([0, 0, micro_batch, step], dtype=np.uint64),  # the first two count the draws
     )
-    # The bias of the remainder is below len(tokens) / 2^64.
-    starts = philox.random_raw(batch_size) % np.uint64(len(tokens) - block_size)
-    return _windows(tokens, starts.astype(np.int64), block_size)
+    # The bias of the remainder is below `below` / 2^64.
+    return (philox.random_raw(count) % np.uint64(below)).astype(np.int64)
 
 
 def evaluation_batches(
@@ -57,12 +62,17 @@ def evaluation_batches(
     """
     _check_block(tokens, block_size, "evaluated")
     available = (len(tokens) - 1) // block_size
-    wanted = min(batches * batch_size, available) or available
-    starts = np.arange(wanted) * available // wanted * block_size
     return (
-        _windows(tokens, starts[first : first + batch_size], block_size)
-        for first in range(0, wanted, batch_size)
+        _windows(tokens, chosen * block_size, block_size)
+        for chosen in spread(available, batch_size=batch_size, batches=batches)
     )
+
+
+def spread(available: int, *, batch_size: int, batches: int) -> Iterator[NDArray[np.int64]]:
+    """Yield batches of indices below `available`, each once, spread evenly; `batches = 0`: all of them."""
+    wanted = min(batches * batch_size, available) or available
+    chosen = np.arange(wanted) * available // wanted
+    return (chosen[first : first + batch_size] for first in range(0, wanted, batch_size))
 
 
 def _windows(tokens: Tokens, starts: NDArray[np.int64], block_size: int) -> tuple[Tensor, Tensor]:

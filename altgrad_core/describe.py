@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad_core import rules, shapes
-from altgrad_core.experiment import Experiment
+from altgrad_core.experiment import CLASSIFICATION, Experiment
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
 from altgrad_core.format_uses import is_scaled, without_effect
 from altgrad_core.options import Choice, FormatChoice, plain
@@ -29,6 +29,7 @@ def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
         *_flows(experiment, registry),
         *_without_effect(experiment, registry),
         ("optimizer", shown(experiment.optimizer)),
+        ("task", _task(experiment)),
         ("data", f"{shown(experiment.data.source)}, tokenizer {experiment.data.tokenizer}"),
         ("model", _model(experiment)),
         *_beginnings(experiment),
@@ -55,8 +56,9 @@ def _value(value: Any) -> str:
 def _plan(experiment: Experiment, registry: Registry) -> dict[str, rules.LayerPlan]:
     if experiment.quantize is None:
         return {}
-    linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
-    return rules.plan(experiment.quantize, linears, rules.tied_layers(experiment.model), registry)
+    architecture = experiment.architecture
+    linears, tied = shapes.linear_shapes(architecture), rules.tied_layers(architecture)
+    return rules.plan(experiment.quantize, linears, tied, registry)
 
 
 def _format(experiment: Experiment, registry: Registry) -> str:
@@ -65,14 +67,19 @@ def _format(experiment: Experiment, registry: Registry) -> str:
         (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantised
     )
     if not kinds or quantize is None:
-        return "FP32: no weight is quantised" if plan else "FP32: nothing is quantised"
+        text = "FP32: no weight is quantised" if plan else "FP32: nothing is quantised"
+        return text + _bound(quantize)
     text = ", ".join(
         f"{name} stored as {storage} ({_layers(number)})" for (name, storage), number in kinds.items()
     )
     text += _scales(quantize, [layer.format for layer in plan.values()])
     if any(storage == "grid" for _, storage in kinds):
         text += f", rounded {quantize.storage_rounding}{_residuals(quantize)}"
-    return f"{text}, bound {quantize.bound:g}" if quantize.bound else text
+    return text + _bound(quantize)
+
+
+def _bound(quantize: QuantizeOptions | None) -> str:
+    return f", bound {quantize.bound:g}" if quantize is not None and quantize.bound else ""
 
 
 def _residuals(quantize: QuantizeOptions) -> str:
@@ -129,10 +136,22 @@ def _beginnings(experiment: Experiment) -> Iterator[tuple[str, str]]:
         yield "rounded first", f"initial Linear weights to {shown(experiment.train.init_format)}"
 
 
+def _task(experiment: Experiment) -> str:
+    """Return what is learnt: `classification (10 labels, up to 2 windows of 256 tokens a document)`."""
+    task, windows = experiment.task.replace("_", " "), experiment.data.windows
+    if experiment.task != CLASSIFICATION:
+        return task
+    read = "window" if windows == 1 else f"{windows} windows"
+    return (
+        f"{task} ({experiment.data.label_count} labels; of a document the first {read} of "
+        f"{experiment.model.block_size} tokens)"
+    )
+
+
 def _model(experiment: Experiment) -> str:
-    model, vocabulary = experiment.model, experiment.data.vocab_size
-    total = shapes.parameter_count(model, vocabulary, embeddings=True)
-    inner = shapes.parameter_count(model, vocabulary, embeddings=False)
+    model = experiment.model
+    total = shapes.parameter_count(experiment.architecture, embeddings=True)
+    inner = shapes.parameter_count(experiment.architecture, embeddings=False)
     return (
         f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, context {model.block_size}: "
         f"{count(total)} parameters, {count(inner)} without embeddings"
@@ -142,7 +161,8 @@ def _model(experiment: Experiment) -> str:
 def _training(experiment: Experiment) -> str:
     train = experiment.train
     accumulated = f" x {train.gradient_accumulation}" if train.gradient_accumulation > 1 else ""
-    batch = f"{train.batch_size}{accumulated} x {experiment.model.block_size}"
+    windows = f" x {experiment.data.windows}" if experiment.data.windows > 1 else ""
+    batch = f"{train.batch_size}{accumulated}{windows} x {experiment.model.block_size}"
     tokens = f"{count(experiment.tokens)} tokens, seed {experiment.seed}"
     return f"{experiment.steps:,} steps of {batch} tokens: {tokens}"
 
@@ -150,9 +170,9 @@ def _training(experiment: Experiment) -> str:
 def share_on_grid(experiment: Experiment, registry: Registry) -> float:
     """Return the share of the non-embedding parameters that the plan puts on a grid."""
     plan = _plan(experiment, registry)
-    linears = shapes.linear_shapes(experiment.model, experiment.data.vocab_size)
+    linears = shapes.linear_shapes(experiment.architecture)
     sizes = {layer: shape[0] * shape[1] for layer, shape in linears.items()}
-    total = shapes.parameter_count(experiment.model, experiment.data.vocab_size, embeddings=False)
+    total = shapes.parameter_count(experiment.architecture, embeddings=False)
     return sum(sizes[layer] for layer, found in plan.items() if found.storage == "grid") / total
 
 
@@ -207,7 +227,7 @@ def _checked(cells: Sequence[Cell], registry: Registry, *, seeded: bool) -> Iter
 
 def _cell_row(cell: Cell, registry: Registry) -> tuple[str, ...]:
     experiment = cell.experiment
-    parameters = shapes.parameter_count(experiment.model, experiment.data.vocab_size, embeddings=True)
+    parameters = shapes.parameter_count(experiment.architecture, embeddings=True)
     return (
         cell.name,
         f"{count(experiment.tokens)} tokens",

@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from altgrad_core.options import written
-from altgrad_core.record import CHECKPOINTS, METRICS, RESOLVED, SUMMARY, read_json, read_lines
+from altgrad_core.record import CHECKPOINTS, METRICS, RESOLVED, SUMMARY, begun, read_json, read_lines
 from altgrad_core.registry import UsageError
 
 CLOCKS = ("time/", "cost/", "memory/")
@@ -109,8 +109,8 @@ def compare(first: Path, second: Path) -> Comparison:
 
 
 def _resolved(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / RESOLVED)
-    if found is None or not isinstance(found.get("options"), dict):
+    found = begun(folder)
+    if found is None:
         runs = sorted(str(path.parent) for path in folder.glob(f"*/{RESOLVED}"))
         way_out = f"name one of its runs: {', '.join(runs)}" if runs else "name the folder of a run"
         raise UsageError(f"{folder}: is no run folder, it has no {RESOLVED}; {way_out}")

@@ -29,7 +29,10 @@ from altgrad_core.options import (
 from altgrad_core.quantize_options import UNQUANTISED
 from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
 from altgrad_core.quantize_options import RuleOptions as RuleOptions
+from altgrad_core.shapes import Architecture
 from altgrad_core.tokenizers import tokenizer_name, vocabulary
+
+CLASSIFICATION = "classification"
 
 DEFAULT_PLUGINS = {"data": "licenses", "optimizer": "AdamW"}
 """Table to the plugin it means where it names none."""
@@ -52,10 +55,26 @@ class DataOptions:
         default="bytes",
         validator=tokenizer_name,
     )
+    windows: int = option(
+        "classification: how many windows of block_size tokens are read of a document; their logits are "
+        "averaged",
+        default=1,
+        validator=at_least(1),
+    )
 
     @property
     def vocab_size(self) -> int:
         return getattr(self.source.options, "vocab_size", None) or vocabulary(self.tokenizer)
+
+    @property
+    def label_count(self) -> int | None:
+        """How many labels documents may have; 0: not said, None: the data set has none."""
+        found: int | None = getattr(self.source.options, "label_count", None)
+        return found
+
+    def labels(self, task: str) -> int:
+        """Return how many labels the model is to tell, 0 in language modelling."""
+        return (self.label_count or 0) if task == CLASSIFICATION else 0
 
     def __attrs_post_init__(self) -> None:
         if self.tokenizer != "bytes" and getattr(self.source.options, "vocab_size", None):
@@ -76,7 +95,7 @@ class ModelOptions:
     block_size: int = option("context length", unit="tokens", default=256, validator=at_least(1))
     dropout: float = option("dropout probability", default=0.0, validator=within(0, 1))
     bias: bool = option("biases in Linears and LayerNorms", default=False)
-    tie_weights: bool = option("the head shares the token embedding's weight", default=True)
+    tie_weights: bool = option("a language model's head shares the token embedding's weight", default=True)
 
     def __attrs_post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -139,6 +158,9 @@ class Experiment:
         "initial weights, data order and rounding follow from it", default=1337, validator=at_least(0)
     )
     steps: int = option("optimizer steps", default=500, validator=at_least(1))
+    task: Literal["language_modelling", "classification"] = option(
+        "what is learnt: the next token, or the labels of a document", default="language_modelling"
+    )
     init_from: str = option("a run folder whose last weights to start from; empty: random ones", default="")
     data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_PLUGINS["data"])))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())
@@ -151,8 +173,18 @@ class Experiment:
     fallback: tuple[FallbackChoice, ...] = option("policies, in file order", default=())
 
     @property
+    def architecture(self) -> Architecture:
+        return Architecture(self.model, self.data.vocab_size, self.data.labels(self.task))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Windows, or documents where those are classified, that one step learns from."""
+        return self.train.batch_size * self.train.gradient_accumulation
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.train.batch_size * self.train.gradient_accumulation * self.model.block_size
+        """Tokens that one step reads; of documents with the padding after their ends."""
+        return self.rows_per_step * self.data.windows * self.model.block_size
 
     @property
     def tokens(self) -> int:
@@ -182,6 +214,7 @@ def data_options(table: Any) -> Any:
         return {"source": table}
     if not isinstance(table, dict):
         return table
-    core = {key: value for key, value in table.items() if key == "tokenizer"}
-    source = {key: value for key, value in table.items() if key != "tokenizer"}
+    own = {field.name for field in attrs.fields(DataOptions)} - {"source"}
+    core = {key: value for key, value in table.items() if key in own}
+    source = {key: value for key, value in table.items() if key not in own}
     return {**core, "source": source}

@@ -160,12 +160,13 @@ class _Checked:
     registry: Registry
     mistakes: _Mistakes
     comparison: Comparison | None = None
+    driver_tree: Tree | None = None
 
     @functools.cached_property
     def driver(self) -> dict[str, Any]:
         """What the file says of how the runs are run; None: nothing."""
-        found, problems, tree = driver_tables(self.raw, self.flags, self.registry)
-        self.mistakes.add(problems, tree)
+        found, problems, self.driver_tree = driver_tables(self.raw, self.flags, self.registry)
+        self.mistakes.add(problems, self.driver_tree)
         return found
 
     def cells(self, device: str) -> tuple[Cell, ...]:
@@ -210,8 +211,8 @@ class _Checked:
             if flag.path == ("seed",):
                 message = "[compare] gives the seeds; --set compare.seeds=[...]"
                 self.mistakes.add([Problem(flag.path, message)], Tree({}, {flag.path: flag.origin}))
-        comparison, cells, problems = expanded(self.driver["compare"], varied, build)
-        self.mistakes.add(problems)
+        comparison, cells, problems = expanded(self.driver["compare"], varied, build, self.registry)
+        self.mistakes.add(problems, self.driver_tree)
         if self.mistakes.found or comparison is None:
             return ()
         self.mistakes.add(_twins(cells, [group.step_of for group in comparison.groups]))

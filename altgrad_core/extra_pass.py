@@ -26,14 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import data
-from altgrad_core.measuring import autocast, moved
+from altgrad_core.forward import autocast
+from altgrad_core.forward import micro_batches as micro_batches
 from altgrad_core.quantized_linear import Quantized
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights, quantized_flows, quantized_layers
-
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets of one micro-batch, both (batch, block) int64."""
+from altgrad_core.tasks import Batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From inputs and targets to the mean loss, 0-d."""
@@ -54,11 +52,11 @@ def extra_passes(run: Run, *, float32: bool = False) -> Iterator[Loss]:
     devices = [run.device] if run.device.type == "cuda" else []
     calls = itertools.count()
 
-    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         if next(calls):
             _draw_anew(run.model)
         with contextlib.nullcontext() if float32 else autocast(run):
-            loss: Tensor = run.model(tokens, targets)[1]
+            loss: Tensor = run.model(inputs, targets)[1]
         return loss
 
     with (
@@ -71,32 +69,14 @@ def extra_passes(run: Run, *, float32: bool = False) -> Iterator[Loss]:
         yield loss_of
 
 
-def micro_batches(run: Run, step: int, count: int | None = None) -> Iterator[Batch]:
-    """Yield the micro-batches that training reads after `step` steps, on the run's device.
-
-    count: how many; None: as many as a step has. Those beyond are further random windows of the same text.
-    """
-    options = run.experiment.train
-    for micro_batch in range(options.gradient_accumulation if count is None else count):
-        tokens, targets = data.training_batch(
-            run.tokens.train,
-            block_size=run.experiment.model.block_size,
-            batch_size=options.batch_size,
-            seed=run.experiment.seed,
-            step=step,
-            micro_batch=micro_batch,
-        )
-        yield moved(tokens, run.device), moved(targets, run.device)
-
-
 def gradients(loss_of: Loss, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
     """Return the gradients of the mean loss over the batches, summed up in the order that training has.
 
     A parameter that the loss does not reach gets zeros.
     """
     total: list[Tensor] = []
-    for tokens, targets in batches:
-        loss = loss_of(tokens, targets) / len(batches)
+    for inputs, targets in batches:
+        loss = loss_of(inputs, targets) / len(batches)
         found = torch.autograd.grad(loss, list(parameters), materialize_grads=True)
         if total:
             torch._foreach_add_(total, found)

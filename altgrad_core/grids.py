@@ -8,7 +8,6 @@ process has let go.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import attrs
 
-from altgrad_core import live_table, workers
+from altgrad_core import live_table, locks, workers
 from altgrad_core.cells import EXPECTED, run_one
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
 from altgrad_core.hookspecs import CellResult, Executor, NoOptions
@@ -242,9 +241,6 @@ def _held(folder: Path) -> bool:
     """Whether another process has locked a run folder."""
     try:
         with (folder / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+            return not locks.take(lock)
+    except OSError:  # whoever runs the cell is told why its folder cannot be locked
         return False
-    except OSError:
-        return True
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,37 +12,53 @@ from altgrad_core.format import Format
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 
-GEOMETRY_KEYS = ("format", "scale")
+GEOMETRY_KEYS = ("format", "scale", "covered")
 """Keys of a group that describe its grid; they are no part of an optimizer's saved state."""
 
 
-def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, covered: Collection[nn.Parameter] = ()) -> list[dict[str, Any]]:
     """Split the trainable parameters of a (possibly quantised) model into groups for any torch optimizer.
 
-    One group per number format, one of unquantised matrices, one of vectors. Every group has `format` (a
-    Format or None) and `scale` (the quantisers' own 0-d tensors, one per parameter, or None); vectors have
-    `weight_decay` 0.0, the others leave it to the optimizer.
+    One group per number format, one of covered matrices without a format, one of the other matrices, one of
+    vectors. Every group has `format` (a Format or None), `scale` (the quantisers' own 0-d tensors, one per
+    parameter, or None) and `covered`: whether the optimizer's own rule and `lr` are for it, where it can
+    follow them; the other groups train by AdamW at `other_lr`. Vectors have `weight_decay` 0.0, the others
+    leave it to the optimizer.
+
+    covered: weights that take the place of quantised ones though they have no format, such as those of
+        [quantize] format = "FP32"; the quantised ones are covered anyway.
     """
     quantized: dict[Format, list[tuple[nn.Parameter, WeightQuantizer]]] = {}
+    float32: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
+    taken = {id(parameter) for parameter in covered}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         quantizer = quantizer_of(parameter)
         if quantizer is not None and quantizer.geometry:
             quantized.setdefault(quantizer.format, []).append((parameter, quantizer))
+        elif parameter.dim() < 2:
+            vectors.append(parameter)
         else:
-            (matrices if parameter.dim() >= 2 else vectors).append(parameter)
+            (float32 if quantizer is None and id(parameter) in taken else matrices).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [one for one, _ in pairs], "format": format, "scale": [other.scale for _, other in pairs]}
+        {
+            "params": [one for one, _ in pairs],
+            "format": format,
+            "scale": [other.scale for _, other in pairs],
+            "covered": True,
+        }
         for format, pairs in quantized.items()
     ]
-    if matrices:
-        groups.append({"params": matrices, "format": None, "scale": None})
-    if vectors:
-        groups.append({"params": vectors, "format": None, "scale": None, "weight_decay": 0.0})
-    return groups
+    plain = {"format": None, "scale": None, "covered": False}
+    groups += [
+        {"params": float32, **plain, "covered": True},
+        {"params": matrices, **plain},
+        {"params": vectors, **plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def grid_of(group: dict[str, Any], index: int) -> tuple[Format, Tensor] | None:

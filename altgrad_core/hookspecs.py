@@ -95,14 +95,15 @@ class Step:
     index: int
     """Optimizer steps completed, this one included: the first is 1."""
     loss: Tensor
-    """0-d float32, mean over the micro-batches, in nats per token."""
+    """0-d float32, mean over the micro-batches, in nats per token, or per label in classification."""
     weights: Mapping[str, Weight]
     gradients: Mapping[str, Tensor]
     """This step's gradients after clipping; parameters without one are absent."""
     before: Mapping[str, Tensor]
     """Quantised weights before the step; empty unless a monitor's `needs` lists `before`."""
     intended: Mapping[str, Tensor]
-    """The update of quantised weights before rounding; empty unless a `needs` lists `intended`."""
+    """The update of quantised weights before rounding; empty unless a `needs` lists `intended`.
+    This memory, and that of `before`, is written anew for the next step: clone what is to stay."""
     scales_before: Mapping[str, Tensor] = attrs.field(factory=dict)
     """The scales of the weights in `before` as the step began, before its forward pass: shaped as
     `Weight.scale`. Of a weight whose format has changed since, the scale as of `before`."""
@@ -123,7 +124,8 @@ class Monitor(Protocol):
     update: it returns metrics as `observe` does. What raises costs the monitor its place in the run, and
     nothing else.
 
-    Optional attributes: `every` (steps between observations, a whole number, default 1); `undefined_is_nan`
+    Optional attributes: `every` (steps between observations, a whole number, default 1); `layers` (a regex
+    over module paths, default all: what `needs` lists is kept of these alone); `undefined_is_nan`
     (True: a NaN metric means that the quantity is not defined in this step, and is not logged; where a
     weight of its layer, or for any other name of the model, is not finite, NaN is logged as NaN); `provides`,
     a mapping of every quantity the monitor may report to how an epoch sums it up: `sum` or `mean` over the
@@ -255,7 +257,7 @@ class OptimizerInputs:
     """Everything an optimizer plugin is built from, beside its own options."""
 
     groups: Sequence[dict[str, Any]]
-    """As `altgrad_core.param_groups(model)` returns them."""
+    """As `altgrad_core.param_groups` returns them: `lr` is for the `covered` ones, AdamW for the others."""
     generator: torch.Generator
     """Seeds the optimizer's own random draws; drawn from once, at construction."""
     registry: Registry
@@ -296,7 +298,8 @@ class TextSource(Protocol):
     """A data set of documents; the core tokenizes, caches and batches them.
 
     One whose documents have labels may have an int `label_count`: how many there are, whatever the largest
-    index that occurs.
+    index that occurs; 0 where that is not known. For classification its options class has it too, as a field,
+    a property or a class variable: the size of the model follows from it before a document is read.
     """
 
     def fingerprint(self) -> str:

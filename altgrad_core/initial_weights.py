@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core import checkpoint, rules, shapes
-from altgrad_core.experiment import Experiment
+from altgrad_core.experiment import CLASSIFICATION, Experiment
 from altgrad_core.quantize_options import QuantizeOptions
 from altgrad_core.quantizer import WeightQuantizer
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import CHECKPOINTS, RunFolder, differences
 from altgrad_core.registry import Registry, UsageError, listed
 from altgrad_core.terminal import Terminal
+
+LABEL_OPTIONS = ("labels", "label_count")
+"""Options of [data] that say, with the plugin, what a classifier's outputs mean."""
 
 
 def prepare(
@@ -42,20 +45,26 @@ def prepare(
 
 
 def take_weights(model: nn.Module, experiment: Experiment, terminal: Terminal) -> None:
-    """Load the newest whole checkpoint of the run `init_from`, whatever its formats were."""
+    """Load the newest whole checkpoint of the run `init_from`, whatever its formats were.
+
+    The trunk must be the same. The head is taken too where it answers the same question; else it starts
+    afresh, and that is said.
+    """
     source = Path(experiment.init_from).expanduser()
     saved, passed_over = checkpoint.newest(source / CHECKPOINTS)
     for reason in passed_over:
         terminal.warning(reason)
     if saved is None:
         raise UsageError(f"init_from: {_no_weights(source, damaged=bool(passed_over))}")
-    options = saved.state["options"]
-    if problem := next(_misfits(model, experiment, saved.model, options), None):
+    options, whole = saved.state["options"], _takes_head(experiment, saved.state["options"])
+    given = saved.model if whole else _without_heads(saved.model)
+    if problem := next(_misfits(model, experiment, given, options, whole=whole), None):
         raise UsageError(f"init_from: the weights of {source} do not fit: {problem}")
     if not _same_tokens(options["data"], experiment.plain()["data"]):
         terminal.warning(f"init_from: {source} was trained on other tokens: {_tokens(options['data'])}")
-    model.load_state_dict(saved.model)
-    terminal.say(f"starting from the weights of {source} at step {saved.state['step']}")
+    model.load_state_dict(given, strict=False)
+    head = "" if whole else _head_left_out(experiment.architecture)
+    terminal.say(f"starting from the weights of {source} at step {saved.state['step']}{head}")
 
 
 def _no_weights(source: Path, *, damaged: bool) -> str:
@@ -67,11 +76,37 @@ def _no_weights(source: Path, *, damaged: bool) -> str:
     return f"{source} has no checkpoint; name the folder of a run, such as 'runs/my_experiment/run'"
 
 
+def _takes_head(experiment: Experiment, theirs: Mapping[str, Any]) -> bool:
+    """Whether the other run's head answers the same question: which token is next, or which of our labels."""
+    own = experiment.plain()
+    if theirs["task"] != own["task"]:
+        return False
+    labels = [[data.get(key) for key in ("plugin", *LABEL_OPTIONS)] for data in (theirs["data"], own["data"])]
+    return own["task"] != CLASSIFICATION or labels[0] == labels[1]
+
+
+def _head_left_out(architecture: shapes.Architecture) -> str:
+    own = "the token embedding" if architecture.ties_head else f"{architecture.head}, which starts afresh"
+    return f"; its head is left out, the head here is {own}"
+
+
+def _without_heads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one for name, one in weights.items() if name.rpartition(".")[0] not in shapes.HEADS}
+
+
 def _misfits(
-    model: nn.Module, experiment: Experiment, given: Mapping[str, Tensor], options: Mapping[str, Any]
+    model: nn.Module,
+    experiment: Experiment,
+    given: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    *,
+    whole: bool,
 ) -> Iterator[str]:
-    """Yield why another run's weights cannot be this model's, each with the tensor or option to blame."""
-    expected = model.state_dict()
+    """Yield why another run's weights cannot be this model's, each with the tensor or option to blame.
+
+    whole: whether they are to be all of the model's, or those of its trunk.
+    """
+    expected = model.state_dict() if whole else _without_heads(model.state_dict())
     changed = differences(options["model"], experiment.plain()["model"], "model")
     way_out = f"; its options are other ones: {'; '.join(changed)}" if changed else ""
     for name, own in expected.items():
@@ -89,15 +124,19 @@ def _misfits(
     names: dict[int, str] = {}
     for name, own in model.named_parameters(remove_duplicate=False):
         twin = names.setdefault(id(own), name)
-        if not torch.equal(given[twin], given[name]):
+        if name in given and not torch.equal(given[twin], given[name]):
             yield f"{twin} and {name} are one tensor here and two there; set model.tie_weights = false"
 
 
 def _same_tokens(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether a token means the same in both; byte pairs are learnt from the data set."""
+    """Whether a token means the same in both; byte pairs are learnt from the data set's text."""
     if theirs["tokenizer"].startswith("bpe:"):
-        return theirs == own
+        return _text_options(theirs) == _text_options(own)
     return bool(theirs["tokenizer"] == own["tokenizer"])
+
+
+def _text_options(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in (*LABEL_OPTIONS, "windows")}
 
 
 def _tokens(data: Mapping[str, Any]) -> str:
@@ -128,8 +167,8 @@ def round_linears(model: nn.Module, experiment: Experiment, registry: Registry) 
 
 
 def _of_the_format(experiment: Experiment, options: QuantizeOptions) -> Iterator[str]:
-    tied = rules.tied_layers(experiment.model)
-    for layer in shapes.linear_shapes(experiment.model, experiment.data.vocab_size):
+    tied = rules.tied_layers(experiment.architecture)
+    for layer in shapes.linear_shapes(experiment.architecture):
         index = rules.first_match(options.rule, layer)
         if layer not in tied if index is None else options.rule[index].format is None:
             yield layer

@@ -18,21 +18,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from altgrad_core import checkpoint, data
+from altgrad_core import checkpoint
+from altgrad_core.deciding import decision, skips_update
+from altgrad_core.forward import autocast, micro_batches
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, Stop
-from altgrad_core.measuring import autocast, ends_epoch, evaluate, last_evaluation, log, log_epoch, moved
-from altgrad_core.run_state import Run
+from altgrad_core.measuring import ends_epoch, evaluate, last_evaluation, log, log_epoch
+from altgrad_core.run_state import Run, Watched
+from altgrad_core.step_seen import keep_scales, watch
 from altgrad_core.surgery import held_weights, quantizer_of
-from altgrad_core.watching import (
-    call_each,
-    decision,
-    due_monitors,
-    keep_scales,
-    observe_after,
-    observe_skipped,
-    skips_update,
-    watch,
-)
+from altgrad_core.watching import call_each, due_monitors, observe_after, observe_skipped
 
 
 def train(run: Run) -> str:
@@ -92,7 +86,8 @@ def _due(every: int, step: int) -> bool:
 
 def _one_step(run: Run) -> None:
     options = run.experiment.train
-    keep_scales(run)
+    due = due_monitors(run, run.step + 1)
+    keep_scales(run, due)
     with held_weights(run.model):
         loss = _forward_backward(run)
     parameters = [parameter for parameter in run.trained.values() if parameter.grad is not None]
@@ -110,10 +105,10 @@ def _one_step(run: Run) -> None:
     if not skips_update(run, action):
         if math.isfinite(limit):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        _update(run, loss)
+        _update(run, due, loss)
     else:
         run.step += 1
-        observe_skipped(run, loss)
+        observe_skipped(run, due, loss)
     run.optimizer.zero_grad(set_to_none=True)
     run.interval.losses.append(loss)
     run.interval.norms.append(norm)
@@ -123,26 +118,17 @@ def _one_step(run: Run) -> None:
 def _forward_backward(run: Run) -> Tensor:
     """Accumulate the gradients of one step's micro-batches; returns the mean loss, 0-d, detached."""
     options, total = run.experiment.train, torch.zeros((), device=run.device)
-    for micro_batch in range(options.gradient_accumulation):
-        tokens, targets = data.training_batch(
-            run.tokens.train,
-            block_size=run.experiment.model.block_size,
-            batch_size=options.batch_size,
-            seed=run.experiment.seed,
-            step=run.step,
-            micro_batch=micro_batch,
-        )
+    for inputs, targets in micro_batches(run, run.step):
         with autocast(run):
-            _, loss = run.compiled(moved(tokens, run.device), moved(targets, run.device))
+            _, loss = run.compiled(inputs, targets)
         loss = loss / options.gradient_accumulation
         loss.backward()
         total += loss.detach()
     return total
 
 
-def _update(run: Run, loss: Tensor) -> None:
+def _update(run: Run, due: list[Watched], loss: Tensor) -> None:
     """The optimizer's step and the storage's rounding, then the monitors that are due."""
-    due = due_monitors(run, run.step + 1)
     before = watch(run, due)
     run.optimizer.step()
     run.step += 1

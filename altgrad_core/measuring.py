@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from altgrad_core import checkpoint, data
+from altgrad_core import checkpoint
+from altgrad_core.deciding import to_host
+from altgrad_core.forward import autocast, evaluation_batches
 from altgrad_core.run_state import Epoch, Interval, Run
 from altgrad_core.surgery import held_weights
-from altgrad_core.watching import call_each, to_host
-
-
-def moved(tokens: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return tokens.pin_memory().to(device, non_blocking=True)
-    return tokens
-
-
-def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
-    if run.autocast:
-        return torch.autocast(run.device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+from altgrad_core.watching import call_each
 
 
 @torch.no_grad()
 def evaluate(run: Run, batches: int | None = None) -> dict[str, float]:
-    """Return validation loss (nats per token), perplexity and bits per byte, on fixed windows.
+    """Return what the task makes of the validation split, on batches that are the same in every run.
 
     batches: how many, 0 for the whole split; None: as the run's options say.
     """
-    losses, weights = [], []
+    scores = run.task.scores()
+    count = run.experiment.train.eval_batches if batches is None else batches
     run.model.eval()
     with held_weights(run.model):
-        for tokens, targets in data.evaluation_batches(
-            run.tokens.validation,
-            block_size=run.experiment.model.block_size,
-            batch_size=run.experiment.train.batch_size,
-            batches=run.experiment.train.eval_batches if batches is None else batches,
-        ):
+        for inputs, targets in evaluation_batches(run, count):
             with autocast(run):
-                _, loss = run.compiled(moved(tokens, run.device), moved(targets, run.device))
-            losses.append(loss.double())
-            weights.append(targets.numel())
+                logits, loss = run.compiled(inputs, targets)
+            scores.add(targets, logits, loss)
     run.model.train()
-    shares = torch.tensor(weights, dtype=torch.float64, device=run.device) / sum(weights)
-    return validation_metrics(float((torch.stack(losses) * shares).sum()), run.tokens.bytes_per_token)
-
-
-def validation_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Return the metrics that follow from a mean loss in nats per token."""
-    metrics = {"validation/loss": loss, "validation/perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if bytes_per_token:
-        metrics["validation/bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return metrics
+    return scores.metrics()
 
 
 def last_evaluation(run: Run) -> dict[str, float]:
@@ -117,10 +91,8 @@ def _sizes(run: Run) -> dict[str, Tensor]:
     """Return the largest magnitude in each trained parameter, NaN where one is: nothing where nobody asks."""
     if not any(getattr(watched.plugin, "undefined_is_nan", False) for watched in run.monitors):
         return {}
-    return {
-        name: torch.linalg.vector_norm(parameter.detach(), math.inf)
-        for name, parameter in run.trained.items()
-    }
+    extremes = {name: parameter.detach().aminmax() for name, parameter in run.trained.items()}
+    return {name: torch.maximum(-low, high) for name, (low, high) in extremes.items()}
 
 
 def _read(run: Run, values: Mapping[str, Tensor | float], sizes: Mapping[str, Tensor]) -> dict[str, float]:
@@ -163,9 +135,9 @@ def _may_be_undefined(run: Run, name: str) -> bool:
 
 
 def ends_epoch(run: Run) -> bool:
-    """Whether the last step ended a pass over the training tokens (where it is longer than one: several)."""
-    tokens, length = run.experiment.tokens_per_step, len(run.tokens.train)
-    return run.step * tokens // length > (run.step - 1) * tokens // length
+    """Whether the last step ended a pass over the training split (where it is longer than one: several)."""
+    per_step, epoch = run.task.per_step, run.task.epoch
+    return run.step * per_step // epoch > (run.step - 1) * per_step // epoch
 
 
 def _epoch(run: Run, interval: Interval, sizes: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
@@ -178,7 +150,7 @@ def _epoch(run: Run, interval: Interval, sizes: Mapping[str, Tensor]) -> dict[st
     epoch.add(interval, lambda name: _may_be_undefined(run, name), dead)
     if not ends_epoch(run) or epoch.loss is None:
         return {}
-    passes = run.step * run.experiment.tokens_per_step // len(run.tokens.train)
+    passes = run.step * run.task.per_step // run.task.epoch
     run.epoch = Epoch()
     sums_up = {
         f"{watched.name}/{quantity}": how

@@ -12,8 +12,10 @@ other initial weights, and the global generators are never touched.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,24 +128,12 @@ class GPT(nn.Module):
         """Build the model on the CPU; `generator` is drawn from once, to seed the initial weights."""
         super().__init__()
         self.options = options
-        # torch's modules fill themselves from the global generator when they are made; it is put back
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with empty_modules():
             self.transformer = Transformer(options, vocab_size)
             self.lm_head = nn.Linear(options.n_embd, vocab_size, bias=False)
         if options.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(draw_seed(generator))
-
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Fill every parameter with its initial values, a function of `seed`, its name and its shape."""
-        residual_std = INITIAL_STD / math.sqrt(2 * self.options.n_layer)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                std = residual_std if name.endswith("c_proj.weight") else INITIAL_STD
-                parameter.normal_(0.0, std, generator=_stream(seed, name))
+        initialize(self, options.n_layer, draw_seed(generator))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for `tokens` (B, T), int64.
@@ -157,6 +147,25 @@ class GPT(nn.Module):
         logits = self.lm_head(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
         return logits, loss
+
+
+@contextlib.contextmanager
+def empty_modules() -> Iterator[None]:
+    """Make modules on the CPU inside; what they fill themselves with leaves the global generator alone."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, n_layer: int, seed: int) -> None:
+    """Fill every parameter with its initial values, a function of `seed`, its name and its shape."""
+    residual_std = INITIAL_STD / math.sqrt(2 * n_layer)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            std = residual_std if name.endswith("c_proj.weight") else INITIAL_STD
+            parameter.normal_(0.0, std, generator=_stream(seed, name))
 
 
 def _stream(seed: int, name: str) -> torch.Generator:

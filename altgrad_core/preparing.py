@@ -63,14 +63,20 @@ class TokenData:
     """Hash of the content of both splits."""
     train_documents: Documents | None = None
     validation_documents: Documents | None = None
-    """None where no document of the source has a label."""
+    """None where the source has no labels."""
 
 
-def prepare(source: TextSource | TokenSource, name: str, tokenizer: str, cache: Path) -> TokenData:
+def prepare(
+    source: TextSource | TokenSource,
+    name: str,
+    tokenizer: str,
+    cache: Path,
+    announce: Callable[[str], None] = lambda line: None,
+) -> TokenData:
     """Return the tokens of a data set, from the cache if they are in it.
 
     `name` is the data set's, for the folder and for messages. `tokenizer` is ignored where the source is
-    tokens already.
+    tokens already. `announce` is told, before they are made, that this may take a while.
 
     Raises ValueError for an unknown tokenizer, a split of fewer than two tokens, tokens that do not fit the
     vocabulary, and a training split too small for the vocabulary that is to be learnt; whatever the source
@@ -92,6 +98,8 @@ def prepare(source: TextSource | TokenSource, name: str, tokenizer: str, cache: 
     contents = token_cache.opened(folder)
     if contents is not None and (found := _token_data(contents, source)) is not None:
         return found
+    how = f" by the tokenizer {tokenizer}" if isinstance(source, TextSource) else ""
+    announce(f"preparing the tokens of {name!r}{how}; the next run finds them in {folder}")
     found = _token_data(token_cache.build(folder, write), source)
     if found is None:
         raise ValueError(f"data set {name!r}: its token files changed while they were read; start again")
@@ -205,14 +213,14 @@ def _batches(documents: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[D
 def _write_labels(
     written: dict[str, _Split], name: str, declared: int, writer: Writer, digest: hashlib._Hash
 ) -> None:
-    """Write where documents end, and a matrix of labels, where any document has one."""
+    """Write where documents end, and a matrix of labels: where any document has one, or could have."""
     largest = max((label for split in written.values() for one in split.labels for label in one), default=-1)
     if declared and largest >= declared:
         raise ValueError(
             f"data set {name!r}: a document has the label {largest}; the {declared} labels are 0 to "
             f"{declared - 1}"
         )
-    if largest < 0:
+    if largest < 0 and not declared:
         return
     for split, seen in written.items():
         labels = np.zeros((len(seen.labels), declared or largest + 1), dtype=np.uint8)

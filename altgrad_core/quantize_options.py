@@ -129,7 +129,10 @@ class RuleOptions:
 class QuantizeOptions(ScaleOptions):
     """`[quantize]`: the weights of every Linear that no rule excludes."""
 
-    format: FormatChoice = option("a name, or {exponent_bits, mantissa_bits, bias, specials}")
+    format: FormatChoice = option(
+        "a name, or {exponent_bits, mantissa_bits, bias, specials}; FP32: the weights stay as they are, and "
+        "train at the optimizer's lr as quantised ones would"
+    )
     storage: Literal["master", "grid"] = option(
         "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
         default="master",
@@ -144,7 +147,9 @@ class QuantizeOptions(ScaleOptions):
         default="same",
     )
     bound: float = option(
-        "limit on |w| as a multiple of its initial rms; 0: none", default=0.0, validator=at_least(0)
+        "limit on |w| as a multiple of its initial rms, FP32 or not; 0: none",
+        default=0.0,
+        validator=at_least(0),
     )
     scale_mode: Literal["adaptive", "current", "initial", "static"] | None = option(
         "when the scale moves; grid: adaptive (default), initial or static; master: current (default), "

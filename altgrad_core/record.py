@@ -8,7 +8,6 @@ Two runs never share a folder: an advisory lock (`flock`) on `.lock` says who ho
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,10 +21,12 @@ from typing import IO, Any
 
 import attrs
 
+from altgrad_core import locks
+from altgrad_core.durable import write_whole
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell, ExperimentFile
 from altgrad_core.options import Choice, FormatChoice
-from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError
+from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError, listed
 
 METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "metrics.jsonl",
@@ -54,24 +55,30 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+")
+            self._take_lock()
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be written: {error.strerror}; choose another folder with --out"
             ) from error
-        self._take_lock()
         self._files: dict[str, IO[str]] = {}
 
     def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = locks.take(self._lock)
         except OSError as error:
+            self._lock.close()
+            raise UsageError(
+                f"{self.path}: cannot be locked: {error.strerror}; choose a folder on another file system "
+                "with --out"
+            ) from error
+        if not taken:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise BusyError(f"{self.path}: is being run by {holder}; wait for it, or use --out") from error
+            raise BusyError(f"{self.path}: is being run by {holder}; wait for it, or use --out")
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
+        holder = f"process {os.getpid()} on {platform.node()}"
+        os.write(self._lock.fileno(), holder.encode())  # no buffer: a full disk refuses it here and now
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -80,17 +87,16 @@ class RunFolder:
 
     def begin(self, file: ExperimentFile, cell: Cell, resolved: Mapping[str, Any]) -> None:
         """Write what the run was asked to do; refuse a folder that another experiment began."""
-        before = read_json(self.path / RESOLVED)
-        if not self.checkpoints.exists() and not (self.path / METRICS).exists():
-            before = None  # nothing was trained here yet
+        trained = self.checkpoints.exists() or (self.path / METRICS).exists()
+        before = begun(self.path) if trained else None
         if before is not None and (changed := differences(before["options"], resolved["options"])):
             devices = before.get("device"), resolved["device"]
             back = "put the options back"
             if devices[0] != devices[1]:
                 back = f"it was begun on {devices[0]}, this is {devices[1]}: go on with --device {devices[0]}"
             raise UsageError(
-                f"{self.path}: was begun with other options: {'; '.join(changed)}; "
-                f"use --out for another folder, or {back}"
+                f"{self.path}: was begun with other options: {'; '.join(changed)}; use --out for another "
+                f"folder, where init_from = {json.dumps(str(self.path))} starts from its weights, or {back}"
             )
         self._replace(EXPERIMENT, file.text)
         if before is None:
@@ -99,8 +105,10 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop the metrics and events after `step`, and torn lines, before a resume writes them again."""
         for name in (METRICS, EVENTS):
-            kept = [line for line in read_lines(self.path / name) if _until(step, line)]
-            self._replace(name, "".join(json.dumps(line) + "\n" for line in kept))
+            path = self.path / name
+            kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
+            if not path.exists() or path.read_text(errors="replace") != kept:
+                self._replace(name, kept)
         (self.path / SUMMARY).unlink(missing_ok=True)  # it told of an end that was none
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -135,11 +143,8 @@ class RunFolder:
             self._files[name].flush()
 
     def _replace(self, name: str, text: str) -> None:
-        """Write a whole file: readers, and a crash, find the old one or the new one."""
-        scratch = self.path / f".{name}"
         with self._writing(name):
-            scratch.write_text(text)
-            scratch.replace(self.path / name)
+            write_whole(self.path / name, text)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -149,14 +154,8 @@ class RunFolder:
             raise WriteError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
 
-def _until(step: int, line: Mapping[str, Any]) -> bool:
-    """Whether a record is of `step` or before; one without a step is damaged, and is not."""
-    found = line.get("step")
-    return isinstance(found, int) and found <= step
-
-
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a .jsonl file; a torn line is skipped."""
+    """Yield the records of metrics or events; a line that is torn, or has no whole step, is skipped."""
     if not path.exists():
         return
     with path.open(errors="replace") as file:
@@ -165,7 +164,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and line.endswith("\n"):
+            if isinstance(record, dict) and type(record.get("step")) is int and line.endswith("\n"):
                 yield record
 
 
@@ -176,6 +175,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """Return what a run folder was begun with, its cell and options at least, None where nothing was.
+
+    Raises UsageError for a file that is damaged, or another program's.
+    """
+    path = folder / RESOLVED
+    if not path.exists():
+        return None
+    found = read_json(path) or {}
+    options = found.get("options")
+    whole = {
+        "cell": isinstance(found.get("cell"), str),
+        "options": isinstance(options, dict),
+        "options.name": isinstance(options, dict) and isinstance(options.get("name"), str),
+    }
+    if missing := [name for name, there in whole.items() if not there]:
+        raise UsageError(
+            f"{path}: does not tell what run this is: it has no {listed(missing)}; put back the file that the "
+            "run wrote, or start anew with --out"
+        )
+    return found
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

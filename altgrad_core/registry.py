@@ -82,13 +82,16 @@ class Registered:
             ) from error
 
     def build(self, options: Any, *inputs: Any) -> Any:
-        """Load the target and call it. Raises PluginError naming the owner; UsageError passes through."""
+        """Load the target and call it. Raises PluginError naming the owner, or that of a part that it builds.
+
+        UsageError passes through.
+        """
         target = self.load()
         if not callable(target):
             return target
         try:
             return target(options, *inputs)
-        except UsageError:
+        except (UsageError, PluginError):
             raise
         except (Exception, SystemExit) as error:
             raise PluginError(

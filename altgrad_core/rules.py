@@ -16,7 +16,9 @@ from altgrad_core.quantize_options import UNQUANTISED
 from altgrad_core.registry import Registry, listed
 
 if TYPE_CHECKING:
-    from altgrad_core.experiment import ModelOptions, QuantizeOptions
+    from altgrad_core.experiment import QuantizeOptions
+    from altgrad_core.quantize_options import RuleOptions
+    from altgrad_core.shapes import Architecture
 
 WIDEST_GRID_BITS = 8
 """Formats wider than this, named in a rule, are stored as master unless the rule says otherwise."""
@@ -62,14 +64,14 @@ def first_match(rules: Iterable[Any], layer: str) -> int | None:
     return next((index for index, rule in enumerate(rules) if re.fullmatch(rule.layers, layer)), None)
 
 
-def tied_layers(model: ModelOptions) -> tuple[str, ...]:
+def tied_layers(architecture: Architecture) -> tuple[str, ...]:
     """Return the Linears whose Parameter an embedding shares."""
-    return ("lm_head",) if model.tie_weights else ()
+    return (architecture.head,) if architecture.ties_head else ()
 
 
 @attrs.frozen
 class LayerPlan:
-    """One quantised Linear: its formats, where its weight lives, and whether optimizers see its grid."""
+    """One Linear: its formats, where its weight lives, and whether optimizers see to it (it is covered)."""
 
     format: FormatChoice
     storage: str
@@ -92,15 +94,27 @@ def plan(
     """
     for problem in problems(quantize, layers, tied):
         raise problem
-    planned = {}
-    for layer in layers:
-        index = first_match(quantize.rule, layer)
-        if index is None and layer in tied:
-            continue
-        found = _layer_plan(quantize, index, layer in tied, registry)
-        if not found.unquantised:
-            planned[layer] = found
-    return planned
+    every = _plans(quantize, layers, tied, registry)
+    return {layer: found for layer, found in every if not found.unquantised}
+
+
+def covered(
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], registry: Registry
+) -> list[str]:
+    """Return the Linears whose weights an optimizer's own rule and `lr` are for, whatever their format.
+
+    They are those that take the format of [quantize], FP32 too, or a narrow one of a rule's. So what changes
+    the format alone changes how the same weights are stored, and not which weights train by which rule.
+    """
+    return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.geometry]
+
+
+def covers(rule: RuleOptions, registry: Registry) -> bool:
+    """Whether a rule leaves its layers covered: FP32, or a wide format without a storage, does not."""
+    if rule.format is None:
+        return True
+    narrow = bits(rule.format, registry) <= WIDEST_GRID_BITS
+    return not rule.format.unquantised and (narrow or rule.storage is not None)
 
 
 def problems(
@@ -134,6 +148,16 @@ def no_match(pattern: str, names: Collection[str], what: str) -> str:
     return f"{message}; there are: {listed(families)}"
 
 
+def _plans(
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], registry: Registry
+) -> Iterator[tuple[str, LayerPlan]]:
+    """Yield every Linear with its plan; a tied one that no rule names has none."""
+    for layer in layers:
+        index = first_match(quantize.rule, layer)
+        if index is not None or layer not in tied:
+            yield layer, _layer_plan(quantize, index, layer in tied, registry)
+
+
 def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, registry: Registry) -> LayerPlan:
     rule = None if index is None else quantize.rule[index]
     format = (rule and rule.format) or quantize.format
@@ -141,14 +165,10 @@ def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, regist
         (rule and rule.activations) or quantize.activations.format,
         (rule and rule.gradients) or quantize.gradients.format,
     )
-    if format.unquantised:
-        return LayerPlan(format, "master", False, *flows)
-    if rule is None:
-        return LayerPlan(format, quantize.storage, True, *flows)
-    wide = rule.format is not None and bits(format, registry) > WIDEST_GRID_BITS
-    geometry = not tied and (not wide or rule.storage is not None)
+    geometry = rule is None or (not tied and covers(rule, registry))
     inherited = quantize.storage if geometry else "master"
-    return LayerPlan(format, rule.storage or inherited, geometry, *flows)
+    storage = "master" if format.unquantised else (rule and rule.storage) or inherited
+    return LayerPlan(format, storage, geometry, *flows)
 
 
 def bits(format: FormatChoice, registry: Registry) -> int:

@@ -17,13 +17,18 @@ from altgrad_core.groups import GEOMETRY_KEYS
 from altgrad_core.hookspecs import Weight
 from altgrad_core.master_bound import MasterBound
 from altgrad_core.record import RunFolder, differences, now, versions_in_use
-from altgrad_core.registry import Registry, UsageError
+from altgrad_core.registry import PluginError, Registry, UsageError
+from altgrad_core.state_tree import pack
 from altgrad_core.storage import GridStorage
 from altgrad_core.surgery import WeightQuantizer, quantized_flows, quantizer_of
+from altgrad_core.tasks import Task
 from altgrad_core.terminal import Terminal
 
 EXIT_CODES = {"finished": 0, "stopped": 1, "failed": 1, "interrupted": 130, "terminated": 143}
 """Outcome of a run to the exit code of the command."""
+
+ALL_LAYERS = ".*"
+"""What a monitor looks at that names no layers."""
 
 
 @attrs.define(eq=False)
@@ -60,7 +65,15 @@ class Watched:
             )
         return tuple(found)
 
+    @property
+    def layers(self) -> str:
+        """The regex over module paths of the layers that it looks at."""
+        found = getattr(self.plugin, "layers", ALL_LAYERS)
+        return found if isinstance(found, str) else ALL_LAYERS
+
     def error(self, method: str, error: BaseException) -> str:
+        if isinstance(error, PluginError):
+            return f"{self.name} of {self.owner}: {error}"  # which says what cannot be loaded or built
         return f"{self.name} of {self.owner}: {method} raised {type(error).__name__}: {error}"
 
 
@@ -178,6 +191,7 @@ class Run:
     storage: GridStorage | None
     master_bound: MasterBound | None
     tokens: data.TokenData
+    task: Task
     autocast: bool
     layers: Mapping[str, str]
     """Parameter name to module path."""
@@ -205,6 +219,8 @@ class Run:
     """Those of `observed` that no line of metrics has shown."""
     scales_before: dict[str, tuple[Format, Tensor]] = attrs.field(factory=dict)
     """Format and scale of each quantised weight as the step began, where a monitor needs them."""
+    weights_before: dict[str, Tensor] = attrs.field(factory=dict)
+    """Memory for quantised weights as they were before the step, written anew where a monitor needs them."""
     interval: Interval = attrs.field(factory=Interval)
     message: str = ""
     """Why a policy stopped the run; empty unless one did."""
@@ -223,8 +239,8 @@ class Run:
 
     @property
     def passes(self) -> float:
-        """Passes over the training tokens so far."""
-        return self.step * self.experiment.tokens_per_step / len(self.tokens.train)
+        """Passes over the training split so far."""
+        return self.step * self.task.per_step / self.task.epoch
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
@@ -328,7 +344,7 @@ class Run:
             save = getattr(watched.plugin, "state_dict", None)
             try:
                 found = save() if save is not None else None
-                checkpoint._packed(found, "", {})  # raises for what no checkpoint can hold
+                pack(found)  # raises for what no checkpoint can hold
                 states[watched.name] = found
             except Exception as error:  # noqa: BLE001 - it is the plugin's, and named
                 self._failed(watched, "state_dict", error)

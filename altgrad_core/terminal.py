@@ -16,6 +16,8 @@ import rich.console
 import rich.markup
 import rich.progress
 
+from altgrad_core.validation_metrics import HEADINGS
+
 
 class Terminal:
     """The output of one run; `quiet` keeps everything but warnings and errors to the log."""
@@ -73,8 +75,7 @@ class Terminal:
                 ("train/gradient_norm", "norm", ".2f"),
                 ("train/learning_rate", "lr", ".2e"),
                 ("time/tokens_per_second", "tokens/s", ",.0f"),
-                ("validation/loss", "validation", ".4f"),
-                ("validation/bits_per_byte", "bits/byte", ".4f"),
+                *((name, heading, ".4f") for name, heading in HEADINGS.items()),
             )
             if name in metrics
         ]

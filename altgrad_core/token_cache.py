@@ -13,19 +13,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
+
+from altgrad_core.durable import sync
 
 META = "meta.json"
 
@@ -68,21 +68,19 @@ class Writer:
                 file.write(np.ascontiguousarray(part, dtype=dtype).data)
 
             yield append
-            _sync(file)
+        sync(self.folder / name)
         self._arrays[name] = (dtype, [length])
 
     def array(self, name: str, values: Array) -> None:
         """Write a whole array of any shape."""
-        with (self.folder / name).open("wb") as file:
-            file.write(np.ascontiguousarray(values).data)
-            _sync(file)
+        (self.folder / name).write_bytes(np.ascontiguousarray(values).data)
+        sync(self.folder / name)
         self._arrays[name] = (values.dtype.name, list(values.shape))
 
     def files(self, written: list[Path]) -> None:
         """Count in files that somebody else wrote into the folder."""
         for path in written:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync(path)
         self._others += written
 
     def finish(self, facts: Mapping[str, Any]) -> None:
@@ -93,10 +91,10 @@ class Writer:
             "arrays": self._arrays,
             "checksums": {name: checksum(self.folder / name) for name in names},
         }
-        with (self.folder / META).open("wb") as file:
-            file.write(json.dumps({**content, "checksum": _checksum_of(content)}, indent=1).encode())
-            _sync(file)
-        _sync_folder(self.folder)
+        meta = self.folder / META
+        meta.write_bytes(json.dumps({**content, "checksum": _checksum_of(content)}, indent=1).encode())
+        sync(meta)
+        sync(self.folder)
 
 
 def opened(folder: Path) -> Contents | None:
@@ -179,7 +177,7 @@ def _publish(scratch: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    _sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _sweep(folder: Path) -> None:
@@ -188,16 +186,3 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(file: BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,7 +62,7 @@ def rows(arguments: argparse.Namespace) -> list[Memory]:
 
 def _of_batch_size(batch_size: int, arguments: argparse.Namespace) -> list[Memory]:
     options = ModelOptions(**{name: getattr(arguments, name) for name in SIZES})
-    parameters = shapes.parameter_count(options, VOCABULARY, embeddings=True)
+    parameters = shapes.parameter_count(shapes.Architecture(options, VOCABULARY), embeddings=True)
     found: list[Memory] = []
     for who, tables in MEASURED.items():
         peak = peak_bytes(tables, batch_size, arguments)

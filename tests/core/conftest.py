@@ -126,6 +126,7 @@ def registry():
         _registered("monitor", "flip", MonitorOptions),
         _registered("monitor", "stall", MonitorOptions),
         _registered("fallback", "nan_guard"),
+        _registered("executor", "local"),
         _registered("dataset", "licenses"),
         _registered("dataset", "markov", MarkovOptions),
         _registered("dataset", "text", TextOptions),

@@ -11,6 +11,7 @@ from torch import nn
 
 from altgrad_core import actions
 from altgrad_core.assemble import assemble
+from altgrad_core.deciding import to_host
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.flow_quantizer import FlowQuantizer
 from altgrad_core.grid_scales import GridScales
@@ -25,7 +26,6 @@ from altgrad_core.registry import UsageError, discover
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import held_weights, quantize_model, requantize
 from altgrad_core.terminal import Terminal
-from altgrad_core.watching import to_host
 
 # --- adjusted scales ---------------------------------------------------------------------------------
 

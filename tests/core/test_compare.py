@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from altgrad_core import compare, comparing
+from altgrad_core import compare, comparing, rules
 from altgrad_core.describe import check
 from altgrad_core.tuning import Tuning
 
@@ -54,11 +54,58 @@ def test_arms_references_and_arms_on_float32_are_groups_of_runs_each_once(groups
     ]
 
 
-def test_an_arm_on_float32_has_the_geometry_of_the_format_and_nothing_else_of_quantize(experiment_at):
+def test_an_arm_on_float32_has_the_geometry_of_the_format_and_the_bound_and_nothing_else_of_quantize(
+    experiment_at,
+):
     experiment = experiment_at(ONE_FORMAT).cells_on["cpu"][-1].experiment.plain()
     assert experiment["optimizer"]["stiffness"]["of_format"] == "E5M2"
     assert experiment["quantize"]["format"] == "FP32"
-    assert (experiment["quantize"]["storage"], experiment["quantize"]["bound"]) == ("master", 0.0)
+    assert (experiment["quantize"]["storage"], experiment["quantize"]["bound"]) == ("master", 8.0)
+
+
+RULES = """rule = [
+  {layers = "lm_head", format = "BF16"},
+  {layers = ".*attn.*", format = "E3M4"},
+  {layers = ".*mlp.c_fc", format = "FP32"},
+  {layers = ".*", storage = "master", activations = "E5M2"},
+]"""
+WITH_RULES = ONE_FORMAT.replace("bound = 8.0}", f"{RULES}}}")
+
+
+def test_on_float32_the_rules_cover_the_same_weights_and_quantise_none(experiment_at, registry):
+    arm, *_, intrinsic = experiment_at(WITH_RULES, "model.tie_weights=false").cells_on["cpu"]
+    assert compare.unquantised(intrinsic.experiment.quantize)
+    layers = ["lm_head", "h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    covered = [rules.covered(one.experiment.quantize, layers, (), registry) for one in (arm, intrinsic)]
+    assert covered == [["h.0.attn.c_attn", "h.0.mlp.c_proj"]] * 2
+
+
+def test_rules_that_exclude_no_weight_leave_no_rule_on_float32(experiment_at):
+    text = WITH_RULES.replace("BF16", "E5M2").replace("FP32", "E5M2")
+    assert experiment_at(text).cells_on["cpu"][-1].experiment.quantize.rule == ()
+
+
+def test_where_nothing_is_quantised_the_bound_and_the_weights_covered_tell_runs_apart(groups):
+    tables = """
+    quantize = [
+      {format = "E5M2"}, {format = "E3M4"}, {format = "E5M2", bound = 4.0},
+      {format = "E5M2", rule = [{layers = "lm_head|.*mlp.*", format = "FP32"}]},
+    ]
+    """
+    text = ONE_FORMAT.replace('"quantize.format" = ["E5M2"]', tables) + REFERENCES
+    stem = "optimizer=AdamW(lr=0.001)"
+    assert [name for name, kinds, _ in groups(text) if kinds == ["reference"]] == [
+        f"format=FP32,{stem}",
+        f"format=FP32,bound=4.0,{stem}",
+        f"format=FP32,rule=(layers=lm_head_._mlp._-c06dab,format=FP32),{stem}",
+    ]
+
+
+def test_a_bound_that_varies_is_part_of_where_an_arm_on_float32_belongs(experiment_at):
+    text = ONE_FORMAT.replace("[grid]", '[grid]\n"quantize.bound" = [0.0, 8.0]')
+    roles = [role for group in experiment_at(text).comparison.groups for role in group.roles]
+    found = [role.at for role in roles if role.kind == "intrinsic"]
+    assert found == [{"quantize.bound": 0.0}, {"quantize.bound": 8.0}]
 
 
 def test_a_format_axis_with_float32_needs_no_other_run_for_the_reference(groups):
@@ -301,6 +348,24 @@ def test_an_executor_is_chosen_in_the_file_or_by_flag_and_checked(experiment_at,
     assert mistakes('name = "e"', "executor=loca")[0].startswith(
         "--set executor=loca: executor.plugin: no executor named"
     )
+
+
+@pytest.mark.parametrize("flag", ["executor=local", "executor.plugin=local", "executor={plugin='local'}"])
+@pytest.mark.parametrize("written", ["", "executor = 'local'\n", "[executor]\nplugin = 'local'\n"])
+def test_an_executor_by_flag_needs_none_in_the_file(experiment_at, flag, written):
+    assert experiment_at(f'name = "e"\n{written}', flag).executor.plugin == "local"
+
+
+def test_an_option_of_no_executor_is_refused_with_the_way_out(mistakes):
+    assert mistakes('name = "e"', "executor.cpus=2") == [
+        '--set executor.cpus=2: executor: the table names no plugin: add plugin = "..."; there are: local'
+    ]
+
+
+def test_what_is_wrong_with_a_table_by_flag_is_said_of_the_flag(mistakes):
+    assert mistakes('name = "e"', "compare.arm=x") == [
+        "--set compare.arm=x: compare.arm: 'x' is no axis of [grid]; its axes are: none"
+    ]
 
 
 # --- step sizes --------------------------------------------------------------------------------------

@@ -87,6 +87,17 @@ def test_a_second_call_maps_the_files_and_reads_no_document(tmp_path):
     assert again.fingerprint == first.fingerprint
 
 
+def test_it_is_said_before_tokens_are_made_and_only_then(tmp_path):
+    source, said = Texts(), []
+    for _ in range(2):
+        prepare(source, "tiny", "bytes", tmp_path, lambda line: said.append((line, source.reads)))
+    message = (
+        f"preparing the tokens of 'tiny' by the tokenizer bytes; the next run finds them in {tmp_path}/tiny-"
+    )
+    ((line, reads),) = said
+    assert (line.startswith(message), reads) == (True, 0)
+
+
 def test_the_cache_folder_is_named_after_the_data_set(tmp_path):
     prepare(Texts(), "tiny", "bytes", tmp_path)
     assert only_folder(tmp_path).name.startswith("tiny-")
@@ -343,6 +354,11 @@ def test_a_source_may_say_how_many_labels_there_are(tmp_path):
     assert prepared.train_documents.labels.shape == (3, 5)
     with pytest.raises(ValueError, match="'tiny': a document has the label 5; the 5 labels are 0 to 4"):
         prepare(Labelled((5,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+
+
+def test_where_labels_are_said_to_be_documents_are_kept_even_if_none_has_one(tmp_path):
+    prepared = prepare(Labelled((), (), (), label_count=2), "tiny", "bytes", tmp_path)
+    assert prepared.train_documents.labels.tolist() == [[0, 0]] * 3
 
 
 def test_another_label_is_another_fingerprint(tmp_path):

@@ -26,6 +26,7 @@ METRICS = [
     {"step": 4, "train/loss": 5.0, "flip/ratio/total": 0.25, "time/tokens_per_second": 2.0},
 ]
 MODEL = {
+    "classifier.weight": torch.ones(2, 2),
     "lm_head.weight": torch.ones(2, 2),
     "transformer.h.10.ln_1.weight": torch.ones(2),
     "transformer.h.2.ln_1.weight": torch.ones(2),
@@ -191,6 +192,7 @@ def test_the_first_tensor_of_the_first_checkpoint_that_differs_is_named(pair):
         ("transformer.h.2.ln_1.weight", "transformer.h.10.ln_1.weight"),
         ("transformer.h.10.ln_1.weight", "transformer.ln_f.weight"),
         ("transformer.ln_f.weight", "lm_head.weight"),
+        ("transformer.ln_f.weight", "classifier.weight"),
     ],
 )
 def test_tensors_come_in_the_order_of_the_model(pair, names):

@@ -764,7 +764,7 @@ def test_what_bfloat16_holds_or_nothing_uses_is_not_refused(experiment, options)
 @pytest.mark.parametrize(("dtype", "refused"), [("auto", False), ("float32", False), ("bf16", True)])
 def test_only_a_file_that_asks_for_bfloat16_by_name_is_refused_for_it(experiment, dtype, refused):
     found = experiment(in_quantize('scale_rule = "exact"'), "train.dtype=float32")
-    sections = {name: getattr(found, name) for name in ("quantize", "model", "data")}
+    sections = {name: getattr(found, name) for name in ("quantize", "task", "model", "data")}
     problems = list(contradictions({**sections, "train": TrainOptions(dtype=dtype)}))
     assert [problem.path for problem in problems] == [("quantize", "scale_rule")] * refused
 

@@ -14,11 +14,12 @@ import altgrad_core as altgrad
 from altgrad_core import data
 from altgrad_core.experiment import Experiment, ModelOptions, TrainOptions
 from altgrad_core.extra_pass import extra_passes, gradients, micro_batches, unquantized, watched
-from altgrad_core.measuring import autocast
+from altgrad_core.forward import autocast
 from altgrad_core.model import GPT
 from altgrad_core.quantized_linear import Quantized
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights, quantized_flows, quantized_layers
+from altgrad_core.tasks import LanguageModelling
 
 SMALL = ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8, tie_weights=False)
 TRAINING = TrainOptions(batch_size=3, gradient_accumulation=2)
@@ -31,12 +32,15 @@ def run_of():
 
     def make(model, train=TRAINING, options=SMALL, autocast=False):
         parts = {field.name: None for field in attrs.fields(Run) if field.default is attrs.NOTHING}
+        experiment = Experiment(name="small", seed=3, model=options, train=train)
+        tokens = types.SimpleNamespace(train=TOKENS, validation=TOKENS)
         return Run(**parts | {
-            "experiment": Experiment(name="small", seed=3, model=options, train=train),
+            "experiment": experiment,
             "model": model,
             "compiled": model,
             "device": torch.device("cpu"),
-            "tokens": types.SimpleNamespace(train=TOKENS),
+            "tokens": tokens,
+            "task": LanguageModelling(experiment, tokens),
             "autocast": autocast,
         })  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import nn
 from altgrad_core.experiment import ModelOptions
 from altgrad_core.model import GPT, IGNORED
 from altgrad_core.random_bits import draw_seed
-from altgrad_core.shapes import linear_shapes, parameter_count, parameter_shapes
+from altgrad_core.shapes import Architecture, linear_shapes, parameter_count, parameter_shapes
 
 VOCABULARY = 11
 SMALL = ModelOptions(n_layer=2, n_head=3, n_embd=12, block_size=8)
@@ -40,7 +40,7 @@ def draw_tokens(options: ModelOptions = SMALL, rows: int = 2, seed: int = 0) -> 
 
 def test_the_names_are_nanogpts():
     options = ModelOptions(n_layer=1, n_head=2, n_embd=4, block_size=3, bias=True, tie_weights=False)
-    assert parameter_shapes(options, 7) == {
+    assert parameter_shapes(Architecture(options, 7)) == {
         "transformer.wte.weight": (7, 4),
         "transformer.wpe.weight": (3, 4),
         "transformer.h.0.ln_1.weight": (4,),
@@ -64,19 +64,19 @@ def test_the_names_are_nanogpts():
 @configurations
 def test_the_parameters_are_those_of_shapes_in_the_same_order(options):
     built = [(name, tuple(parameter.shape)) for name, parameter in build(options).named_parameters()]
-    assert built == list(parameter_shapes(options, VOCABULARY).items())
+    assert built == list(parameter_shapes(Architecture(options, VOCABULARY)).items())
 
 
 @configurations
 def test_the_linears_are_those_of_shapes_in_the_same_order(options):
     modules = build(options).named_modules()
     built = [(name, tuple(module.weight.shape)) for name, module in modules if isinstance(module, nn.Linear)]
-    assert built == list(linear_shapes(options, VOCABULARY).items())
+    assert built == list(linear_shapes(Architecture(options, VOCABULARY)).items())
 
 
 @configurations
 def test_a_checkpoint_holds_the_parameters_and_the_tied_head_too(options):
-    expected = dict.fromkeys([*parameter_shapes(options, VOCABULARY), "lm_head.weight"])
+    expected = dict.fromkeys([*parameter_shapes(Architecture(options, VOCABULARY)), "lm_head.weight"])
     assert list(build(options).state_dict()) == list(expected)
 
 
@@ -85,13 +85,13 @@ def test_the_count_without_embeddings_leaves_out_a_tied_head_too(options):
     model = build(options)
     everything = sum(parameter.numel() for parameter in model.parameters())
     embeddings = model.transformer.wpe.weight.numel() + model.transformer.wte.weight.numel()
-    assert parameter_count(options, VOCABULARY, embeddings=True) == everything
-    assert parameter_count(options, VOCABULARY, embeddings=False) == everything - embeddings
+    assert parameter_count(Architecture(options, VOCABULARY), embeddings=True) == everything
+    assert parameter_count(Architecture(options, VOCABULARY), embeddings=False) == everything - embeddings
 
 
 def test_gpt2_has_124_million_parameters():
     gpt2 = ModelOptions(n_layer=12, n_head=12, n_embd=768, block_size=1024, bias=True)
-    assert parameter_count(gpt2, 50257, embeddings=True) == 124_439_808
+    assert parameter_count(Architecture(gpt2, 50257), embeddings=True) == 124_439_808
 
 
 def test_shapes_and_locator_import_no_torch():

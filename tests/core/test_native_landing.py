@@ -51,7 +51,7 @@ def trained(format, rounding, steps=12, *, bound=0.0, scale_mode="adaptive", spo
             weight.grad.view(-1)[1] = torch.nan if spoil and step == 9 else 0.0
         storage.watched = {weight: weight.detach().clone() for weight in storage.weights[step % 2 :]}
         optimizer.step()
-        seen += [storage.intended[weight] for weight in storage.watched]
+        seen += [storage.intended[weight].clone() for weight in storage.watched]
         seen += [*(weight.detach().clone() for weight in model.parameters())]
         seen += [one.clone() for one in storage.scales.state_dict().values()]
     return seen, storage

@@ -6,7 +6,7 @@ import pytest
 from altgrad_core.experiment import QuantizeOptions, RuleOptions
 from altgrad_core.options import FieldError, FormatChoice
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions
-from altgrad_core.rules import LayerPlan, Rule, bits, first_match, no_match, plan
+from altgrad_core.rules import LayerPlan, Rule, bits, covered, first_match, no_match, plan
 from altgrad_core.structuring import structure
 
 LAYERS = ("transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "lm_head")
@@ -54,6 +54,30 @@ def test_a_rule_without_format_keeps_that_of_quantize(registry):
 @pytest.mark.parametrize("format", ["FP32", "none"])
 def test_a_layer_without_format_is_not_planned(registry, format):
     assert MLP not in planned(registry, {"layers": ".*mlp.*", "format": FormatChoice(format)})
+
+
+@pytest.mark.parametrize("format", ["E5M2", "BF16", "FP32", "none"])
+def test_what_takes_the_format_of_quantize_is_covered_whatever_it_is(registry, format):
+    quantize = QuantizeOptions(format=FormatChoice(format), rule=(RuleOptions(layers=".*mlp.*"),))
+    assert covered(quantize, LAYERS, TIED, registry) == [ATTENTION, MLP]
+    assert covered(quantize, LAYERS, (), registry) == list(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"format": E3M4}, True),
+        ({"format": BF16}, False),
+        ({"format": BF16, "storage": "master"}, True),
+        ({"format": FormatChoice("FP32")}, False),
+        ({"format": FormatChoice("FP32"), "storage": "master"}, False),
+        ({"storage": "grid"}, True),
+    ],
+)
+def test_a_rule_covers_its_layers_unless_it_takes_them_out(registry, rule, expected):
+    quantize = QuantizeOptions(format=FormatChoice("FP32"), rule=(RuleOptions(layers="lm_head", **rule),))
+    assert (HEAD in covered(quantize, LAYERS, (), registry)) == expected
+    assert HEAD not in covered(quantize, LAYERS, TIED, registry), "a tied head is an embedding too"
 
 
 def test_flows_are_those_of_their_tables_unless_a_rule_says_otherwise(registry):

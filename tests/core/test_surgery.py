@@ -943,6 +943,21 @@ def test_every_trainable_parameter_is_in_exactly_one_group(gpt):
 
 def test_an_untouched_model_has_groups_too(mlp):
     assert [(group["format"], group["scale"]) for group in param_groups(mlp)] == [(None, None)] * 2
+    assert not any(group["covered"] for group in param_groups(mlp))
+
+
+def test_a_covered_weight_without_a_format_is_in_a_group_of_its_own(gpt):
+    covered = [gpt.transformer.h[0].mlp.c_fc.weight, gpt.transformer.h[1].mlp.c_fc.weight]
+    quantize_model(gpt, rules=[Rule(r".*\.c_attn", FINE), Rule("lm_head", COARSE)])
+    quantized, float32, matrices, vectors = param_groups(gpt, covered)
+    assert [one["covered"] for one in (quantized, float32, matrices, vectors)] == [True, True, False, False]
+    assert [id(one) for one in float32["params"]] == [id(one) for one in covered]
+    assert (float32["format"], float32["scale"], "weight_decay" in float32) == (None, None, False)
+
+
+def test_a_tied_head_is_the_embedding_that_it_is_even_where_it_is_said_to_be_covered(gpt):
+    quantize_model(gpt, rules=[Rule("lm_head", COARSE)])
+    assert not any(group["covered"] for group in param_groups(gpt, [gpt.lm_head.weight]))
 
 
 # --- Hugging Face's transposed Linear -------------------------------------------------------------------

@@ -10,6 +10,7 @@ from altgrad_core.baseline import Baseline
 from altgrad_core.cli import _guarded, run_app
 from altgrad_core.registry import UsageError
 
+TASK = "language_modelling"
 TEXT = """
 name = "tiny"
 steps = 2
@@ -94,7 +95,7 @@ def test_a_baseline_must_be_text_and_may_be_given_by_a_flag(run, tmp_path):
 def test_a_run_that_has_not_ended_is_no_baseline(tmp_path):
     (tmp_path / "resolved.json").write_text("{}")
     with pytest.raises(UsageError, match=r"has not ended, it has no summary.json"):
-        baseline.read(str(tmp_path))
+        baseline.read(str(tmp_path), TASK)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +109,11 @@ def test_a_run_that_has_not_ended_is_no_baseline(tmp_path):
 )
 def test_a_difference_in_words(tmp_path, ours, said):
     final = {} if ours is None else {"validation/loss": ours}
-    ((_, text),) = baseline.rows(final, Baseline(tmp_path, {"validation/loss": 2.0}))
+    ((_, text),) = baseline.rows(final, Baseline(tmp_path, TASK, {"validation/loss": 2.0}))
     assert text == f"{tmp_path}: {said}"
 
 
 def test_text_is_compared_in_bits_per_byte_too(tmp_path):
-    theirs = Baseline(tmp_path, {"validation/loss": 2.0, "validation/bits_per_byte": 3.0})
+    theirs = Baseline(tmp_path, TASK, {"validation/loss": 2.0, "validation/bits_per_byte": 3.0})
     ((_, text),) = baseline.rows({"validation/loss": 2.5, "validation/bits_per_byte": 3.5}, theirs)
     assert text.endswith("2.0000 nats per token, 0.5000 more here; 3.0000 bits per byte, 0.5000 more here")

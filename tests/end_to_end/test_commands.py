@@ -375,6 +375,7 @@ def test_check_prints_the_assembled_run_for_both_devices(altgrad_run):
         "on cpu: 1 run, 160 tokens\n"
         "  format       FP32: nothing is quantised\n"
         "  optimizer    AdamW (lr 0.001, betas 0.9 0.95, eps 1e-08, weight_decay 0.1)\n"
+        "  task         language modelling\n"
         "  data         markov (order 2, vocab_size 16, tokens 1000000, validation_tokens 100000, "
         "concentration 0.3, seed 0), tokenizer bytes\n"
         "  model        1 layers, 1 heads, width 16, context 8: 3,504 parameters, 3,120 without embeddings\n"
@@ -384,7 +385,7 @@ def test_check_prints_the_assembled_run_for_both_devices(altgrad_run):
         "  policies     none\n"
         "\n"
         "on cuda: 1 run, 16,000 tokens\n"
-        "  with steps = 1000 ([on.cuda])\n" + "".join(f"{line}\n" for line in out.splitlines()[14:22])
+        "  with steps = 1000 ([on.cuda])\n" + "".join(f"{line}\n" for line in out.splitlines()[15:24])
     )
 
 

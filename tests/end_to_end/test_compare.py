@@ -58,9 +58,8 @@ GROUPS = {ADAMW, MATCHED, f"format=FP32,{ADAMW}", f"format=FP32,{MATCHED},of_for
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path):
     """Write an experiment file, with the token cache beside it, and return its path."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def write(text=TINY) -> pathlib.Path:
         path = tmp_path / "experiment.toml"
@@ -291,9 +290,17 @@ def test_two_commands_share_a_comparison_and_both_see_its_end(write, whole, tmp_
         assert (path / "log.txt").read_text().count("finished at step") == 1
 
 
-def test_a_comparison_waits_for_a_run_of_another_process_and_takes_it_over(write, whole, tmp_path, capsys):
+def test_a_comparison_waits_for_a_run_of_another_process_and_takes_it_over(
+    write, whole, tmp_path, capsys, wait_until
+):
     held = RunFolder(tmp_path / "tiny" / f"{ADAMW},seed=1,step=0.1")
-    threading.Timer(1.5, held.close).start()
+
+    def release():
+        wait_until(lambda: len(list(tmp_path.rglob("summary.json"))) == 5)  # the other tuning runs
+        time.sleep(1)
+        held.close()
+
+    threading.Thread(target=release).start()
     assert run(write(), tmp_path) == 0
     assert "waiting for a run of another process" in capsys.readouterr().out
     assert told(tmp_path) == told(whole[1])
@@ -362,7 +369,7 @@ def test_a_metric_that_a_run_does_not_have_is_told_with_those_it_has(write, tmp_
     assert "validation/loss" in err
 
 
-def test_every_runs_step_option_is_known_without_torch(write):
+def test_every_runs_step_option_is_known_without_torch():
     """The optimizers that are installed all have a step size that a comparison can tune."""
     from altgrad_core.options import OptimizerChoice
     from altgrad_core.registry import discover

@@ -9,7 +9,6 @@ import socket
 import numpy as np
 import pytest
 
-import altgrad_core as altgrad
 from altgrad_core.cli import _guarded, run_app
 from altgrad_core.record import read_lines
 
@@ -38,9 +37,8 @@ lr = 1e-2
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path):
     """Write an experiment file with a [data] table, the token cache beside it, and return its path."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def write(*data: str) -> pathlib.Path:
         path = tmp_path / "small.toml"
@@ -59,10 +57,6 @@ def eurlex():
     return 'plugin = "eurlex"', f"path = {json.dumps(str(folder / 'eurlex_tiny.jsonl'))}"
 
 
-def run(path, out):
-    return altgrad.run(altgrad.load_experiment(path), out=out, quiet=True)
-
-
 @pytest.fixture
 def command(capsys):
     """Return a function that runs `altgrad-run` and gives its exit code and what it wrote."""
@@ -74,6 +68,14 @@ def command(capsys):
     return command
 
 
+def test_a_run_says_first_that_it_prepares_tokens_unless_they_are_there(write, command, tmp_path):
+    path = write('plugin = "markov"', "tokens = 2000")
+    first, again = (command(path, "--out", tmp_path / out, "--set", "steps=1") for out in ("one", "two"))
+    assert first[1].startswith("preparing the tokens of 'markov'; the next run finds them in ")
+    assert "preparing" not in again[1]
+    assert "preparing" in (tmp_path / "one" / "small" / "run" / "log.txt").read_text()
+
+
 def losses(result):
     return [
         line["train/loss"] for line in read_lines(result.folder / "metrics.jsonl") if "train/loss" in line
@@ -81,7 +83,9 @@ def losses(result):
 
 
 @pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 256), ("bpe:512", 512)])
-def test_real_text_trains_under_each_tokenizer_from_a_uniform_guess(write, eurlex, tmp_path, tokenizer, size):
+def test_real_text_trains_under_each_tokenizer_from_a_uniform_guess(
+    write, eurlex, tmp_path, tokenizer, size, run
+):
     pytest.importorskip("tokenizers")
     result = run(write(*eurlex, f'tokenizer = "{tokenizer}"'), tmp_path / "runs")
     first, *_, last = losses(result)
@@ -89,7 +93,7 @@ def test_real_text_trains_under_each_tokenizer_from_a_uniform_guess(write, eurle
     assert last < first - 0.1
 
 
-def test_bits_per_byte_divide_by_the_bytes_of_the_text(write, eurlex, tmp_path):
+def test_bits_per_byte_divide_by_the_bytes_of_the_text(write, eurlex, tmp_path, run):
     pytest.importorskip("tokenizers")
     result = run(write(*eurlex, 'tokenizer = "bpe:512"'), tmp_path / "runs")
     rows = map(json.loads, open(eurlex[1].split('"')[1], encoding="utf-8"))  # noqa: SIM115
@@ -102,7 +106,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_text(write, eurlex, tmp_path):
     assert evaluated["validation/bits_per_byte"] == pytest.approx(bits, rel=1e-12)
 
 
-def test_a_second_run_uses_the_cache_and_a_damaged_one_is_made_again(write, eurlex, tmp_path):
+def test_a_second_run_uses_the_cache_and_a_damaged_one_is_made_again(write, eurlex, tmp_path, run):
     pytest.importorskip("tokenizers")
     path = write(*eurlex, 'tokenizer = "bpe:300"')
     first = run(path, tmp_path / "first")

@@ -1,14 +1,10 @@
 """Runs that are killed, starved and misled: what is left, and what the next command makes of it."""
 
-import contextlib
-import functools
 import json
 import os
 import pathlib
 import pickle
-import resource
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-import altgrad_core as altgrad
 from altgrad_core import checkpoint, loop
 from altgrad_core import registry as registry_module
 from altgrad_core.cli import _guarded, run_app
 from altgrad_core.record import read_json, read_lines
 from altgrad_core.registry import PluginError, UsageError
+from altgrad_core.state_tree import pack
 
 TINY = """
 name = "tiny"
@@ -57,13 +53,10 @@ WATCHED = (
     "[[monitor]]\nplugin='flip'\nevery=2\n[[monitor]]\nplugin='stall'\n[[fallback]]\nplugin='nan_guard'\n"
 )
 PLAIN = TINY + "[optimizer]\nplugin = 'AdamW'\n"
-SCRIPT = "from altgrad_core.cli import altgrad_run; altgrad_run()"
-CLOCKS = ("time/", "cost/", "memory/")
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def write(text: str) -> pathlib.Path:
@@ -73,62 +66,16 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def start(*arguments, **more):
-    whole = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def run(path, out, *overrides):
-    return altgrad.run(altgrad.load_experiment(path, overrides), out=out, quiet=True)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
-def killed_at(path, out, step):
-    """Run until a step has its checkpoint, 0: until step 1 begins, and no instruction further."""
-
-    def die(whole, run):
-        whole(run)
-        if run.step == step:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_checkpoint", functools.partial(die, loop._checkpoint))
-        if step == 0:
-            patch.setattr(loop, "_one_step", functools.partial(die, lambda run: None))
-        with pytest.raises(KeyboardInterrupt):
-            run(path, out)
-    assert not list(out.rglob("summary.json"))
-
-
-def lines(folder, name):
-    return [
-        {key: value for key, value in line.items() if not key.startswith(CLOCKS)}
-        for line in read_lines(folder / name)
-    ]
-
-
 def state_bytes(folder, step=30):
     """The model's bytes, and the optimizer's tensors', of the last step."""
     last = folder / "checkpoints" / checkpoint.step_name(step)
     saved = checkpoint.load(last)
-    tensors = {}
-    checkpoint._packed(saved.state["optimizer"], "", tensors)
+    _, tensors = pack(saved.state["optimizer"])
     return (last / checkpoint.MODEL).read_bytes(), {key: one.tolist() for key, one in tensors.items()}
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path):
+def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path, wait_until, ended, start):
     path = write(PLAIN + "[grid]\nseed = [1, 2, 3]\n")
     command = start(path, "--out", tmp_path, "--jobs", "2", "--set", "steps=300")
     lock = tmp_path / "tiny" / "seed=1" / ".lock"
@@ -144,7 +91,9 @@ def test_a_worker_that_is_killed_leaves_the_other_cells_alone(write, tmp_path):
 
 @pytest.mark.slow  # three processes that import torch
 @pytest.mark.parametrize("to_the_group", [True, False])
-def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(to_the_group, write, tmp_path):
+def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(
+    to_the_group, write, tmp_path, wait_until, ended, start
+):
     path = write(PLAIN + "[grid]\nseed = [1, 2, 3]\n")
     options = ["--out", tmp_path, "--jobs", "2", "--set", "steps=100000"]
     command = start(path, *options, start_new_session=True)
@@ -161,7 +110,7 @@ def test_sigint_to_a_grid_leaves_checkpoints_and_no_process(to_the_group, write,
     assert all(read_json(one / "summary.json")["outcome"] == passed_on for one in folders)
 
 
-def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path, capsys):
+def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path, capsys, run):
     path = write(PLAIN + "lr = 1e30\n[[fallback]]\nplugin='nan_guard'\nnan_patience=2\n")
     overrides = ["train.grad_clip=0.0"]
     first = run(path, tmp_path, *overrides)
@@ -175,7 +124,7 @@ def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path, capsys):
     assert (first.folder / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_killed_between_its_stop_and_its_summary_stays_stopped(write, tmp_path):
+def test_a_run_killed_between_its_stop_and_its_summary_stays_stopped(write, tmp_path, run):
     path = write(PLAIN + "lr = 1e30\n[[fallback]]\nplugin='nan_guard'\nnan_patience=2\n")
     first = run(path, tmp_path, "train.grad_clip=0.0")
     (first.folder / "summary.json").unlink()
@@ -184,7 +133,7 @@ def test_a_run_killed_between_its_stop_and_its_summary_stays_stopped(write, tmp_
     assert again.summary["message"] == first.summary["message"]
 
 
-def test_resume_goes_on_in_the_very_folder_it_was_given(write, tmp_path):
+def test_resume_goes_on_in_the_very_folder_it_was_given(write, tmp_path, run):
     path = write(PLAIN)
     first = run(path, tmp_path / "runs", "steps=3")
     moved = tmp_path / "kept" / "elsewhere"
@@ -204,7 +153,7 @@ def test_resume_goes_on_in_the_very_folder_it_was_given(write, tmp_path):
         ("optimizer.plugin='ManifoldAdamW'", "optimizer.plugin: 'AdamW' -> 'ManifoldAdamW'"),
     ],
 )
-def test_a_checkpoint_of_other_options_is_refused_by_the_field(override, field, write, tmp_path):
+def test_a_checkpoint_of_other_options_is_refused_by_the_field(override, field, write, tmp_path, run):
     path = write(TINY + ARMS["AdamW"])
     first = run(path, tmp_path / "runs", "steps=3")
     for name in ("resolved.json", "summary.json"):
@@ -226,14 +175,16 @@ def rewritten(result, change):
 
 
 @pytest.mark.parametrize("distribution", ["altgrad-core", "altgrad-optim", "altgrad-formats"])
-def test_a_checkpoint_of_another_version_of_a_plugin_is_refused_by_its_name(distribution, write, tmp_path):
+def test_a_checkpoint_of_another_version_of_a_plugin_is_refused_by_its_name(
+    distribution, write, tmp_path, run
+):
     path = write(TINY + ARMS["AdamW"])
     rewritten(run(path, tmp_path, "steps=3"), lambda state: state["versions"].update({distribution: "0.0.7"}))
     with pytest.raises(UsageError, match=rf"{distribution}: '0.0.7' -> '0.1.0'; install those again, or"):
         run(path, tmp_path, "steps=3")
 
 
-def test_a_plugin_that_a_run_does_not_use_may_change(write, tmp_path):
+def test_a_plugin_that_a_run_does_not_use_may_change(write, tmp_path, run):
     path = write(PLAIN)
     result = run(path, tmp_path, "steps=3")
     found, _ = checkpoint.newest(result.folder / "checkpoints")
@@ -241,7 +192,7 @@ def test_a_plugin_that_a_run_does_not_use_may_change(write, tmp_path):
 
 
 @pytest.mark.parametrize(("field", "other"), [("threads", 64), ("torch", "2.8.0"), ("device", "cuda")])
-def test_another_machine_is_warned_of_and_the_run_goes_on(field, other, write, tmp_path):
+def test_another_machine_is_warned_of_and_the_run_goes_on(field, other, write, tmp_path, lines, run):
     path = write(PLAIN)
     rewritten(run(path, tmp_path, "steps=3"), lambda state: state["machine"].update({field: other}))
     result = run(path, tmp_path, "steps=3")
@@ -251,7 +202,7 @@ def test_another_machine_is_warned_of_and_the_run_goes_on(field, other, write, t
     assert "may differ in bits" in warning["message"]
 
 
-def test_a_run_begun_on_another_device_says_which(write, tmp_path):
+def test_a_run_begun_on_another_device_says_which(write, tmp_path, run):
     path = write(PLAIN)
     first = run(path, tmp_path / "runs", "steps=3")
     resolved = json.loads((first.folder / "resolved.json").read_text())
@@ -261,61 +212,15 @@ def test_a_run_begun_on_another_device_says_which(write, tmp_path):
         run(path, tmp_path / "runs", "steps=3")
 
 
-@contextlib.contextmanager
-def starved(limit):
-    """In here files end at `limit` bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def grown(folder):
-    """Room for one line more of metrics."""
-    return (folder / "metrics.jsonl").stat().st_size + 1500
-
-
-def halved(folder):
-    """Room for half of the largest file of a checkpoint."""
-    return max(path.stat().st_size for path in folder.rglob("step_*/*")) // 2
-
-
-@pytest.mark.parametrize(
-    ("text", "room", "refused"),
-    [
-        (TINY + ARMS["AdamW"], halved, "checkpoints/"),
-        ((TINY + ARMS["AdamW"] + WATCHED).replace("log_every = 7", "log_every = 1"), grown, "metrics.jsonl"),
-    ],
-    ids=["checkpoint", "metrics"],
-)
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_there(
-    text, room, refused, write, tmp_path, capsys
-):
-    path, folder = write(text), tmp_path / "tiny" / "run"
-    killed_at(path, tmp_path, 9)
-    with starved(room(folder)):
-        code = _guarded(run_app, [str(path), "--out", str(tmp_path), "--quiet"])
-    (error,) = capsys.readouterr().err.splitlines()
-    assert code == 1
-    assert refused in error
-    assert "cannot be written" in error
-    assert not list(folder.rglob(".unfinished-*"))
-    found, passed_over = checkpoint.newest(folder / "checkpoints")
-    assert (found.state["step"], passed_over) == (9, [])
-    assert run(path, tmp_path).outcome == "finished"
-
-
 @pytest.mark.parametrize("every", [2, 5])
-def test_a_metric_is_logged_once_when_it_was_observed(every, write, tmp_path):
+def test_a_metric_is_logged_once_when_it_was_observed(every, write, tmp_path, lines, run):
     text = TINY + ARMS["AdamW"] + f"[[monitor]]\nplugin='flip'\nevery={every}\n"
     result = run(write(text), tmp_path, "train.log_every=1", "steps=10")
     seen = [line["step"] for line in lines(result.folder, "metrics.jsonl") if "flip/flip_count/total" in line]
     assert seen == list(range(every, 11, every))
 
 
-def test_every_other_step_counts_the_flips_of_that_step_alone(write, tmp_path):
+def test_every_other_step_counts_the_flips_of_that_step_alone(write, tmp_path, lines, run):
     text = TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n[[monitor]]\nplugin='stall'\nevery={}\n"
     rare, often = (
         run(write(text.format(every)), tmp_path / str(every), "train.log_every=1", "steps=10")
@@ -329,7 +234,7 @@ def test_every_other_step_counts_the_flips_of_that_step_alone(write, tmp_path):
     assert found[0] == {step: found[1][step] for step in (5, 10)}
 
 
-def test_a_monitor_that_draws_from_the_global_stream_leaves_the_run_alone(write, tmp_path, monkeypatch):
+def test_a_monitor_that_draws_from_the_global_stream_leaves_the_run_alone(write, tmp_path, monkeypatch, run):
     from altgrad_monitors.flip import Flip
 
     path = write(TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n")
@@ -338,7 +243,7 @@ def test_a_monitor_that_draws_from_the_global_stream_leaves_the_run_alone(write,
     assert state_bytes(run(path, tmp_path / "drawn").folder) == state_bytes(plain.folder)
 
 
-def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_path, monkeypatch):
+def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_path, monkeypatch, run):
     from altgrad_core.run_state import PluginFailure
     from altgrad_monitors.flip import Flip
 
@@ -354,7 +259,7 @@ def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_p
     assert read_json(tmp_path / "tiny" / "run" / "summary.json")["outcome"] == "failed"
 
 
-def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path, monkeypatch):
+def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path, monkeypatch, lines, run):
     from altgrad_monitors.flip import Flip
 
     path = write(TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n")
@@ -367,7 +272,7 @@ def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path
     assert not any("flip/flip_count/total" in line for line in lines(result.folder, "metrics.jsonl"))
 
 
-def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, monkeypatch):
+def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, monkeypatch, run):
     whole = loop.evaluate
 
     def interrupted(run):
@@ -386,7 +291,7 @@ def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, m
 
 
 @pytest.mark.parametrize("step", [0, 9, pytest.param(12, marks=pytest.mark.slow), 30])
-def test_a_run_that_dies_is_taken_up_bit_for_bit(step, write, tmp_path):
+def test_a_run_that_dies_is_taken_up_bit_for_bit(step, write, tmp_path, killed_at, lines, run):
     path = write(TINY + ARMS["GridOptim"] + WATCHED)
     whole = run(path, tmp_path / "whole").folder
     killed_at(path, tmp_path / "parts", step)
@@ -396,7 +301,7 @@ def test_a_run_that_dies_is_taken_up_bit_for_bit(step, write, tmp_path):
         assert json.dumps(lines(whole, name)) == json.dumps(lines(parts, name))
 
 
-def test_a_checkpoint_holds_the_scales_of_its_step_whether_or_not_it_was_evaluated(write, tmp_path):
+def test_a_checkpoint_holds_the_scales_of_its_step_whether_or_not_it_was_evaluated(write, tmp_path, run):
     """What monitors count in the step after a resume is compared with codes under these scales."""
     path = write(TINY + "[quantize]\nformat = 'E4M3'\nscale_rule = 'exact'\n[optimizer]\nplugin = 'AdamW'\n")
     evaluated, plain = (
@@ -411,7 +316,9 @@ def test_a_checkpoint_holds_the_scales_of_its_step_whether_or_not_it_was_evaluat
     }
 
 
-def test_torn_and_damaged_lines_are_skipped_and_a_resume_cuts_them_off(write, tmp_path):
+def test_torn_and_damaged_lines_are_skipped_and_a_resume_cuts_them_off(
+    write, tmp_path, killed_at, lines, run
+):
     path = write(PLAIN)
     whole = run(path, tmp_path / "whole").folder
     killed_at(path, tmp_path / "parts", 9)
@@ -424,7 +331,7 @@ def test_torn_and_damaged_lines_are_skipped_and_a_resume_cuts_them_off(write, tm
         assert "step" in json.loads(line)
 
 
-def test_data_that_changed_since_the_checkpoint_are_refused(write, tmp_path):
+def test_data_that_changed_since_the_checkpoint_are_refused(write, tmp_path, killed_at, run):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 200)
     table = f'plugin = "text"\npath = {str(text)!r}'
@@ -435,7 +342,9 @@ def test_data_that_changed_since_the_checkpoint_are_refused(write, tmp_path):
         run(path, tmp_path / "runs")
 
 
-def test_a_pickle_where_a_checkpoint_is_expected_is_passed_over_and_does_not_run(write, tmp_path):
+def test_a_pickle_where_a_checkpoint_is_expected_is_passed_over_and_does_not_run(
+    write, tmp_path, killed_at, lines, run
+):
     class Payload:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -451,7 +360,7 @@ def test_a_pickle_where_a_checkpoint_is_expected_is_passed_over_and_does_not_run
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_a_whole_checkpoint_nothing_begins_anew_in_silence(write, tmp_path):
+def test_without_a_whole_checkpoint_nothing_begins_anew_in_silence(write, tmp_path, killed_at, run):
     path, folder = write(PLAIN), tmp_path / "tiny" / "run"
     killed_at(path, tmp_path, 6)
     for manifest in folder.rglob(checkpoint.MANIFEST):
@@ -475,7 +384,7 @@ class PlainBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
 
-def test_the_model_file_is_one_of_plain_nanogpt(write, tmp_path):
+def test_the_model_file_is_one_of_plain_nanogpt(write, tmp_path, run):
     """Its names and shapes, as in nanoGPT's model.py, biases included."""
     from safetensors.torch import load_file
 
@@ -510,7 +419,7 @@ def test_a_folder_that_cannot_be_written_ends_the_command_before_step_1(
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_the_lock_of_a_process_that_died_is_taken_over(write, tmp_path):
+def test_the_lock_of_a_process_that_died_is_taken_over(write, tmp_path, run):
     folder = tmp_path / "tiny" / "run"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("process 1 on another machine")
@@ -519,7 +428,7 @@ def test_the_lock_of_a_process_that_died_is_taken_over(write, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_that_begin_one_run_one_is_refused(write, launch, tmp_path):
+def test_of_two_processes_that_begin_one_run_one_is_refused(write, launch, tmp_path, lines):
     path = write(PLAIN)
     both = [launch(path, "--out", tmp_path, "--set", "steps=500") for _ in range(2)]
     for process in both:
@@ -553,7 +462,9 @@ def overriding(overrides):
         ("a save", signal.SIGINT, 130),
     ],
 )
-def test_a_signal_gets_its_checkpoint_wherever_it_comes(place, number, code, write, launch, tmp_path):
+def test_a_signal_gets_its_checkpoint_wherever_it_comes(
+    place, number, code, write, launch, tmp_path, lines, wait_until
+):
     path = write(TINY + ARMS["GridOptim"] + WATCHED)
     options = overriding((*LONG[place], "steps=12", "train.log_every=1"))
     whole, parts = tmp_path / "whole" / "tiny" / "run", tmp_path / "parts" / "tiny" / "run"
@@ -578,7 +489,7 @@ def test_a_signal_gets_its_checkpoint_wherever_it_comes(place, number, code, wri
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
-    number, code, write, launch, forking, tmp_path
+    number, code, write, launch, forking, tmp_path, wait_until
 ):
     path, cache = write(PLAIN), forking.cache
     options = overriding(("data.tokens=300000", "steps=3"))
@@ -596,7 +507,7 @@ def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
 
 
 @pytest.mark.slow
-def test_a_second_sigint_ends_a_run_at_once(write, launch, tmp_path):
+def test_a_second_sigint_ends_a_run_at_once(write, launch, tmp_path, lines, wait_until):
     path, folder = write(PLAIN), tmp_path / "tiny" / "run"
     process = launch(path, "--out", tmp_path, "--set", "train.gradient_accumulation=100000")
     wait_until(lambda: len(lines(folder, "metrics.jsonl")) == 1)
@@ -611,7 +522,7 @@ def test_a_second_sigint_ends_a_run_at_once(write, launch, tmp_path):
 
 
 @pytest.mark.slow  # the compiler takes a minute
-def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch, tmp_path):
+def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch, tmp_path, lines, wait_until):
     path, folder = write(PLAIN), tmp_path / "tiny" / "run"
     process = launch(path, "--out", tmp_path, "--set", "train.compile=true")
     log = folder / "log.txt"
@@ -628,7 +539,7 @@ def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch,
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, tmp_path):
+def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, tmp_path, lines, wait_until):
     path, folder = write(PLAIN), tmp_path / "tiny" / "run"
     options = overriding(("train.log_every=1", "steps=9", "train.gradient_accumulation=60"))
     process = launch(path, "--out", tmp_path, *options)
@@ -645,7 +556,7 @@ def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, 
     assert max(times) < 3
 
 
-def test_a_clock_that_is_set_back_changes_no_timer(write, tmp_path, monkeypatch):
+def test_a_clock_that_is_set_back_changes_no_timer(write, tmp_path, monkeypatch, run):
     later = iter(range(10**9, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(later)))
     result = run(write(PLAIN), tmp_path)
@@ -681,7 +592,7 @@ def spoiled(place, value):
     [("loss", ["SkipStep"]), ("gradient", ["SkipStep"]), ("weight", ["SkipStep", "SkipStep", "Stop"])],
 )
 def test_one_number_that_is_not_finite_is_not_stepped_with(
-    place, actions, value, write, tmp_path, monkeypatch
+    place, actions, value, write, tmp_path, monkeypatch, lines, run
 ):
     stepped = []
     step = torch.optim.AdamW.step
@@ -759,12 +670,12 @@ def acme(tmp_path, monkeypatch):
 THIRD = TINY + "[quantize]\nformat = 'ACME'\n[optimizer]\nplugin = 'Acme'\n"
 
 
-def test_a_third_partys_format_and_optimizer_train(write, acme, tmp_path):
+def test_a_third_partys_format_and_optimizer_train(write, acme, tmp_path, run):
     acme()
     assert run(write(THIRD), tmp_path, "steps=3").outcome == "finished"
 
 
-def test_a_format_that_returns_another_shape_ends_the_run_by_its_name(write, acme, tmp_path):
+def test_a_format_that_returns_another_shape_ends_the_run_by_its_name(write, acme, tmp_path, run):
     acme(format="return x.flatten()")
     with pytest.raises(PluginError, match=r"acme 3\.1 returns the shape"):
         run(write(THIRD), tmp_path, "steps=3")
@@ -774,7 +685,7 @@ SPOILED = "raise ArithmeticError('spoiled')"
 
 
 @pytest.mark.parametrize("part", [{"format": f"if len(x) > 9: {SPOILED}"}, {"optimizer": SPOILED}])
-def test_a_format_or_optimizer_that_raises_ends_the_run_by_its_name(part, write, acme, tmp_path):
+def test_a_format_or_optimizer_that_raises_ends_the_run_by_its_name(part, write, acme, tmp_path, run):
     acme(**part)
     with pytest.raises(ArithmeticError) as raised:
         run(write(THIRD), tmp_path, "steps=3")

@@ -8,7 +8,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import attrs
 import pytest
@@ -44,13 +43,11 @@ checkpoint_every = 3
 [grid]
 seed = {seeds}
 """
-SCRIPT = "from altgrad_core.cli import altgrad_run; altgrad_run()"
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path):
     """Write an experiment file, with the token cache beside it, and return its path."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def write(seeds, text=TINY) -> pathlib.Path:
         path = tmp_path / "experiment.toml"
@@ -65,23 +62,6 @@ def run(path, out, *overrides, jobs=1, registry=None, quiet=True):
     file = altgrad.load_experiment(path, overrides, registry)
     options = {"without": (), "device": "auto", "resume": None, "jobs": jobs, "quiet": quiet}
     return commands.run_file(file, out=out, **options)
-
-
-def start(*arguments, **more):
-    whole = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
 
 
 def outcomes(out):
@@ -210,7 +190,7 @@ def goes_on(path, out, whole, capsys):
         assert model_bytes(out / "tiny" / seed) == model_bytes(whole / "tiny" / seed)
 
 
-def test_a_command_that_is_killed_in_mid_grid_is_gone_on_with(write, tmp_path, capsys):
+def test_a_command_that_is_killed_in_mid_grid_is_gone_on_with(write, tmp_path, capsys, wait_until):
     path, out = write([1, 2]), tmp_path / "runs"
     command = forked(path, out, *LONGER)
     wait_until(lambda: list(out.glob("tiny/seed=1/checkpoints/step_*")))
@@ -220,7 +200,9 @@ def test_a_command_that_is_killed_in_mid_grid_is_gone_on_with(write, tmp_path, c
 
 
 @pytest.mark.slow  # three processes that import torch
-def test_the_processes_of_a_command_that_is_killed_write_their_checkpoints(write, tmp_path, capsys):
+def test_the_processes_of_a_command_that_is_killed_write_their_checkpoints(
+    write, tmp_path, capsys, wait_until, start
+):
     path, out = write([1, 2]), tmp_path / "runs"
     flags = [part for one in LONGER for part in ("--set", one)]
     command = start(path, "--out", out, "--jobs", "2", *flags, "--quiet", start_new_session=True)
@@ -341,7 +323,7 @@ def test_an_executor_may_say_what_to_do(write, tmp_path, executors):
         run(write([1, 2]), tmp_path, "executor=unreachable", registry=executors)
 
 
-def test_check_refuses_an_executor_that_is_not_there_at_its_line(write, tmp_path):
+def test_check_refuses_an_executor_that_is_not_there_at_its_line(write, ended, start):
     path = write([1], TINY + "[executor]\nplugin = 'slurm'\n")
     code, _, err = ended(start(path, "--check"))
     assert code == 2
@@ -421,7 +403,7 @@ def test_there_is_no_table_in_a_pipe(tmp_path):
 
 
 @pytest.mark.slow  # three processes that import torch
-def test_jobs_on_a_terminal_show_the_table_and_plain_lines_in_a_pipe(write, tmp_path):
+def test_jobs_on_a_terminal_show_the_table_and_plain_lines_in_a_pipe(write, tmp_path, ended, start):
     import pty
 
     path, arguments = write([1, 2]), ["--jobs", "2", "--set", "steps=300"]
@@ -430,8 +412,8 @@ def test_jobs_on_a_terminal_show_the_table_and_plain_lines_in_a_pipe(write, tmp_
     assert "(2 of 2)" in out
     assert "runs ended" not in out
     ours, theirs = pty.openpty()
-    whole = [sys.executable, "-c", SCRIPT, str(path), "--out", str(tmp_path / "terminal"), *arguments]
-    process = subprocess.Popen(whole, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    shared = {"stdout": theirs, "stderr": theirs, "env": {**os.environ, "TERM": "xterm"}}
+    process = start(path, "--out", tmp_path / "terminal", *arguments, **shared)
     os.close(theirs)
     shown = b""
     try:

@@ -48,7 +48,6 @@ ARMS = {
     "manifold": "[quantize]\nformat = 'E3M4'\n[optimizer]\nplugin = 'ManifoldAdamW'\nlr = 1e-2\n"
     "stiffness = {plugin = 'grid', refresh = 'never'}\n",
 }
-CLOCKS = ("time/", "cost/", "memory/")
 
 
 def ran(folder, name, tables, overrides, top):
@@ -58,9 +57,8 @@ def ran(folder, name, tables, overrides, top):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """Return a function that runs a tiny experiment in a folder of its own; the result has `weights`."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def run(name, tables=ADAMW, *overrides, top=""):
         return ran(tmp_path, name, tables, overrides, top)
@@ -94,13 +92,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def lines(result):
-    return [
-        {key: value for key, value in line.items() if not key.startswith(CLOCKS)}
-        for line in read_lines(result.folder / "metrics.jsonl")
-    ]
-
-
 def start_from(folder):
     return f"init_from = '{folder}'"
 
@@ -115,10 +106,10 @@ def test_a_run_starts_from_the_last_weights_of_another_whatever_its_formats(arm,
     assert same(weights_of(still), weights_of(source))
 
 
-def test_its_first_evaluation_is_the_last_of_the_run_it_starts_from(run, source):
+def test_its_first_evaluation_is_the_last_of_the_run_it_starts_from(run, source, lines):
     fine = run("fine", ADAMW, "steps=1", top=start_from(source))
     *_, last = read_lines(source / "metrics.jsonl")
-    assert lines(fine)[0]["validation/loss"] == last["validation/loss"]
+    assert lines(fine.folder)[0]["validation/loss"] == last["validation/loss"]
 
 
 def test_scales_and_grids_are_fitted_to_the_weights_it_starts_from(run, source):
@@ -132,7 +123,7 @@ def test_scales_and_grids_are_fitted_to_the_weights_it_starts_from(run, source):
 
 @pytest.mark.parametrize("arm", ["grid", "master", "manifold"])
 def test_a_run_goes_on_bit_for_bit_though_the_run_it_started_from_is_gone(
-    arm, run, source, monkeypatch, tmp_path
+    arm, run, source, monkeypatch, tmp_path, lines
 ):
     top = start_from(source) + "\n"
     whole = run("fine", ARMS[arm], top=top)
@@ -151,7 +142,7 @@ def test_a_run_goes_on_bit_for_bit_though_the_run_it_started_from_is_gone(
     parts = run("fine", ARMS[arm], top=top)
     assert same(weights_of(parts), weights_of(tmp_path / "whole"))
     whole_lines = list(read_lines(tmp_path / "whole" / "metrics.jsonl"))
-    assert [line["train/loss"] for line in lines(parts)[1:]] == [
+    assert [line["train/loss"] for line in lines(parts.folder)[1:]] == [
         line["train/loss"] for line in whole_lines[1:]
     ]
 
@@ -209,7 +200,7 @@ def test_a_folder_that_is_no_run_is_refused_with_those_that_are(run, source):
         run("other", top="init_from = 'nowhere'")
 
 
-def test_the_command_exits_with_2_and_one_line(run, source, tmp_path, capsys):
+def test_the_command_exits_with_2_and_one_line(source, tmp_path, capsys):
     path = tmp_path / "e.toml"
     path.write_text(TINY.format(name="e", top="init_from = 'nowhere'", tables=""))
     assert _guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2

@@ -7,8 +7,7 @@ import signal
 import pytest
 import torch
 
-import altgrad_core as altgrad
-from altgrad_core import checkpoint, loop
+from altgrad_core import loop
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
 
@@ -49,19 +48,6 @@ POSITION = "[[monitor]]\nplugin = 'position'\nevery = 3\n"
 RUNGS = "[optimizer]\nplugin = 'GridOptim'\nnormalize = 'adam'\nstep_scale = 0.3\n"
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run an experiment's text in a folder of that name."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
-
-    def run(text, out, *overrides):
-        path = tmp_path / f"{out}.toml"
-        path.write_text(text)
-        return altgrad.run(altgrad.load_experiment(path, overrides), out=tmp_path / out, quiet=True)
-
-    return run
-
-
 def reported(result):
     """Return what the three monitors reported, by line."""
     return [
@@ -74,12 +60,8 @@ def reported(result):
     ]
 
 
-def last_checkpoint(result):
-    return checkpoint.newest(result.folder / "checkpoints")[0]
-
-
-def test_a_run_reports_how_its_weights_move(run):
-    result = run(TINY + COUNTING + POSITION, "runs")
+def test_a_run_reports_how_its_weights_move(run_text):
+    result = run_text(TINY + COUNTING + POSITION, "runs")
     last = reported(result)[-1]
     assert all(math.isfinite(value) for value in last.values())
     total = {name.removesuffix("/total"): value for name, value in last.items() if name.endswith("/total")}
@@ -92,20 +74,20 @@ def test_a_run_reports_how_its_weights_move(run):
 
 
 @pytest.mark.parametrize("optimizer", [RUNGS, COUNTING.replace("true", "false")])
-def test_positions_that_nobody_counts_are_refused_with_the_way_out(run, optimizer):
+def test_positions_that_nobody_counts_are_refused_with_the_way_out(optimizer, run_text):
     with pytest.raises(UsageError, match="track_position = true"):
-        run(TINY + optimizer + POSITION, "runs")
+        run_text(TINY + optimizer + POSITION, "runs")
 
 
-def test_updates_in_rungs_are_measured_too(run):
-    last = reported(run(TINY + RUNGS, "runs"))[-1]
+def test_updates_in_rungs_are_measured_too(run_text):
+    last = reported(run_text(TINY + RUNGS, "runs"))[-1]
     assert last["ulp/max/total"] <= 2, "0.3 rungs are asked for, and rounded stochastically"
     assert last["ulp/rounding_noise/total"] > 0
 
 
-def test_a_resumed_run_reports_what_an_uninterrupted_one_does(run, monkeypatch):
+def test_a_resumed_run_reports_what_an_uninterrupted_one_does(monkeypatch, last_checkpoint, run_text):
     text, whole_step = TINY + COUNTING + POSITION, loop._one_step
-    whole = run(text, "whole")
+    whole = run_text(text, "whole")
 
     def interrupted(one):
         if one.step == 6:
@@ -113,9 +95,9 @@ def test_a_resumed_run_reports_what_an_uninterrupted_one_does(run, monkeypatch):
         whole_step(one)
 
     monkeypatch.setattr(loop, "_one_step", interrupted)
-    assert run(text, "parts").outcome == "interrupted"
+    assert run_text(text, "parts").outcome == "interrupted"
     monkeypatch.setattr(loop, "_one_step", whole_step)
-    parts = run(text, "parts")
+    parts = run_text(text, "parts")
     assert reported(whole) == reported(parts)
     one, other = (last_checkpoint(result).state for result in (whole, parts))
     for place, state in one["optimizer"]["state"].items():

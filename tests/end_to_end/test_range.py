@@ -4,10 +4,8 @@ import os
 import signal
 
 import pytest
-import torch
 
-import altgrad_core as altgrad
-from altgrad_core import checkpoint, loop
+from altgrad_core import loop
 from altgrad_core.record import read_lines
 
 TINY = """
@@ -54,56 +52,32 @@ ARMS = {
 RANGE = "[[monitor]]\nplugin = 'range'\nevery = {}\n"
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run an experiment file's text in a folder of that name."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
-
-    def run(text, name, *overrides):
-        path = tmp_path / f"{name}.toml"
-        path.write_text(text)
-        return altgrad.run(altgrad.load_experiment(path, overrides), out=tmp_path / name, quiet=True)
-
-    return run
-
-
-def last(result):
-    found, _ = checkpoint.newest(result.folder / "checkpoints")
-    return found
-
-
 def ranges(result):
     lines = read_lines(result.folder / "metrics.jsonl")
     return [{name: one for name, one in line.items() if name.startswith("range/")} for line in lines]
 
 
-def state(result):
-    found = last(result).state
-    return [found[key] for key in ("optimizer", "storage", "scales", "flows", "random")]
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def state(saved):
+    return [saved.state[key] for key in ("optimizer", "storage", "scales", "flows", "random")]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_counting_leaves_the_training_as_it_is_bit_for_bit(run, arm):
-    plain, watched = run(TINY + ARMS[arm], "plain"), run(TINY + ARMS[arm] + RANGE.format(1), "watched")
+def test_counting_leaves_the_training_as_it_is_bit_for_bit(arm, last_checkpoint, run_text, same_tree):
+    plain, watched = (
+        run_text(TINY + ARMS[arm], "plain"),
+        run_text(TINY + ARMS[arm] + RANGE.format(1), "watched"),
+    )
     assert len(ranges(watched)[-1]) > 50
-    assert same(last(plain).model, last(watched).model)
-    assert same(state(plain), state(watched))
+    assert same_tree(last_checkpoint(plain).model, last_checkpoint(watched).model)
+    assert same_tree(state(last_checkpoint(plain)), state(last_checkpoint(watched)))
 
 
 @pytest.mark.parametrize("arm", ["master", "rungs"])
-def test_a_run_that_was_interrupted_counts_and_averages_as_one_in_one_go(run, arm, monkeypatch):
+def test_a_run_that_was_interrupted_counts_and_averages_as_one_in_one_go(
+    arm, monkeypatch, last_checkpoint, run_text, same_tree
+):
     text = TINY + ARMS[arm] + RANGE.format(3)
-    whole, one_step = run(text, "whole"), loop._one_step
+    whole, one_step = run_text(text, "whole"), loop._one_step
 
     def interrupted(started):
         if started.step == 4:  # between two observations
@@ -111,17 +85,17 @@ def test_a_run_that_was_interrupted_counts_and_averages_as_one_in_one_go(run, ar
         one_step(started)
 
     monkeypatch.setattr(loop, "_one_step", interrupted)
-    assert run(text, "parts").outcome == "interrupted"
+    assert run_text(text, "parts").outcome == "interrupted"
     monkeypatch.setattr(loop, "_one_step", one_step)
-    parts = run(text, "parts")
+    parts = run_text(text, "parts")
     assert "range/amax_ema_weights/total" in ranges(parts)[3]
     assert ranges(whole) == ranges(parts)
-    assert same(last(whole).state["plugins"], last(parts).state["plugins"])
+    assert same_tree(last_checkpoint(whole).state["plugins"], last_checkpoint(parts).state["plugins"])
 
 
-def test_gradients_overflow_under_a_scale_that_is_too_large_for_them(run):
+def test_gradients_overflow_under_a_scale_that_is_too_large_for_them(run_text):
     static = "scale_mode = 'static'\namax = 1e-7\n"
-    result = run(TINY + ARMS["master"] + static + RANGE.format(1), "static")
+    result = run_text(TINY + ARMS["master"] + static + RANGE.format(1), "static")
     for line in ranges(result)[1:]:
         # all that dropout leaves of what comes from the residual stream; further back it is small already
         assert 0.75 < line["range/saturated_gradients/transformer.h.0.mlp.c_proj"] < 0.85
@@ -130,12 +104,12 @@ def test_gradients_overflow_under_a_scale_that_is_too_large_for_them(run):
         assert line["range/forward_overflow_count/total"] == 0
 
 
-def test_nothing_overflows_in_a_healthy_run(run):
+def test_nothing_overflows_in_a_healthy_run(run_text):
     fresh = (
         TINY + "[quantize]\nformat = 'E4M3'\n" + FLOWS.replace("amax_history = 3", "scale_mode = 'current'")
     )
     fresh += "scale_mode = 'current'\n"
-    for line in ranges(run(fresh + RANGE.format(1), "healthy"))[1:]:
+    for line in ranges(run_text(fresh + RANGE.format(1), "healthy"))[1:]:
         assert line["range/saturated_gradients/total"] == 0
         assert line["range/forward_overflow_count/total"] == 0
         assert (
@@ -143,13 +117,13 @@ def test_nothing_overflows_in_a_healthy_run(run):
         )
 
 
-def test_the_observed_steps_alone_are_reported(run):
-    lines = ranges(run(TINY + ARMS["master"] + RANGE.format(4), "rare", "train.log_every=1"))
+def test_the_observed_steps_alone_are_reported(run_text):
+    lines = ranges(run_text(TINY + ARMS["master"] + RANGE.format(4), "rare", "train.log_every=1"))
     assert [bool(line) for line in lines] == [step % 4 == 0 and step > 0 for step in range(9)]
 
 
-def test_weights_at_their_bound_are_counted_where_they_land(run):
+def test_weights_at_their_bound_are_counted_where_they_land(run_text):
     fast = ARMS["grid"].replace("1e-2", "1e-1")
-    line = ranges(run(TINY + fast + RANGE.format(1), "bound"))[-1]
+    line = ranges(run_text(TINY + fast + RANGE.format(1), "bound"))[-1]
     assert line["range/optimizer_overflow_fraction/total"] > 0.1
     assert line["range/saturated_weights/total"] == line["range/optimizer_overflow_fraction/total"]

@@ -38,6 +38,7 @@ class Eye:
 
     def __init__(self, options):
         self.every, self.needs, self.options, self.run = options.every, options.needs, options, None
+        self.layers = options.layers
 
     def start(self, run):
         self.run = run
@@ -229,6 +230,30 @@ def test_a_step_carries_the_scales_before_it(plugin, train, monkeypatch):
     train(EYE + "needs = ['before']\n", overrides=["optimizer.lr=0.5", "train.warmup_steps=0"])
     assert all(before[step] == after[step - 1] for step in range(2, 9))
     assert any(before[step] != after[step] for step in range(2, 9))
+
+
+@pytest.mark.parametrize("storage", ["master", "grid"])
+def test_a_step_carries_what_was_before_it_of_the_layers_that_are_looked_at(
+    storage, plugin, train, monkeypatch
+):
+    before, after, places = {}, {}, set()
+
+    def observe(self, step):
+        assert set(step.before) == set(step.scales_before) == set(step.intended)
+        before[step.index] = {name: value.clone() for name, value in step.before.items()}
+        after[step.index] = {name: step.weights[name].value.clone() for name in step.before}
+        places.add(tuple(value.data_ptr() for value in step.before.values()))
+        return {"eye/count/total": 0.0}
+
+    monkeypatch.setattr(plugin.Eye, "observe", observe)
+    looked_at = EYE + "needs = ['before', 'intended']\nlayers = '.*attn.*'\n"
+    train(looked_at, overrides=[f"quantize.storage={storage}"])
+    assert {len(one) for one in before.values()} == {2}
+    assert all(".attn." in name for one in before.values() for name in one)
+    assert all(
+        torch.equal(before[step][name], after[step - 1][name]) for step in range(2, 9) for name in before[2]
+    )
+    assert len(places) == 1
 
 
 # --- what lines and summaries keep -------------------------------------------------------------------
@@ -471,6 +496,6 @@ def test_what_the_core_keeps_for_monitors_is_on_their_account(train, monkeypatch
         whole(run, due, *arguments)
 
     monkeypatch.setattr(loop, "observe_after", looked)
-    monkeypatch.setattr(loop, "keep_scales", lambda run: None)  # which has an account of its own
-    train(EYE, *(f"[[monitor]]\nplugin = '{name}'\n" for name in ("stall", "descent")))
-    assert all(one["eye"] == 0 < one["stall"] == one["descent"] for one in charged)
+    monkeypatch.setattr(loop, "keep_scales", lambda run, due: None)  # which has an account of its own
+    train(EYE, *(f"[[monitor]]\nplugin = '{name}'\nevery = 1\n" for name in ("ulp", "stiffness")))
+    assert all(one["eye"] == 0 < one["ulp"] == one["stiffness"] for one in charged)

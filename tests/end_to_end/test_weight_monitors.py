@@ -5,9 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import altgrad_core as altgrad
-from altgrad_core import checkpoint, loop
+from altgrad_core import loop
 from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError, discover
 
 TINY = """
@@ -47,53 +46,13 @@ ARMS = {
 NAMES = ("rank", "gradient", "stiffness", "alignment")
 WATCHED = "".join(f"[[monitor]]\nplugin='{name}'\nevery=3\n" for name in NAMES)
 WATCHED = WATCHED.replace("'rank'\n", "'rank'\nwarmup=3\n").replace("'gradient'\n", "'gradient'\nwindow=2\n")
-CLOCKS = ("time/", "cost/", "memory/")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Train an experiment's text in a folder of its own, and return the result."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
-
-    def run(text: str, folder: str = "runs"):
-        path = tmp_path / f"{folder}.toml"
-        path.write_text(text)
-        return altgrad.run(altgrad.load_experiment(path), out=tmp_path / folder, quiet=True)
-
-    return run
-
-
-def metrics(result):
-    return [
-        {key: value for key, value in line.items() if not key.startswith(CLOCKS)}
-        for line in read_lines(result.folder / "metrics.jsonl")
-    ]
-
-
-def warnings(result):
-    return [one["message"] for one in read_lines(result.folder / "events.jsonl") if one["event"] == "warning"]
-
-
-def last_checkpoint(result):
-    found, _ = checkpoint.newest(result.folder / "checkpoints")
-    return found
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other or (one != one and other != other)  # NaN
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_monitors_report_on_every_kind_of_storage(arm, run):
-    result = run(TINY + ARMS[arm] + WATCHED)
-    line = metrics(result)[-1]
-    assert warnings(result) == []
+def test_the_monitors_report_on_every_kind_of_storage(arm, lines, run_text, warnings):
+    result = run_text(TINY + ARMS[arm] + WATCHED)
+    line = lines(result.folder)[-1]
+    assert warnings(result.folder) == []
     assert {name.partition("/")[0] for name in line} >= set(NAMES)
     assert line["rank/warning/lm_head"] == 0
     assert not any("wte" in name for name in line)
@@ -105,8 +64,10 @@ def test_the_monitors_report_on_every_kind_of_storage(arm, run):
     assert 0 < line["alignment/code_utilization/total"] < 1
 
 
-def test_weights_on_the_grid_are_there_and_masters_are_half_a_gap_away_at_most(run):
-    stored, master = (metrics(run(TINY + ARMS[arm] + WATCHED, arm))[-1] for arm in ("grid", "master"))
+def test_weights_on_the_grid_are_there_and_masters_are_half_a_gap_away_at_most(lines, run_text):
+    stored, master = (
+        lines(run_text(TINY + ARMS[arm] + WATCHED, arm).folder)[-1] for arm in ("grid", "master")
+    )
     assert stored["alignment/on_grid_fraction/total"] == 1
     assert stored["alignment/distance_max/total"] == 0
     assert master["alignment/on_grid_fraction/total"] < 0.5
@@ -115,17 +76,21 @@ def test_weights_on_the_grid_are_there_and_masters_are_half_a_gap_away_at_most(r
 
 
 @pytest.mark.parametrize("arm", ["grid", "rungs"])
-def test_the_monitors_leave_the_run_as_it_is(arm, run):
-    one, other = (last_checkpoint(run(TINY + ARMS[arm] + more, str(len(more)))) for more in ("", WATCHED))
-    assert same(one.model, other.model)
+def test_the_monitors_leave_the_run_as_it_is(arm, last_checkpoint, run_text, same_tree):
+    one, other = (
+        last_checkpoint(run_text(TINY + ARMS[arm] + more, str(len(more)))) for more in ("", WATCHED)
+    )
+    assert same_tree(one.model, other.model)
     for key in ("optimizer", "storage", "random", "scales"):
-        assert same(one.state[key], other.state[key])
+        assert same_tree(one.state[key], other.state[key])
 
 
 @pytest.mark.parametrize("arm", ["grid", "rungs"])
-def test_a_resumed_run_shows_the_same_metrics_bit_for_bit(arm, run, monkeypatch):
+def test_a_resumed_run_shows_the_same_metrics_bit_for_bit(
+    arm, run, monkeypatch, last_checkpoint, lines, run_text, same_tree
+):
     text = TINY + ARMS[arm] + WATCHED
-    whole = run(text, "whole")
+    whole = run_text(text, "whole")
     step = loop._one_step
 
     def stopping(run):
@@ -133,27 +98,27 @@ def test_a_resumed_run_shows_the_same_metrics_bit_for_bit(arm, run, monkeypatch)
         run.outcome = "interrupted" if run.step == 7 else run.outcome
 
     monkeypatch.setattr(loop, "_one_step", stopping)
-    assert run(text, "parts").outcome == "interrupted"
+    assert run_text(text, "parts").outcome == "interrupted"
     monkeypatch.setattr(loop, "_one_step", step)
-    parts = run(text, "parts")
-    assert same(last_checkpoint(whole).state["plugins"], last_checkpoint(parts).state["plugins"])
-    last = [metrics(one)[-1] for one in (whole, parts)]
+    parts = run_text(text, "parts")
+    assert same_tree(last_checkpoint(whole).state["plugins"], last_checkpoint(parts).state["plugins"])
+    last = [lines(one.folder)[-1] for one in (whole, parts)]
     assert last[0].keys() == last[1].keys()
-    assert same(*last)
+    assert same_tree(*last)
 
 
-def test_a_run_against_itself_as_the_baseline_does_not_warn(run):
-    first = run(TINY + ARMS["grid"] + WATCHED, "first")
+def test_a_run_against_itself_as_the_baseline_does_not_warn(lines, run_text, warnings):
+    first = run_text(TINY + ARMS["grid"] + WATCHED, "first")
     against = WATCHED.replace("warmup=3\n", f"baseline='{first.folder}'\n")
-    second = run(TINY + ARMS["grid"] + against, "second")
-    assert warnings(second) == []
-    assert [line.get("rank/warning/total") for line in metrics(second)] == [None, 0, 0, 0, 0]
+    second = run_text(TINY + ARMS["grid"] + against, "second")
+    assert warnings(second.folder) == []
+    assert [line.get("rank/warning/total") for line in lines(second.folder)] == [None, 0, 0, 0, 0]
 
 
-def test_a_baseline_that_is_no_run_ends_it_before_it_begins(run):
+def test_a_baseline_that_is_no_run_ends_it_before_it_begins(run_text):
     wrong = WATCHED.replace("warmup=3\n", "baseline='nowhere'\n")
     with pytest.raises(UsageError, match=r"baseline 'nowhere' is no run: it has no metrics\.jsonl"):
-        run(TINY + ARMS["grid"] + wrong)
+        run_text(TINY + ARMS["grid"] + wrong)
 
 
 class HostReads(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import attrs
 from attrs.validators import ge, gt, instance_of, le, lt
 
@@ -24,6 +26,8 @@ def _named_column(_: object, field: attrs.Attribute[str], value: str) -> None:
 @attrs.frozen(kw_only=True)
 class LicensesOptions:
     """The licence texts have no options: everybody trains and validates on the same texts."""
+
+    label_count: ClassVar[int] = 10
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +54,35 @@ class LabelledHubOptions(HubOptions):
         validator=[instance_of(str), _named_column],
         metadata={"help": "the column of the label indices", "unit": ""},
     )
+
+
+def _label_count(of_the_hub: int) -> Any:
+    """Return an option for data whose column `labels` has that many; of another column that is not known."""
+    return attrs.field(
+        default=attrs.Factory(
+            lambda options: of_the_hub if options.labels == "labels" else 0, takes_self=True
+        ),
+        validator=[instance_of(int), ge(0)],
+        metadata={
+            "help": f"how many labels there are, for classification; left out: the {of_the_hub} of the "
+            "column labels, or 0 for another column: as many as the largest index says",
+            "unit": "",
+        },
+    )
+
+
+@attrs.frozen(kw_only=True)
+class EurlexOptions(LabelledHubOptions):
+    """EU laws under EuroVoc concepts."""
+
+    label_count: int = _label_count(100)
+
+
+@attrs.frozen(kw_only=True)
+class EcthrOptions(LabelledHubOptions):
+    """Cases of the European Court of Human Rights under the articles that were violated."""
+
+    label_count: int = _label_count(10)
 
 
 @attrs.frozen(kw_only=True)
@@ -110,6 +143,15 @@ class JsonlOptions:
         default="labels",
         validator=instance_of(str),
         metadata={"help": "the key of the label indices: an integer or a list of them", "unit": ""},
+    )
+    label_count: int = attrs.field(
+        default=0,
+        validator=[instance_of(int), ge(0)],
+        metadata={
+            "help": "how many labels there are, for classification: every object must then have the key; "
+            "0: as many as the largest index says, if any has it",
+            "unit": "",
+        },
     )
     validation_fraction: float = attrs.field(
         default=0.1,
@@ -210,14 +252,14 @@ def altgrad_datasets() -> list[Component]:
         Component(
             name="eurlex",
             summary="EU laws with the labels of 100 EuroVoc concepts, from the hub or from files",
-            options=LabelledHubOptions,
+            options=EurlexOptions,
             target="altgrad_data.hub:eurlex",
             source="Chalkidis et al., LexGLUE, ACL 2022; hub: coastalcph/lex_glue",
         ),
         Component(
             name="ecthr_a",
             summary="cases of the European Court of Human Rights, labelled by 10 articles, from hub or files",
-            options=LabelledHubOptions,
+            options=EcthrOptions,
             target="altgrad_data.hub:ecthr_a",
             source="Chalkidis et al., LexGLUE, ACL 2022; hub: coastalcph/lex_glue",
         ),

@@ -24,7 +24,7 @@ import attrs
 
 from altgrad_core.hookspecs import Document
 from altgrad_core.network import reachable
-from altgrad_data import HubOptions, LabelledHubOptions
+from altgrad_data import EcthrOptions, EurlexOptions, HubOptions
 from altgrad_data.files import content_hash
 from altgrad_data.hub_files import HubFiles
 from altgrad_data.rows import Row, labels_of, text_of, value_of
@@ -40,11 +40,10 @@ _TRUE = ("1", "ON", "YES", "TRUE")
 
 @attrs.frozen
 class Origin:
-    """Where a data set is on the hub, and how many labels it has."""
+    """Where a data set is on the hub."""
 
     repository: str
     configuration: str
-    label_count: int = 0
 
     @property
     def address(self) -> str:
@@ -54,19 +53,17 @@ class Origin:
 class HubTexts:
     """Rows with a text, and labels where the origin has them: a `TextSource`."""
 
-    def __init__(self, origin: Origin, path: str, labels: str = "") -> None:
+    def __init__(self, origin: Origin, path: str, labels: str = "", label_count: int = 0) -> None:
         self._origin = origin
         self._labels = labels
-        self._files = HubFiles(path, origin.configuration) if path else None
-
-    @property
-    def label_count(self) -> int:
+        self.label_count = label_count
         """How many labels there are; 0: as many as the largest index says."""
-        return self._origin.label_count if self._labels == "labels" else 0
+        self._files = HubFiles(path, origin.configuration) if path else None
 
     def fingerprint(self) -> str:
         files = self._files.all if self._files else []
-        return content_hash(files, attrs.astuple(self._origin), LAYOUT, self._labels, len(files))
+        settings = (self._labels, self.label_count)
+        return content_hash(files, attrs.astuple(self._origin), LAYOUT, *settings, len(files))
 
     def documents(self, split: str) -> Iterator[Document]:
         for where, row in self._rows(split):
@@ -93,12 +90,14 @@ class Articles(HubTexts):
         return (Document(text) for text in articles(lines))
 
 
-def eurlex(options: LabelledHubOptions = LabelledHubOptions()) -> HubTexts:  # noqa: B008 - it is frozen
-    return HubTexts(Origin("coastalcph/lex_glue", "eurlex", 100), options.path, options.labels)
+def eurlex(options: EurlexOptions = EurlexOptions()) -> HubTexts:  # noqa: B008 - it is frozen
+    origin = Origin("coastalcph/lex_glue", "eurlex")
+    return HubTexts(origin, options.path, options.labels, options.label_count)
 
 
-def ecthr_a(options: LabelledHubOptions = LabelledHubOptions()) -> HubTexts:  # noqa: B008 - it is frozen
-    return HubTexts(Origin("coastalcph/lex_glue", "ecthr_a", 10), options.path, options.labels)
+def ecthr_a(options: EcthrOptions = EcthrOptions()) -> HubTexts:  # noqa: B008 - it is frozen
+    origin = Origin("coastalcph/lex_glue", "ecthr_a")
+    return HubTexts(origin, options.path, options.labels, options.label_count)
 
 
 def wikitext(options: HubOptions = HubOptions()) -> HubTexts:  # noqa: B008 - it is frozen

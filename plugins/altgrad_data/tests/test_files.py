@@ -157,6 +157,14 @@ def test_each_line_is_a_document_with_its_labels(write, name):
     assert list(source.documents("train")) == list(source.documents("validation")) == expected
 
 
+def test_where_the_number_of_labels_is_given_every_object_must_have_some(write):
+    path = write({"text": "a", "labels": []}, {"text": "b"})
+    source = JsonLines(JsonlOptions(path=path, validation=path, label_count=3))
+    assert source.label_count == 3
+    with pytest.raises(ValueError, match=r"a.jsonl:2: no key 'labels'; its keys are text: set labels to one"):
+        list(source.documents("train"))
+
+
 def test_other_keys_can_hold_text_and_labels(write):
     path = write({"body": "b", "kind": 4, "text": "no", "labels": [9]})
     source = JsonLines(JsonlOptions(path=path, validation=path, field="body", labels="kind"))

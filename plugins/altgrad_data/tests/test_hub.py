@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from altgrad_core.hookspecs import Document, TextSource
-from altgrad_data import HubOptions, LabelledHubOptions
+from altgrad_data import EcthrOptions, EurlexOptions, HubOptions
 from altgrad_data.hub import articles, ecthr_a, eurlex, wikitext
 
 
@@ -58,7 +58,7 @@ def test_a_folder_of_the_hubs_columns_is_read_by_the_names_of_its_files(tmp_path
         write(folder / name, [lawsuit(10 * number + row) for row in range(3)])
     for other in ("test", "restrain", "trainee"):
         write(folder / names[0].replace("train", other), [lawsuit(90)])
-    source = eurlex(LabelledHubOptions(path=str(tmp_path)))
+    source = eurlex(EurlexOptions(path=str(tmp_path)))
     assert isinstance(source, TextSource)
     found = documents(source)
     assert found["train"] == [Document(f"act {n}", (n % 3, 99)) for n in (0, 1, 2, 10, 11, 12)]
@@ -72,7 +72,7 @@ def test_parquet_and_json_lines_of_the_same_rows_are_the_same_documents(tmp_path
         (tmp_path / kind).mkdir()
         for split in ("train", "validation"):
             write(tmp_path / kind / f"{split}.{kind}", rows)
-        sources.append(ecthr_a(LabelledHubOptions(path=str(tmp_path / kind))))
+        sources.append(ecthr_a(EcthrOptions(path=str(tmp_path / kind))))
     assert documents(sources[0]) == documents(sources[1])
     assert documents(sources[0])["train"] == [
         Document("first paragraph\nsecond é"),
@@ -84,35 +84,43 @@ def test_parquet_and_json_lines_of_the_same_rows_are_the_same_documents(tmp_path
 def test_a_single_file_is_split_by_the_key_that_says_so(tmp_path):
     splits = ("train", "validation", "test", "train")
     as_jsonl(tmp_path / "a.jsonl", [lawsuit(number, split) for number, split in enumerate(splits)])
-    found = documents(eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl"))))
+    found = documents(eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl"))))
     assert [document.text for document in found["train"]] == ["act 0", "act 3"]
     assert [document.text for document in found["validation"]] == ["act 1"]
 
 
 def test_a_single_file_without_that_key_holds_out_a_tenth_by_a_hash_of_the_text(tmp_path):
     as_jsonl(tmp_path / "a.jsonl", [lawsuit(number) for number in range(2000)])
-    found = documents(eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl"))))
+    found = documents(eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl"))))
     assert len(found["train"]) + len(found["validation"]) == 2000
     assert abs(len(found["validation"]) / 2000 - 0.1) < 4 * (0.1 * 0.9 / 2000) ** 0.5
 
 
 def test_another_column_can_hold_the_labels(tmp_path):
     as_jsonl(tmp_path / "a.jsonl", [lawsuit(1, "train")])
-    source = eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl"), labels="domain_labels"))
+    source = eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl"), labels="domain_labels"))
     assert list(source.documents("train")) == [Document("act 1", (1,))]
     assert source.label_count == 0
-    assert eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl"))).label_count == 100
+
+
+def test_the_number_of_labels_is_that_of_the_hubs_column_or_the_users_word():
+    assert (eurlex().label_count, ecthr_a().label_count) == (100, 10)
+    assert [EurlexOptions(**given).label_count for given in ({"labels": "domains"}, {"label_count": 21})] == [
+        0,
+        21,
+    ]
 
 
 def test_the_fingerprint_follows_content_and_column_and_not_the_place(tmp_path):
     for name, rows in (("a", 3), ("b", 3), ("c", 4)):
         as_jsonl(tmp_path / f"{name}.jsonl", [lawsuit(number, "train") for number in range(rows)])
     one, same, longer = (
-        eurlex(LabelledHubOptions(path=str(tmp_path / f"{name}.jsonl"))).fingerprint() for name in "abc"
+        eurlex(EurlexOptions(path=str(tmp_path / f"{name}.jsonl"))).fingerprint() for name in "abc"
     )
-    column = eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl"), labels="domain_labels")).fingerprint()
+    column = eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl"), labels="domain_labels")).fingerprint()
+    fewer = eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl"), label_count=7)).fingerprint()
     assert one == same
-    assert len({one, longer, column, eurlex().fingerprint(), ecthr_a().fingerprint()}) == 5
+    assert len({one, longer, column, fewer, eurlex().fingerprint(), ecthr_a().fingerprint()}) == 6
 
 
 @pytest.mark.parametrize(
@@ -126,12 +134,12 @@ def test_the_fingerprint_follows_content_and_column_and_not_the_place(tmp_path):
 def test_a_path_that_holds_no_data_set_is_an_error_that_says_what_is_wanted(tmp_path, make, error, message):
     make(tmp_path / "place")
     with pytest.raises(error, match=message):
-        eurlex(LabelledHubOptions(path=str(tmp_path / "place")))
+        eurlex(EurlexOptions(path=str(tmp_path / "place")))
 
 
 def test_a_missing_column_names_the_row_and_the_columns_there_are(tmp_path):
     as_jsonl(tmp_path / "a.jsonl", [{"text": "a", "split": "train"}])
-    source = eurlex(LabelledHubOptions(path=str(tmp_path / "a.jsonl")))
+    source = eurlex(EurlexOptions(path=str(tmp_path / "a.jsonl")))
     message = r"a\.jsonl:1: no key 'labels'; its keys are text, split: set labels to one"
     with pytest.raises(ValueError, match=message):
         list(source.documents("train"))
@@ -142,7 +150,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         as_parquet(tmp_path / f"{split}.parquet", [lawsuit(number) for number in range(50)])
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"train\.parquet: damaged after row 0: .*; download it again"):
-        list(eurlex(LabelledHubOptions(path=str(tmp_path))).documents("train"))
+        list(eurlex(EurlexOptions(path=str(tmp_path))).documents("train"))
 
 
 def test_without_pyarrow_parquet_names_what_to_install(tmp_path, monkeypatch):
@@ -150,7 +158,7 @@ def test_without_pyarrow_parquet_names_what_to_install(tmp_path, monkeypatch):
         (tmp_path / f"{split}.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"read by pyarrow, .* pip install 'altgrad-data\[hub\]'"):
-        list(eurlex(LabelledHubOptions(path=str(tmp_path))).documents("train"))
+        list(eurlex(EurlexOptions(path=str(tmp_path))).documents("train"))
 
 
 # --- WikiText --------------------------------------------------------------------------------------------
@@ -268,7 +276,7 @@ def test_without_a_network_a_copy_on_this_machine_is_used(copied, silent):
 
 
 def test_the_sample_has_865_and_113_acts_under_100_labels(eurlex_sample):
-    source = eurlex(LabelledHubOptions(path=str(eurlex_sample)))
+    source = eurlex(EurlexOptions(path=str(eurlex_sample)))
     found = documents(source)
     assert {split: len(acts) for split, acts in found.items()} == {"train": 865, "validation": 113}
     assert sum(len(act.text.encode()) for act in found["validation"]) == 3_076_651
@@ -278,7 +286,7 @@ def test_the_sample_has_865_and_113_acts_under_100_labels(eurlex_sample):
 
 
 def test_genuine_rows_of_the_hub_are_read(eurlex_sample):
-    found = documents(eurlex(LabelledHubOptions(path=str(eurlex_sample / "lex_glue_eurlex_rows.jsonl"))))
+    found = documents(eurlex(EurlexOptions(path=str(eurlex_sample / "lex_glue_eurlex_rows.jsonl"))))
     rows = [json.loads(line) for line in (eurlex_sample / "lex_glue_eurlex_rows.jsonl").open()]
     expected = [Document(row["text"], tuple(row["labels"])) for row in rows if row["split"] != "test"]
     assert sorted(itertools.chain(*found.values()), key=str) == sorted(expected, key=str)

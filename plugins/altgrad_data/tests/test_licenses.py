@@ -72,7 +72,7 @@ def test_there_are_ten_categories_in_sorted_order_and_every_text_has_one(license
         "Source-available",
     )
     labels = Counter(document.labels for split in splits.values() for document in split)
-    assert set(labels) == {(index,) for index in range(10)}
+    assert set(labels) == {(index,) for index in range(LicensesOptions.label_count)}
 
 
 def test_the_mit_license_is_permissive_and_its_front_matter_is_gone(licenses):

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 import altgrad_data
-from altgrad_data import BinOptions, JsonlOptions, LabelledHubOptions, MarkovOptions, TextOptions
+from altgrad_data import BinOptions, EurlexOptions, JsonlOptions, LicensesOptions, MarkovOptions, TextOptions
 
 COMPONENTS = altgrad_data.altgrad_datasets()
 
@@ -42,7 +42,8 @@ def test_listing_the_data_sets_imports_neither_numpy_nor_torch():
             lambda: JsonlOptions(path="a", validation="b", split="c"),
             "validation = 'b' and split = 'c' both say",
         ),
-        (lambda: LabelledHubOptions(labels=""), "'labels' is empty; write the name of a column"),
+        (lambda: EurlexOptions(labels=""), "'labels' is empty; write the name of a column"),
+        (lambda: EurlexOptions(label_count=-1), "'label_count' must be >= 0: -1"),
         (lambda: BinOptions(path="a", vocab_size=70000), "'vocab_size' must be <= 65536: 70000"),
         (lambda: MarkovOptions(order=0), "'order' must be >= 1: 0"),
         (
@@ -54,6 +55,12 @@ def test_listing_the_data_sets_imports_neither_numpy_nor_torch():
 def test_options_that_cannot_work_are_errors(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_options_of_data_sets_with_labels_say_how_many_there_are():
+    assert (LicensesOptions().label_count, EurlexOptions().label_count) == (10, 100)
+    assert JsonlOptions(path="a").label_count == 0  # not known before the file is read
+    assert not any(hasattr(options, "label_count") for options in (TextOptions, BinOptions, MarkovOptions))
 
 
 def test_options_of_token_sources_have_a_vocab_size():

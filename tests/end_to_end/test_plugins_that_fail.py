@@ -1,0 +1,190 @@
+"""Plugins that raise at import or while they are built: monitors are dropped, all others end the run."""
+
+import re
+import sys
+
+import pytest
+
+from altgrad_core import registry as registry_module
+from altgrad_core.cli import _guarded, app, run_app
+from altgrad_core.record import read_lines
+
+PLUGIN = '''
+"""One component of each kind, and all of them called acme; and a policy that reads the monitor. Light."""
+
+from altgrad_core.hookspecs import Component, hookimpl
+
+
+def _hook(name):
+    return hookimpl(specname=name)(lambda: [Component(name="acme", summary="", target="acme_parts:Part")])
+
+
+KINDS = "formats", "stiffness", "optimizers", "monitors", "fallbacks", "datasets", "executors"
+for kind in KINDS:
+    globals()["acme_" + kind] = _hook("altgrad_" + kind)
+
+
+class Reader:
+    needs = ("acme/count/total",)
+
+    def __init__(self, options):
+        pass
+
+    def decide(self, step, metrics):
+        return None
+
+
+@hookimpl(specname="altgrad_fallbacks")
+def readers():
+    return [Component(name="reader", summary="", target="acme_plugin:Reader")]
+'''
+TINY = """
+name = "tiny"
+seed = 7
+steps = 4
+[data]
+plugin = "markov"
+tokens = 2000
+[model]
+n_layer = 1
+n_head = 1
+n_embd = 16
+block_size = 16
+[train]
+batch_size = 2
+device = "cpu"
+eval_batches = 1
+log_every = 1
+checkpoint_every = 2
+"""
+MONITOR = "[[monitor]]\nplugin = 'acme'\n"
+AT_IMPORT = "raise RuntimeError('boom')"
+AS_IT_IS_BUILT = (
+    "class Part:\n    needs = ()\n\n    def __init__(self, *inputs):\n        raise RuntimeError('boom')"
+)
+WORKING = (
+    "class Part:\n    needs = ()\n\n    def __init__(self, options):\n        pass\n\n"
+    "    def observe(self, step):\n        return {'acme/count/total': 1.0}"
+)
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    """Return a function that installs the distribution acme 3.1 with the parts of a text."""
+    place = tmp_path / "site"
+    (place / "acme-3.1.dist-info").mkdir(parents=True)
+    (place / "acme-3.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: acme\nVersion: 3.1\n"
+    )
+    (place / "acme-3.1.dist-info" / "entry_points.txt").write_text("[altgrad]\nacme = acme_plugin\n")
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two texts within a second have one time stamp
+
+    def install(parts, plugin=PLUGIN):
+        (place / "acme_plugin.py").write_text(plugin)
+        (place / "acme_parts.py").write_text(parts)
+        forget()
+
+    def forget():
+        registry_module._discover.cache_clear()
+        for module in ("acme_plugin", "acme_parts"):
+            sys.modules.pop(module, None)
+
+    yield install
+    forget()
+
+
+@pytest.fixture
+def train(run_text):
+    """Return a function that runs the experiment with further tables, from Python."""
+    return lambda tables="", **options: run_text(TINY + tables, **options)
+
+
+@pytest.fixture
+def command(write, tmp_path, capsys):
+    """Return a function that runs the command on the experiment; gives its exit code and errors, by line."""
+
+    def command(tables, *flags):
+        sets = [part for flag in flags for part in ("--set", flag)]
+        path, out = write(TINY + tables), tmp_path / "runs"
+        code = _guarded(run_app, [str(path), "--out", str(out), "--quiet", *sets])
+        return code, capsys.readouterr().err.splitlines()
+
+    return command
+
+
+def losses(result):
+    return [line["train/loss"] for line in read_lines(result.folder / "metrics.jsonl") if line["step"]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (AT_IMPORT, "its target 'acme_parts:Part' cannot be loaded: RuntimeError: boom"),
+        ("import a_library_that_is_not_there", "its target 'acme_parts:Part' cannot be loaded: Module"),
+        ("raise SystemExit(3)", "its target 'acme_parts:Part' cannot be loaded: SystemExit: 3"),
+        ("Other = 1", "its target 'acme_parts:Part' cannot be loaded: AttributeError"),
+        (AS_IT_IS_BUILT, "cannot be built: RuntimeError: boom"),
+    ],
+)
+def test_a_monitor_that_cannot_be_had_is_said_once_and_dropped(parts, reason, acme, train, warnings):
+    acme(parts)
+    result = train(MONITOR)
+    assert result.outcome == "finished"
+    (warning,) = warnings(result.folder)
+    assert re.match(r"acme of acme 3\.1: monitor 'acme' of acme 3\.1:? ", warning)
+    assert reason in warning
+    assert warning.endswith("the monitor is dropped, training goes on")
+    assert losses(result) == losses(train(name="without"))
+
+
+def test_a_monitor_that_was_never_had_is_not_said_again_on_resume(acme, train, warnings):
+    acme(AT_IMPORT)
+    (train(MONITOR).folder / "summary.json").unlink()
+    assert len(warnings(train(MONITOR).folder)) == 1
+
+
+def test_a_monitor_that_is_lost_between_two_commands_takes_its_metrics_with_it(acme, train, warnings):
+    acme(WORKING)
+    (train(MONITOR).folder / "summary.json").unlink()
+    acme(AT_IMPORT)
+    result = train(MONITOR)
+    assert len(warnings(result.folder)) == 1
+    assert not any(name.startswith("acme/") for name in result.summary["final"])
+
+
+def test_the_policies_that_read_a_dropped_monitor_are_named(acme, train, warnings):
+    acme(AT_IMPORT)
+    (warning,) = warnings(train(MONITOR + "[[fallback]]\nplugin = 'reader'\n").folder)
+    assert warning.endswith("; without its metrics: reader")
+
+
+@pytest.mark.parametrize("parts", [AT_IMPORT, AS_IT_IS_BUILT], ids=["at import", "as it is built"])
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        ("format", "quantize.format='acme'"),
+        ("optimizer", "optimizer.plugin='acme'"),
+        ("stiffness", "optimizer={plugin = 'ManifoldAdamW', stiffness = 'acme'}"),
+        ("fallback", "fallback=[{plugin = 'acme'}]"),
+        ("dataset", "data.plugin='acme'"),
+        ("executor", "executor='acme'"),
+    ],
+)
+def test_anything_else_that_cannot_be_had_ends_the_run_in_one_line(kind, flag, parts, acme, command):
+    acme(parts)
+    code, (line,) = command("", flag)
+    assert code == 1
+    assert line.startswith(f"failed: {kind} 'acme' of acme 3.1")
+    assert line.endswith("RuntimeError: boom")
+
+
+def test_a_file_that_names_a_component_of_a_broken_plugin_is_refused_with_the_reason(acme, command, capsys):
+    acme(WORKING, plugin=AT_IMPORT)
+    code, (line,) = command(MONITOR)
+    assert code == 2
+    assert "monitor[0].plugin: no monitor named 'acme' is installed" in line
+    assert line.endswith("broken plugins, where it may be: acme 3.1 (RuntimeError: boom)")
+    _guarded(app, ["plugins"])
+    assert "acme 3.1" in capsys.readouterr().out
+    assert command("") == (0, [])
