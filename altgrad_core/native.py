@@ -24,9 +24,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -36,6 +37,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from altgrad_core.cache_folder import default_cache
 from altgrad_core.kernels import VARIABLE
+
+Table = TypeVar("Table")
 
 FEWEST_ELEMENTS = 1024
 """Below this a call costs more than it saves."""
@@ -158,6 +161,24 @@ def whereabouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     (Not for tensors under torch.func, which `recording` tells of.)
     """
     return [(x.data_ptr(), type(x), x.dtype, x.is_contiguous(), x.is_neg(), x.numel()) for x in tensors]
+
+
+class KeptTables(Generic[Table]):
+    """Tables for a loop in C, kept as long as what they were made of stays equal; they go with their owner.
+
+    What a table holds addresses of must be among what it is made of (`whereabouts`), or owned by the table.
+    """
+
+    def __init__(self) -> None:
+        self._found: WeakKeyDictionary[Any, dict[int, tuple[object, Table]]] = WeakKeyDictionary()
+
+    def get(self, owner: object, part: object, made_of: object, make: Callable[[], Table]) -> Table:
+        """Return the table of a part of the owner, made anew where there is none, or it has changed."""
+        tables = self._found.setdefault(owner, {})
+        found = tables.get(id(part))
+        if found is None or found[0] != made_of or torch._C._functorch.maybe_current_level():
+            found = tables[id(part)] = made_of, make()
+        return found[1]
 
 
 def one_number(scale: Tensor) -> bool:

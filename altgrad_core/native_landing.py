@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,9 +34,8 @@ def _loops() -> ctypes.CDLL | None:
 
 @attrs.frozen(eq=False)
 class _Tables:
-    """Weights as the loop wants them, with what that was made of."""
+    """Weights as the loop wants them."""
 
-    made_of: tuple[object, ...]
     places: list[int]
     """Of the weights that the loop can take; the others are not in the tables."""
     rows: Tensor  # (n, 8) int64, the struct Weight
@@ -49,7 +47,7 @@ class _Tables:
     """Where the loop leaves updates before rounding, by place: fresh pages cost more than it does."""
 
 
-_tables: weakref.WeakKeyDictionary[GridScales, _Tables] = weakref.WeakKeyDictionary()
+_kept: native.KeptTables[_Tables] = native.KeptTables()
 
 
 def land(
@@ -99,18 +97,13 @@ def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, 
 
 def _tables_of(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables | None:
     """Return the tables, made anew when something has changed or moved; None: no weight is for the loop."""
-    numbers = scales.on_host()
     where = native.whereabouts(weights), native.whereabouts(scales.scales)
-    made_of = *where, list(formats), numbers, torch.get_num_threads()
-    tables = _tables.get(scales)
-    if tables is None or tables.made_of != made_of or torch._C._functorch.maybe_current_level():
-        tables = _tables[scales] = _made(weights, formats, scales, made_of)
+    made_of = *where, list(formats), scales.on_host(), torch.get_num_threads()
+    tables = _kept.get(scales, None, made_of, lambda: _made(weights, formats, scales))
     return tables if tables.places else None
 
 
-def _made(
-    weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales, made_of: tuple[object, ...]
-) -> _Tables:
+def _made(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables:
     blocks, rows, ranges, owners = native.Blocks(), {}, [], []
     for place, (weight, format) in enumerate(zip(weights, formats, strict=True)):
         loops = blocks.of(format) if native.readable(weight) else None
@@ -121,7 +114,6 @@ def _made(
             ranges.append([*on_host.limits, *on_host.quiet])
             owners.append(loops)
     return _Tables(
-        made_of=made_of,
         places=list(rows),
         rows=torch.tensor(list(rows.values()), dtype=torch.int64, device="cpu"),
         ranges=torch.tensor(ranges, dtype=torch.float64, device="cpu"),

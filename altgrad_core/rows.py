@@ -114,7 +114,7 @@ class Row:
 
 
 def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Return the 1- or 2-norm of each tensor, accumulated in float64: (n,) float64.
+    """Return the 1-, 2- or infinity-norm of each tensor, accumulated in float64: (n,) float64.
 
     0 for one without elements; NaN where one holds NaN. In one launch on a device; on a CPU, where launches
     cost little, other reductions are faster.

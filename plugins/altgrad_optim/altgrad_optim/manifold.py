@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad_core import native
 from altgrad_core.error_compensation import Momentum, adam_rate
 from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
@@ -41,8 +40,7 @@ from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.kernels import flat
 from altgrad_core.lookup import get_stiffness
 from altgrad_core.rows import Row, in_rows
-from altgrad_core.stiffness import grid_stiffness
-from altgrad_optim import ManifoldAdamWOptions, native_steps, position
+from altgrad_optim import ManifoldAdamWOptions, manifold_pass, position
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
@@ -165,61 +163,9 @@ class ManifoldAdamW(GeometryOptimizer):
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
         for weight, *_ in gridded:
             moments(self.state[weight], weight, "exp_avg", "exp_avg_sq")
-        left = gridded
-        if native_steps.available() and {group["p"], group["q"]} <= native_steps.POWERS.keys():
-            left = self._update_in_c(group, gridded)
-        self._update_in_rows(group, left)
+        self._update_in_rows(group, manifold_pass.step(self, group, gridded))
 
-    def _update_in_c(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> list[Gridded]:
-        """Take the step of the weights that there are loops for, and return the others."""
-        blocks, moves, left = native.Blocks(), [], []
-        kept: list[object] = []  # what the loops read, until they have
-        for weight, format, scale in gridded:
-            state = self.state[weight]
-            memory = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
-            loops = blocks.of(format) if native.readable(*memory) else None
-            if loops is None:
-                left.append((weight, format, scale))
-                continue
-            stiffness, loop = 0, loops
-            if group["p"] or group["q"]:
-                loop = self._loop_of(format, loops) if native.one_number(scale) else None
-            if loop is None:
-                spread = self._stiffness_at(weight, format, scale).to(weight.dtype).contiguous()
-                stiffness, loop = spread.data_ptr(), loops
-                kept.append(spread)
-            kept.append(loop)
-            function = loop.spacings if isinstance(loop, native.BlockLoops) else loop.function
-            addresses = [one.data_ptr() for one in (*memory, state["step"])]
-            grid = function, loop.context, scale.data_ptr()
-            moves.append(native_steps.ManifoldMove(*addresses, stiffness, *grid, weight.numel()))
-        if moves:
-            native_steps.manifold_steps(
-                moves,
-                lr=self.grid_lr(group),
-                decay=self._kept(group),
-                betas=group["betas"],
-                eps=group["eps"],
-                powers=(group["p"], group["q"]),
-                normalize=group["normalize"],
-                max_stiffness=group["max_stiffness"],
-            )
-        return left
-
-    def _loop_of(
-        self, format: Format, loops: native.BlockLoops
-    ) -> native.BlockLoops | native.SpacingLoop | None:
-        """Return the loop in C that knows the stiffness of weights of a format, None where there is none.
-
-        The spacing of their own grid is among the format's; a formula may offer another.
-        """
-        formula = pointwise(self.stiffness)
-        if formula is grid_stiffness:
-            return loops
-        offered = getattr(formula, "block_loop", None)
-        return offered(format) if offered is not None else None
-
-    def _kept(self, group: dict[str, Any]) -> float:
+    def left_by_decay(self, group: dict[str, Any]) -> float:
         """Return what decay leaves of a weight in one step."""
         in_weight_units = not group["q"] or group["normalize"] != "none"
         rate = self.grid_lr(group) if in_weight_units else group["decay_lr"] * schedule_factor(group)
@@ -246,7 +192,7 @@ class ManifoldAdamW(GeometryOptimizer):
         direction = adamw_direction(gradient, m, v, step, group["betas"], group["eps"])
         if stiffness is not None and q:
             direction *= normalized(powered(stiffness, q), group["normalize"], row)
-        w.mul_(self._kept(group)).sub_(direction.mul_(self.grid_lr(group)))
+        w.mul_(self.left_by_decay(group)).sub_(direction.mul_(self.grid_lr(group)))
         for values, tensors in ((w, weights), (m, firsts), (v, seconds)):
             row.write_back(values, tensors)
         torch._foreach_add_([state["step"] for state in states], 1)
@@ -254,7 +200,7 @@ class ManifoldAdamW(GeometryOptimizer):
     def _stiffness_of(self, row: Row, values: Tensor, gridded: Sequence[Gridded]) -> Tensor:
         """Return S at a row of weights, which have these values: at once, where it is elementwise."""
         if pointwise(self.stiffness) is None:
-            return row.of(self._stiffness_at(*one) for one in gridded)
+            return row.of(self.stiffness_at(*one) for one in gridded)
         return self.stiffness(values, gridded[0][1], row.spread([scale for *_, scale in gridded]))
 
     @torch.no_grad()
@@ -271,7 +217,7 @@ class ManifoldAdamW(GeometryOptimizer):
         rate = adam_rate(state["exp_avg_sq"], state["step"], lr, group["betas"], group["eps"])
         grid = grid_of(group, index)
         if group["q"] and grid is not None:
-            stiffness = limited(self._stiffness_at(weight, *grid), group["max_stiffness"])
+            stiffness = limited(self.stiffness_at(weight, *grid), group["max_stiffness"])
             powers = normalized(powered(flat(stiffness), group["q"]), group["normalize"], Row([weight]))
             rate = rate * powers.view_as(rate)
         return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
@@ -286,7 +232,7 @@ class ManifoldAdamW(GeometryOptimizer):
         format, scale = grid
         return Position(moved=moved, rung=format.rung(weight * scale))
 
-    def _stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
+    def stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
         """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
         if getattr(self.stiffness, "refresh", "step") != "never":
             return self.stiffness(weight, format, scale)

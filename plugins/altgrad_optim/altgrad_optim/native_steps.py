@@ -90,8 +90,20 @@ class ManifoldMove(NamedTuple):
     elements: int
 
 
+class ManifoldTable:
+    """The moves of a group's weights, as the loops read them; good as long as nothing in them has moved."""
+
+    def __init__(self, moves: Sequence[ManifoldMove]) -> None:
+        self.sizes = [move.elements for move in moves]
+        self.addresses = _table(moves, torch.int64)
+
+    def take_stiffness(self, row: int, place: int) -> None:
+        """Have the stiffness of one weight read from this address."""
+        self.addresses[row, ManifoldMove._fields.index("stiffness")] = place
+
+
 def manifold_steps(
-    moves: Sequence[ManifoldMove],
+    table: ManifoldTable,
     *,
     lr: float,
     decay: float,
@@ -115,11 +127,10 @@ def manifold_steps(
         lr,
         decay,
     )
-    room, threads, split = _shares([one.elements for one in moves])
-    table = _table(moves, torch.int64)
+    room, threads, split = _shares(table.sizes)
     rooms = _room(threads * room), _room(threads * room // PIECE, torch.float64)
-    inputs = native.address(table), ctypes.byref(options)
-    _in_use().manifold_steps(len(moves), *inputs, *map(native.address, rooms), room, split)
+    inputs = native.address(table.addresses), ctypes.byref(options)
+    _in_use().manifold_steps(len(table.sizes), *inputs, *map(native.address, rooms), room, split)
 
 
 class GridMove(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,17 +36,15 @@ class Taken(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the loops need of a group's weights, with what it was made of."""
+    """What the loops need of a group's weights."""
 
-    made_of: tuple[object, ...]
     members: list[Member]
     """Those that there are loops for."""
     table: native_steps.GridTable
     owners: list[native.BlockLoops]
 
 
-_kept: weakref.WeakKeyDictionary[GridOptim, dict[int, _Kept]] = weakref.WeakKeyDictionary()
-"""By the group's identity."""
+_kept: native.KeptTables[_Kept] = native.KeptTables()
 
 
 def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Taken | None:
@@ -91,18 +88,13 @@ def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member
         [one.data_ptr() for both in moments for one in both],
         [one.data_ptr() for one in steps],
         [one.data_ptr() for one in scales.scales],
-        torch._C._functorch.maybe_current_level(),
     )
-    tables = _kept.setdefault(optimizer, {})
-    kept = tables.get(id(group))
-    if kept is None or kept.made_of != made_of:
-        kept = tables[id(group)] = _made(optimizer, list(zip(in_c, moments, strict=True)), made_of)
-    return kept
+    return _kept.get(
+        optimizer, group, made_of, lambda: _made(optimizer, list(zip(in_c, moments, strict=True)))
+    )
 
 
-def _made(
-    optimizer: GridOptim, found: Sequence[tuple[Member, Sequence[Tensor]]], made_of: tuple[object, ...]
-) -> _Kept:
+def _made(optimizer: GridOptim, found: Sequence[tuple[Member, Sequence[Tensor]]]) -> _Kept:
     blocks, moving, moves, owners = native.Blocks(), [], [], []
     for member, moments in found:
         loops = blocks.of(member.format)
@@ -110,7 +102,7 @@ def _made(
             moving.append(member)
             moves.append(_move(optimizer, member, loops, moments))
             owners.append(loops)
-    return _Kept(made_of, moving, native_steps.GridTable(moves), owners)
+    return _Kept(moving, native_steps.GridTable(moves), owners)
 
 
 def _move(
