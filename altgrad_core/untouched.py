@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from altgrad_core.quantizer import quantizer_of
 
@@ -22,30 +22,24 @@ if TYPE_CHECKING:
 
 
 class Untouched:
-    """What there is of a run at a moment, to be compared with what there is later."""
+    """What there is of a run at a moment, to be compared with what there is later.
+
+    It is made in every step that is looked at; names are found when something was written.
+    """
 
     def __init__(self, run: Run) -> None:
-        self._places: list[tuple[str, str, Tensor]] = []  # what of which parameter
-        self._quantizers = []
-        for name, parameter in run.trained.items():
-            self._places.append(("", name, parameter))
-            if parameter.grad is not None:
-                self._places.append(("the gradient of ", name, parameter.grad))
-            state = run.optimizer.state.get(parameter) or {}
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    self._places.append((f"the optimizer's {key} of ", name, value))
-            if (quantizer := quantizer_of(parameter)) is not None:
-                self._quantizers.append((name, quantizer))
-        self._versions = [tensor._version for _, _, tensor in self._places]
+        self._run = run
+        self._tensors = [tensor for parameter in run.trained.values() for tensor in _of(run, parameter)]
+        self._versions = [tensor._version for tensor in self._tensors]
+        found = ((name, quantizer_of(parameter)) for name, parameter in run.trained.items())
+        self._quantizers = [(name, quantizer) for name, quantizer in found if quantizer is not None]
         self._scales = [(one.scale, one.scale._version) for _, one in self._quantizers]
         self._values = together([scale for scale, _ in self._scales])
 
     def written(self) -> str | None:
         """Return what has been written in place since, None where nothing has."""
-        for version, (what, name, tensor) in zip(self._versions, self._places, strict=True):
-            if tensor._version != version:
-                return what + name
+        if [tensor._version for tensor in self._tensors] != self._versions:
+            return self._first_written()
         for index, (name, quantizer) in enumerate(self._quantizers):
             scale, version = self._scales[index]
             if quantizer.scale is scale and scale._version == version:
@@ -54,6 +48,34 @@ class Untouched:
                 return f"the scale of {name}"
             self._scales[index] = quantizer.scale, quantizer.scale._version
         return None
+
+    def _first_written(self) -> str:
+        versions = {
+            id(tensor): version for tensor, version in zip(self._tensors, self._versions, strict=True)
+        }
+        for name, parameter in self._run.trained.items():
+            for tensor in _of(self._run, parameter):
+                if versions.get(id(tensor)) != tensor._version:
+                    return _called(self._run, name, parameter, tensor)
+        return "a tensor of the step"
+
+
+def _of(run: Run, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Yield a parameter, its gradient, and what the optimizer keeps of it."""
+    yield parameter
+    if parameter.grad is not None:
+        yield parameter.grad
+    for value in (run.optimizer.state.get(parameter) or {}).values():
+        if isinstance(value, Tensor):
+            yield value
+
+
+def _called(run: Run, name: str, parameter: nn.Parameter, tensor: Tensor) -> str:
+    state = run.optimizer.state.get(parameter) or {}
+    key = next((key for key, value in state.items() if value is tensor), None)
+    if key is not None:
+        return f"the optimizer's {key} of {name}"
+    return name if tensor is parameter else f"the gradient of {name}"
 
 
 def together(scales: list[Tensor]) -> list[Tensor]:

@@ -61,18 +61,19 @@ def _observe(run: Run, due: list[Watched], method: str, loss: Tensor, before: Ma
     step, held = seen(run, loss, before, needs_of(due) if method == "observe" else set()), Untouched(run)
     charge(due, now() - begun)
     first = [watched for watched in due if not watched.looked]
-    for watched in due:
-        begun = now()
-        try:
-            with _looking_only(run, watched, held):
-                metrics = _checked(watched, getattr(watched.plugin, method)(step))
-            _keep(run, watched, metrics)
-            watched.looked |= method == "observe"
-        except PluginFailure:
-            raise
-        except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
-            run.drop(watched, method, error)
-        watched.seconds += now() - begun
+    with streams_kept(run.device):
+        for watched in due:
+            begun = now()
+            try:
+                with _looking_only(watched, held):
+                    metrics = _checked(watched, getattr(watched.plugin, method)(step))
+                _keep(run, watched, metrics)
+                watched.looked |= method == "observe"
+            except PluginFailure:
+                raise
+            except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
+                run.drop(watched, method, error)
+            watched.seconds += now() - begun
     _warn_of_silent(run, first)
 
 
@@ -108,10 +109,10 @@ def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | floa
 
 
 @contextlib.contextmanager
-def _looking_only(run: Run, watched: Watched, held: Untouched) -> Iterator[None]:
-    """Give the global random streams back as they were; raise PluginFailure where something was written."""
+def _looking_only(watched: Watched, held: Untouched) -> Iterator[None]:
+    """Keep no graph; raise PluginFailure where something was written."""
     try:
-        with torch.no_grad(), streams_kept(run.device):
+        with torch.no_grad():
             yield
     finally:
         if (what := held.written()) is not None:
@@ -153,7 +154,7 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
         if call is None:
             continue
         try:
-            with _looking_only(run, watched, Untouched(run)):
+            with streams_kept(run.device), _looking_only(watched, Untouched(run)):
                 call(*arguments)
         except (PluginFailure, UsageError):
             raise
