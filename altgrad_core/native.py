@@ -54,8 +54,8 @@ class BlockLoops:
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
         moves     (float *x, const int32_t *down, int32_t n, float scale, const int32_t *ends, int32_t *seen,
                    const void *context): x, in place, to the values at clamp(rung(x·scale) - down, *ends)
-                   over the scale; seen: the lowest and highest rung so far, before the clamp, and how many x
-                   have changed
+                   over the scale; seen: two rungs, widened to have all rungs before the clamp between them,
+                   the farther of them no wider than that, and how many x have changed, added
         spacings  (const float *x, float *spacings, int32_t n, float scale, const void *context), of x·scale,
                    over the scale
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,

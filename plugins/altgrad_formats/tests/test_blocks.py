@@ -84,19 +84,54 @@ def test_blocks_give_the_values_of_rungs_and_clamp_beyond_the_ends(format, loops
     assert torch.equal(found, format.from_rung(rungs))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
-def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, scale):
-    down = torch.randint(-12, 13, x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.int32)
-    low, high = (int(rung) // 2 for rung in format.rung(format.values[[0, -1]]))
+def part_of_the_range(format, part):
+    """Random numbers off the grid about one end of the normal range, which a move or a rounding may pass."""
+    share = torch.rand(3000, generator=torch.Generator().manual_seed(4))
+    signs = torch.randint(0, 2, (3000,), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    spacing = format.spacing(torch.zeros(1))
+    wider = format.values[(format.values > 0) & (format.spacing(format.values) > spacing)]
+    normal = wider[:1] / 2 if len(wider) else spacing
+    end = {
+        "within": format.largest * (0.2 + share / 2),
+        "about the largest": format.largest * (0.5 + share),
+        "about the smallest normal": normal * (1 + share / 2),
+        "below the normal": normal * (0.5 + share / 3),
+        "beyond the largest": format.largest * (1 + share),
+    }
+    return end[part] if part.startswith("be") else signs * end[part]
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+@pytest.mark.parametrize(
+    ("part", "downs"),
+    [
+        ("any", (-12, 3, 12)),
+        ("within", (-1, 0, 1)),
+        ("within", (0, 2**16)),
+        ("within", (-(2**16), 0)),
+        ("about the largest", (-12, 3, 12)),
+        ("about the smallest normal", (-12, 3, 12)),
+        ("below the normal", (-12,)),
+        ("beyond the largest", (12,)),
+    ],
+)
+def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, part, scale, downs):
+    x = (x if part == "any" else part_of_the_range(format, part)) / scale
+    generator = torch.Generator().manual_seed(2)
+    down = torch.tensor(downs).int()[torch.randint(0, len(downs), x.shape, generator=generator)]
+    low, high = (int(rung) - int(rung) // 16 for rung in format.rung(format.values[[0, -1]]))
     to = format.rung(x * scale) - down
     expected = format.from_rung(to.clamp(low, high)) / scale
-    ends, seen = torch.tensor([low, high]).int(), torch.tensor([5, -5, 7]).int()
+    ends, seen = torch.tensor([low, high]).int(), torch.tensor([2**31 - 1, -(2**31), 7]).int()
     found = x.clone()
     addresses = down.data_ptr(), found.numel(), scale, ends.data_ptr(), seen.data_ptr(), loops.context
     MOVES(loops.moves)(found.data_ptr(), *addresses)
     assert torch.equal(found, expected)
-    changed = int((expected != x).sum())
-    assert seen.tolist() == [min(5, int(to.min())), max(-5, int(to.max())), 7 + changed]
+    least, largest, changed = seen.tolist()
+    assert least <= int(to.min())
+    assert largest >= int(to.max())
+    assert max(-least, largest) == int(to.abs().max())
+    assert changed == 7 + int((expected != x).sum())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
