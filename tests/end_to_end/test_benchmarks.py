@@ -476,12 +476,12 @@ def test_a_slower_upstream_meets_its_target_and_a_slower_arm_does_not(benchmark)
 
 
 def test_the_memory_of_quantised_weights_is_one_copy_of_them_and_that_of_stored_ones_none(training):
-    rows = {row["who"]: row for row in training("--only memory --batch-sizes 1")["memory"]}
+    rows = {row["who"]: row for row in training("--only memory --batch-sizes 1 --n-embd 48")["memory"]}
     assert len(rows) == 6
-    parameters = 2 * 12 * 16**2 + (256 + 8 + 5) * 16
+    parameters = 2 * 12 * 48**2 + (256 + 8 + 5) * 48
     assert {row["parameters"] for row in rows.values()} == {parameters}
     more = {who: row["extra_per_parameter"] for who, row in rows.items()}
-    assert more["weights"] == pytest.approx(4 * 2 * 12 * 16**2 / parameters, abs=0.1)
+    assert more["weights"] == pytest.approx(4 * 2 * 12 * 48**2 / parameters, abs=0.1)
     assert more["weights on the grid"] == pytest.approx(0, abs=0.1)
     assert 0 < more["weights on the grid, flips"] <= 1.1
     assert rows["unquantised"]["bytes"] > 16 * parameters  # weights, gradients, two moments
