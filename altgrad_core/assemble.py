@@ -63,7 +63,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     tokens = _tokens(experiment, registry, terminal)
     task = task_for(experiment, tokens)
     model = task.model(_generator(experiment, "weights")).to(on)
-    initial_weights.prepare(model, experiment, registry, folder, terminal)
+    initial_weights.prepare(model, experiment, tokens.tokenizer, registry, folder, terminal)
     frozen = _freeze(model, experiment)
     covered = _quantize(model, experiment, registry, _autocast(experiment, device))
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
@@ -101,9 +101,9 @@ def _generator(experiment: Experiment, purpose: str) -> torch.Generator:
 
 def _tokens(experiment: Experiment, registry: Registry, terminal: Terminal) -> data.TokenData:
     choice = experiment.data.source
-    source, cache = choice.build(registry), data.default_cache()
+    cache, tokenizer = data.default_cache(), experiment.data.tokenizer
     try:
-        tokens = data.prepare(source, choice.plugin, experiment.data.tokenizer, cache, terminal.say)
+        tokens = data.prepare(choice.build(registry), choice.plugin, tokenizer, cache, terminal.say)
     except (ValueError, OSError) as error:
         raise UsageError(f"the data set {choice.plugin!r} cannot be prepared: {error}") from error
     if tokens.vocab_size != experiment.data.vocab_size:

@@ -11,16 +11,22 @@ from typing import Any
 
 import attrs
 
-from altgrad_core import baseline, checkpoint, describe
+from altgrad_core import baseline, checkpoint, describe, memory
+from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core.memory import OutOfMemoryError
 from altgrad_core.record import EVENTS, RunFolder, WriteError, resolved
 from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
 from altgrad_core.run_state import PluginFailure
+from altgrad_core.step_folders import of_steps
 from altgrad_core.terminal import Terminal
 from altgrad_core.validation_metrics import METRICS
 
-EXPECTED = (UsageError, PluginError, PluginFailure, WriteError)
-"""Errors that say all there is to say; others are bugs, and print with a traceback."""
+FAILED = (PluginError, PluginFailure, WriteError, OutOfMemoryError)
+"""Errors that end a run, and say all there is to say."""
+
+EXPECTED = (UsageError, *FAILED)
+"""Errors that print as they are; others are bugs, and print with a traceback."""
 
 
 @attrs.frozen(kw_only=True)
@@ -46,7 +52,6 @@ def folder_of(file: ExperimentFile, cell: Cell, out: Path) -> Path:
 
 def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal: Terminal) -> RunResult:
     """Run one cell in its folder: from the start, from its newest checkpoint, or not at all if over."""
-    from altgrad_core.assemble import assemble
     from altgrad_core.loop import train
 
     folder = RunFolder(path)
@@ -56,12 +61,13 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
             return ended
         terminal.log = folder.log
         compared_with = baseline.read(file.baseline, cell.experiment.task)  # before the training, not after
-        run = assemble(cell, file.registry, folder, terminal, device)
+        run = _assembled(cell, file.registry, folder, terminal, device)
         _resume(run)
         _header(run, file, cell, device)
         terminal.begin(run.step, cell.experiment.steps)
         try:
-            outcome = train(run)
+            with memory.told(cell.experiment):
+                outcome = train(run)
         except Exception as error:
             _record_failure(run, error, device)
             raise
@@ -76,6 +82,21 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
     finally:
         terminal.log = lambda line: None
         folder.close()
+
+
+def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Terminal, device: str) -> Any:
+    """Return the run of a cell; where that fails, leave a summary, in which what was known before stays."""
+    from altgrad_core.assemble import assemble
+
+    try:
+        with memory.told(cell.experiment):
+            return assemble(cell, registry, folder, terminal, device)
+    except FAILED as error:
+        known = folder.summary or {"step": 0, "final": {}, "best": {}}
+        ended = {"outcome": "failed", "message": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(WriteError):
+            folder.finish({**_what(cell.name, cell.experiment, device), **known, **ended})
+        raise
 
 
 def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
@@ -117,14 +138,14 @@ def _blame(error: Exception, registry: Registry) -> None:
 
 def _resume(run: Any) -> None:
     checkpoint.recover(run.folder.checkpoints)
+    if not of_steps(run.folder.checkpoints):
+        run.folder.rewind(-1)
+        return
     saved, passed_over = checkpoint.newest(run.folder.checkpoints)
     for reason in passed_over:
         run.warn(reason)
     if saved is None:
-        if passed_over:
-            raise UsageError(f"{run.folder.path}: no whole checkpoint is left; start anew with --out")
-        run.folder.rewind(-1)
-        return
+        raise UsageError(f"{run.folder.path}: no whole checkpoint is left; start anew with --out")
     run.load(saved)
     checkpoint.set_aside(run.folder.checkpoints, run.step)
     run.folder.rewind(run.step)
@@ -155,17 +176,13 @@ def _text(run: Any) -> str:
 
 
 def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
-    experiment = run.experiment
     price = describe.price_per_hour()
-    tokens = run.step * experiment.tokens_per_step
+    tokens = run.step * run.experiment.tokens_per_step
     return {
-        "name": experiment.name,
-        "cell": run.cell,
-        "task": experiment.task,
+        **_what(run.cell, run.experiment, device),
         "outcome": outcome,
         "message": run.message,
         "step": run.step,
-        "steps": experiment.steps,
         "tokens": tokens,
         "passes": run.passes,
         "final": {
@@ -176,13 +193,23 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
         "share_on_grid": run.share_on_grid,
         "actions": run.action_counts,
         "formats": run.formats if run.switches else None,
-        "model": experiment.plain()["model"],
-        "device": device,
-        "machine": platform.node(),
         "seconds": run.seconds,
         "tokens_per_second": tokens / run.seconds if run.seconds else None,
         "price_per_hour": price or None,
         "cost": price * run.seconds / 3600 if price else None,
+    }
+
+
+def _what(cell: str, experiment: Experiment, device: str) -> dict[str, Any]:
+    """Return what was run, and where."""
+    return {
+        "name": experiment.name,
+        "cell": cell,
+        "task": experiment.task,
+        "steps": experiment.steps,
+        "model": experiment.plain()["model"],
+        "device": device,
+        "machine": platform.node(),
     }
 
 
@@ -229,7 +256,7 @@ def _what_policies_did(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _next(run: Any, file: ExperimentFile) -> str:
     """Return what to type next."""
-    folder, seed = run.folder.path, run.experiment.seed + 1
+    folder, seed = run.folder.path, (run.experiment.seed + 1) % 2**63  # TOML's integers have 64 bits
     if run.summary["outcome"] == "finished":
         command = f"altgrad-run {file.path} --set seed={seed} --out {folder.parent.parent}-seed{seed}"
         return f"another seed: {command}"

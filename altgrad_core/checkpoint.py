@@ -25,9 +25,12 @@ from altgrad_core.durable import sync
 from altgrad_core.record import WriteError
 from altgrad_core.registry import UsageError
 from altgrad_core.state_tree import pack, unpack
+from altgrad_core.step_folders import PREFIX, of_steps
 
 MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 BEST, LAST_FINITE = "best", "last_finite"
+_APART = {BEST: "", LAST_FINITE: " (kept in the middle of a step, so not to go on bit for bit)"}
+"""Checkpoints that are kept beside those of steps, with what is to be known of them."""
 _UNFINISHED = ".unfinished-"
 _ASIDE = f"{_UNFINISHED}old-"
 _DAMAGED = "damaged_"
@@ -46,7 +49,7 @@ class Checkpoint:
 
 
 def step_name(step: int) -> str:
-    return f"step_{step:08d}"
+    return f"{PREFIX}{step:08d}"
 
 
 def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -104,14 +107,31 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest whole checkpoint of a run (None: none), and why newer ones were passed over."""
+    """Return the newest whole checkpoint of a run (None: none), and why newer ones were passed over.
+
+    Where none of a step is whole, it is the newer one of `best` and `last_finite`.
+    """
     reasons: list[str] = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        try:
-            return load(path), reasons
-        except CheckpointError as error:
-            reasons.append(str(error))
-    return None, reasons
+    for path in reversed(of_steps(folder).values()):
+        if saved := _whole(path, reasons):
+            return saved, reasons
+    kept = {path: _whole(path, reasons) for name in _APART if (path := folder / name).exists()}
+    steps = {path: saved.state["step"] for path, saved in kept.items() if saved}
+    if not steps:
+        return None, reasons
+    path = max(steps, key=lambda path: steps[path])
+    if reasons:
+        reasons.append(f"{path} is taken, of step {steps[path]}{_APART[path.name]}; none of a step is whole")
+    return kept[path], reasons
+
+
+def _whole(path: Path, reasons: list[str]) -> Checkpoint | None:
+    """Return a checkpoint, None where it is damaged, and a reason more."""
+    try:
+        return load(path)
+    except CheckpointError as error:
+        reasons.append(str(error))
+        return None
 
 
 def recover(folder: Path) -> None:
@@ -126,8 +146,8 @@ def recover(folder: Path) -> None:
 
 def set_aside(folder: Path, step: int) -> None:
     """Rename the checkpoints after `step`, which are damaged: none is kept in a whole one's place."""
-    for path in folder.glob("step_*"):
-        if path.name > step_name(step):
+    for number, path in of_steps(folder).items():
+        if number > step:
             shutil.rmtree(folder / f"{_DAMAGED}{path.name}", ignore_errors=True)
             path.rename(folder / f"{_DAMAGED}{path.name}")
 
@@ -135,7 +155,7 @@ def set_aside(folder: Path, step: int) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
     recover(folder)
-    for path in sorted(folder.glob("step_*"))[:-keep]:
+    for path in [*of_steps(folder).values()][:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -7,14 +7,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from altgrad_core.assemble import device_for
-from altgrad_core.cells import RunResult, folder_of, placed, run_one
+from altgrad_core.cells import FAILED, RunResult, folder_of, placed, run_one
 from altgrad_core.comparing import Comparing, run_named
 from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
 from altgrad_core.grids import Request, is_local, requested, run_grid
 from altgrad_core.hookspecs import CellResult
-from altgrad_core.record import RESOLVED, SUMMARY, WriteError, begun, read_json
-from altgrad_core.registry import PluginError, UsageError
-from altgrad_core.run_state import EXIT_CODES, PluginFailure
+from altgrad_core.record import RESOLVED, SUMMARY, begun, read_json
+from altgrad_core.registry import UsageError
+from altgrad_core.run_state import EXIT_CODES
 from altgrad_core.terminal import Terminal
 from altgrad_core.validation_metrics import HEADINGS
 
@@ -45,7 +45,7 @@ def run_file(
             return _closing(results, request, comparing.unbegun, comparing.diverged)
         results = run_grid(request, file, jobs)
         return _closing(results, request, len(request.cells) - len(results))
-    except (PluginError, PluginFailure, WriteError) as error:
+    except FAILED as error:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_CODES["failed"]
 
@@ -67,7 +67,7 @@ def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Cell, str
         found = [pair for pair in placed(file, device) if pair[0].name == asked["cell"]]
     if not found or asked["options"]["name"] != file.name:
         raise UsageError(
-            f"--resume {folder}: holds {begun['options']['name']}/{begun['cell']}, not a cell of {file.path}"
+            f"--resume {folder}: holds {asked['options']['name']}/{asked['cell']}, not a cell of {file.path}"
         )
     return *found[0], folder
 

@@ -188,25 +188,34 @@ def step_option(choice: Choice) -> str | None:
     return name if hasattr(choice.options, name) else None
 
 
-def step_size(experiment: Experiment) -> float:
+def step_size(experiment: Experiment, factor: float) -> float:
+    """Return a factor times the step size; nan where there is none."""
     name = step_option(experiment.optimizer)
-    return float(getattr(experiment.optimizer.options, name)) if name else math.nan
+    return rounded(getattr(experiment.optimizer.options, name) * factor) if name else math.nan
+
+
+def stepped(experiment: Experiment, size: float) -> Experiment:
+    """Return the experiment with another step size. Raises ValueError where its optimizer takes no such."""
+    choice, name = experiment.optimizer, step_option(experiment.optimizer)
+    assert name is not None
+    if not 0 < size < math.inf:
+        raise ValueError(f"expected more than 0 and a finite number, got {size!r}")
+    options = attrs.evolve(choice.options, **{name: size})
+    return attrs.evolve(experiment, optimizer=attrs.evolve(choice, options=options))
 
 
 def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) -> Cell:
     """Return a group's run: `base` on a seed, its step size `factor` times that of `step_source`.
 
-    Its last evaluation reads the whole validation split.
+    Its last evaluation reads the whole validation split. Raises ValueError where its optimizer takes no such
+    step size.
     """
     experiment, name = base.experiment, step_option(base.experiment.optimizer)
-    assert name is not None
-    size = rounded(step_size(step_source.experiment) * factor)
-    choice = experiment.optimizer
+    size = step_size(step_source.experiment, factor)
     changed = attrs.evolve(
-        experiment,
+        stepped(experiment, size),
         seed=seed,
         train=attrs.evolve(experiment.train, final_eval_batches=0),
-        optimizer=attrs.evolve(choice, options=attrs.evolve(choice.options, **{name: size})),
     )
     in_force = (*base.in_force, f"seed = {seed} ([compare])", f"optimizer.{name} = {size:g} ([compare])")
     return Cell(name=group.run(seed, factor), experiment=changed, in_force=in_force)

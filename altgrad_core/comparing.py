@@ -2,32 +2,32 @@
 
 What was chosen is never taken from an earlier command: it follows from the tuning runs' folders, so that a
 command that was interrupted, a second one beside it, or one with more seeds finds the same and runs only what
-is not there. `compare.json` tells a report which run is there for what; it is written first, and after each
-round.
+is not there. `compare.json` tells a report which run is there for what; it is there before the first run, and
+is written after each round.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import attrs
 
 from altgrad_core import compare
 from altgrad_core.compare import Comparison, Group
-from altgrad_core.durable import write_whole
+from altgrad_core.comparison_record import COMPARE, ComparisonRecord
 from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
-from altgrad_core.grids import Request, run_grid
+from altgrad_core.grids import Request, over, run_grid
 from altgrad_core.hookspecs import CellResult
 from altgrad_core.options import plain
-from altgrad_core.record import SUMMARY, WriteError, read_json
-from altgrad_core.tuning import Tuning, rounded
+from altgrad_core.record import SUMMARY, read_json
+from altgrad_core.tuning import Tuning
 from altgrad_core.validation_metrics import more_is_better
 
-COMPARE = "compare.json"
+_Run: TypeAlias = tuple[str, int, float]
+"""A run of a comparison: name of its group, seed, factor on the step size."""
 
 _MEASURED = ("finished", "skipped", "stopped")
 """Outcomes after which a run's folder tells what came out."""
@@ -46,8 +46,10 @@ class Comparing:
     unbegun: int = 0
     """Runs that the command was to do next when it was interrupted."""
     tunings: dict[str, Tuning] = attrs.field(init=False)
+    record: ComparisonRecord = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.record = ComparisonRecord(self.request.out / self.request.name / COMPARE)
         given = self.comparison.options.tune
         self.tunings = {group.name: Tuning(given) for group in self.comparison.groups if not group.step_of}
 
@@ -58,23 +60,38 @@ class Comparing:
 
     def run(self) -> None:
         """Run all there is to run; a run that fails leaves its own group without a choice, and no other."""
-        self._write()
+        self._tune(self._recall)
+        self.record.begin(self._plain())
+        self._tell()
+        if self._tune(self._run_and_read):
+            self._compare()
+            self._tell()
+        if self.record.kept:
+            print(f"warning: {self.record.path} stays as it was: {self.record.kept}", flush=True)
+
+    def _tune(self, losses: Callable[[Sequence[_Run]], bool]) -> bool:
+        """Have losses of the tuning runs taken, and the lists extended; returns whether it came to an end.
+
+        losses: takes those of some runs; returns whether to go on.
+        """
+        seeds = self.comparison.options.tune_seeds
         new = {name: tuning.factors for name, tuning in self.tunings.items()}
         while new and self.comparison.options.tuned:
-            seeds = self.comparison.options.tune_seeds
-            done = self._run((name, seed, factor) for name in new for factor in new[name] for seed in seeds)
-            self._read(new)
-            self._write()
-            if not done:
-                return
-            extended = {name: self.tunings[name].extend() for name in new}
+            if not losses([(name, seed, factor) for name in new for factor in new[name] for seed in seeds]):
+                return False
+            extended = {
+                name: self.tunings[name].extend(functools.partial(self._can_run, name)) for name in new
+            }
             new = {name: [factor] for name, factor in extended.items() if factor is not None}
+        return True
+
+    def _compare(self) -> None:
+        """Run what is compared, each group at its best step size."""
         chosen = {group.name: factor for group in self.comparison.groups if (factor := self.factor(group))}
         for line in self._told(chosen):
             print(line, flush=True)
         seeds = self.comparison.options.seeds
-        self._run((name, seed, factor) for name, factor in chosen.items() for seed in seeds)
-        self._write()
+        self._run([(name, seed, factor) for name, factor in chosen.items() for seed in seeds])
 
     def factor(self, group: Group) -> float | None:
         """Return the factor on a group's step size, None where it cannot be chosen yet."""
@@ -92,32 +109,58 @@ class Comparing:
             if loss == math.inf
         }
 
-    def _run(self, runs: Iterator[tuple[str, int, float]]) -> bool:
+    def _can_run(self, name: str, factor: float) -> bool:
+        """Whether a group, and those that take its step size, have runs of a factor."""
+        takers = [group.name for group in self.comparison.groups if name in (group.name, group.step_of)]
+        try:
+            for taker in takers:
+                cells_of(self.file, taker, self.comparison.options.seeds[0], factor)
+        except ValueError:
+            return False
+        return True
+
+    def _recall(self, runs: Sequence[_Run]) -> bool:
+        """Take the losses that commands before this one have left, and run nothing."""
+        self._read(runs, {result.cell: result for result in over(self._request(runs))})
+        return True
+
+    def _run_and_read(self, runs: Sequence[_Run]) -> bool:
+        """Run tuning runs, take their losses and tell of them; returns whether the command may go on."""
+        done = self._run(runs)
+        self._read(runs, self.results)
+        self._tell()
+        return done
+
+    def _run(self, runs: Sequence[_Run]) -> bool:
         """Run seeds and factors of groups; returns whether the command may go on."""
+        if not runs:
+            return True
+        request = self._request(runs)
+        found = run_grid(request, self.file, self.jobs, until_done=True)
+        self.results |= {result.cell: result for result in found}
+        self.unbegun = len(request.cells) - len(found)
+        return not self.unbegun and not any(result.outcome in _UNDONE for result in found)
+
+    def _request(self, runs: Sequence[_Run]) -> Request:
         cells = {}
         for name, seed, factor in runs:
             made = cells_of(self.file, name, seed, factor)
             cells[made[DEVICES[0]].name] = made
-        if not cells:
-            return True
-        found = run_grid(attrs.evolve(self.request, cells=cells), self.file, self.jobs, until_done=True)
-        self.results |= {result.cell: result for result in found}
-        self.unbegun = len(cells) - len(found)
-        return len(found) == len(cells) and not any(result.outcome in _UNDONE for result in found)
+        return attrs.evolve(self.request, cells=cells)
 
-    def _read(self, factors: Mapping[str, Sequence[float]]) -> None:
-        """Take the tuning runs' losses out of their folders."""
+    def _read(self, runs: Sequence[_Run], results: dict[str, CellResult]) -> None:
+        """Take the losses of tuning runs out of their folders."""
         groups = {group.name: group for group in self.comparison.groups}
-        for name, tried in factors.items():
-            for factor in tried:
-                self.tunings[name].losses[factor] = {
-                    seed: self._loss(groups[name].run(seed, factor))
-                    for seed in self.comparison.options.tune_seeds
-                }
+        for name, seed, factor in runs:
+            losses = self.tunings[name].losses.setdefault(factor, {})
+            losses[seed] = self._loss(groups[name].run(seed, factor), results)
 
-    def _loss(self, run: str) -> float | None:
-        """Return the metric of a run at its end, less is better; inf where it diverged, None: it has none."""
-        result = self.results.get(run)
+    def _loss(self, run: str, results: dict[str, CellResult]) -> float | None:
+        """Return the metric of a run at its end, less is better; inf where it diverged, None: it has none.
+
+        A run whose end does not have the metric has failed, and `results` is told so.
+        """
+        result = results.get(run)
         if result is None or result.outcome not in _MEASURED:
             return None
         summary = read_json(self.request.folder(run) / SUMMARY) or {}
@@ -125,7 +168,7 @@ class Comparing:
             return math.inf
         metric, final = self.comparison.options.metric, summary.get("final", {})
         if metric not in final:
-            self.results[run] = attrs.evolve(
+            results[run] = attrs.evolve(
                 result, outcome="failed", message=f"its end has no {metric!r}; there are: {', '.join(final)}"
             )
             return None
@@ -144,21 +187,16 @@ class Comparing:
             factor = f"x {chosen[group.name]:g}" if group.name in chosen else "none: a tuning run failed"
             yield f"  {factor:>8}  {group.name}{edge}"
 
-    # --- compare.json --------------------------------------------------------------------------------
+    # --- what a report is told ------------------------------------------------------------------------
 
-    def _write(self) -> None:
-        path = self.request.out / self.request.name / COMPARE
-        earlier = read_json(path) or {}
-        digest = self.comparison.options.digest
-        hashes = [one for one in earlier.get("earlier_hashes", []) if one != digest]
-        if earlier and earlier.get("hash") != digest:
-            hashes.append(earlier.get("hash"))
-        text = json.dumps({**self._plain(), "earlier_hashes": hashes}, indent=1, default=str) + "\n"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text, writer=f".{os.getpid()}")
-        except OSError as error:
-            raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+    def _tell(self) -> None:
+        """Write what has come out, if anything has: runs that are refused tell of nothing."""
+        losses = [
+            loss for one in self.tunings.values() for seeds in one.losses.values() for loss in seeds.values()
+        ]
+        measured = [result for result in self.results.values() if result.outcome in _MEASURED]
+        if measured or any(loss is not None for loss in losses):
+            self.record.update(self._plain())
 
     def _plain(self) -> dict[str, Any]:
         options = self.comparison.options
@@ -176,7 +214,7 @@ class Comparing:
             for name in (group.name, group.step_of or group.name)
         )
         sizes = {
-            device: None if factor is None else rounded(compare.step_size(source[device]) * factor)
+            device: None if factor is None else compare.step_size(source[device], factor)
             for device in DEVICES
         }
         return {

@@ -7,7 +7,6 @@ where arm k then has runs too.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from altgrad_core.compare import (
     on_float32,
     step_option,
     step_size,
+    stepped,
     stiffness_option,
     unquantised,
 )
@@ -94,7 +94,10 @@ class _Making:
         if cell is None or not self._has_step(arm, cell.experiment):
             return ""
         of = "" if arm.step_of is None else self._arm(arm.step_of, others)
-        if of and not self._fits(arm, cell.experiment, self.found[of][1].experiment):
+        source = self.found[of][1].experiment if of else cell.experiment
+        if of and not self._fits(arm, cell.experiment, source):
+            return ""
+        if not self._takes_steps(arm, cell.experiment, source):
             return ""
         quantize = cell.experiment.quantize
         format = None if quantize is None else quantize.format.plain()
@@ -109,8 +112,10 @@ class _Making:
             self.problems.append(Problem(place, str(error)))
             return
         values = self._with(self.arms[self.options.baseline].own, others)
-        cell = self.build(values, changes)
-        if cell is None or not self._has_step(self.arms[self.options.baseline], cell.experiment):
+        arm, cell = self.arms[self.options.baseline], self.build(values, changes)
+        if cell is None or not self._has_step(arm, cell.experiment):
+            return
+        if not self._takes_steps(arm, cell.experiment, cell.experiment):
             return
         left = _open(others, changes, cell.experiment)
         role = Role(kind="reference", arm=self.options.baseline, at=_shown(left), reference=name)
@@ -181,17 +186,26 @@ class _Making:
         return [*others[: self.position], arm, *others[self.position :]]
 
     def _has_step(self, arm: Arm, experiment: Experiment) -> bool:
-        """Whether the arm's optimizer has a step size that factors change; a problem where it has not."""
+        """Whether an arm's optimizer has a step size; a problem where it has not."""
         choice = experiment.optimizer
-        size, name = step_size(experiment), step_option(choice)
-        largest = max(self.options.tune) * size
-        if name is not None and size > 0 and math.isfinite(largest):
+        if step_option(choice) is not None:
             return True
-        message = f"[compare] tunes {name}: expected more than 0 and a finite product, got {size!r}"
-        if name is None:
-            message = f"{choice.plugin} has no step size for [compare] to tune: neither step_size nor lr"
+        message = f"{choice.plugin} has no step size for [compare] to tune: neither step_size nor lr"
         self.problems.append(Problem(arm.given.origin.path, message))
         return False
+
+    def _takes_steps(self, arm: Arm, own: Experiment, source: Experiment) -> bool:
+        """Whether an arm's optimizer takes each factor on the step size of `source`; a problem where not."""
+        for factor in self.options.tune:
+            size = step_size(source, factor)
+            try:
+                stepped(own, size)
+            except ValueError as error:
+                product = f"{step_size(source, 1.0)!r} x {factor!r}"
+                message = f"[compare] tunes {step_option(own.optimizer)}: {error} ({product})"
+                self.problems.append(Problem(arm.given.origin.path, message))
+                return False
+        return True
 
     def _fits(self, arm: Arm, own: Experiment, other: Experiment) -> bool:
         """Whether one arm can take the other's step size; a problem where it cannot."""

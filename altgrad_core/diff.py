@@ -17,6 +17,7 @@ import attrs
 from altgrad_core.options import written
 from altgrad_core.record import CHECKPOINTS, METRICS, RESOLVED, SUMMARY, begun, read_json, read_lines
 from altgrad_core.registry import UsageError
+from altgrad_core.step_folders import of_steps
 
 CLOCKS = ("time/", "cost/", "memory/")
 """Metrics that differ from run to run on any machine."""
@@ -192,18 +193,18 @@ def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tupl
 
 def tensors(first: Path, second: Path) -> TensorsDiff:
     """Compare the checkpoints of common steps, the earliest first, until one differs."""
-    names = [{path.name for path in (run / CHECKPOINTS).glob("step_*")} for run in (first, second)]
+    found = [of_steps(run / CHECKPOINTS) for run in (first, second)]
     steps: list[int] = []
     damaged: list[str] = []
-    for name in sorted(names[0] & names[1]):
+    for step in [step for step in found[0] if step in found[1]]:
         from altgrad_core import checkpoint, checkpoint_diff  # torch, where there is something to compare
 
         try:
-            one, other = (checkpoint.load(run / CHECKPOINTS / name) for run in (first, second))
+            one, other = (checkpoint.load(each[step]) for each in found)
         except checkpoint.CheckpointError as error:
             damaged.append(str(error))
             continue
-        steps.append(int(name.removeprefix("step_")))
-        if found := checkpoint_diff.first_difference(one, other):
-            return TensorsDiff(tuple(steps), steps[-1], *found, tuple(damaged))
+        steps.append(step)
+        if difference := checkpoint_diff.first_difference(one, other):
+            return TensorsDiff(tuple(steps), step, *difference, tuple(damaged))
     return TensorsDiff(tuple(steps), None, "", "", tuple(damaged))

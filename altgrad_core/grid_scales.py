@@ -111,7 +111,7 @@ class GridScales:
         (n, 2) float32, times the scale. A weight whose initial rms is 0 has no bound: the format's ends.
         """
         bounds = self.bounds()
-        if bounds is None:
+        if bounds is None or not self.scales:
             return None
         multiples = bounds * torch.stack(self.scales)
         limits = torch.stack((-multiples, multiples), dim=1)

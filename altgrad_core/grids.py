@@ -147,7 +147,7 @@ def run_grid(
 
     until_done: wait for cells that other processes run, and take them over where one of those dies.
     """
-    results = {result.cell: result for result in _over(request)}
+    results = {result.cell: result for result in over(request)}
     if results and not request.quiet:
         print(f"over already: {len(results)} of {len(request.cells)} runs", flush=True)
     request = _placed(request, file, jobs)
@@ -209,7 +209,7 @@ def _shown(request: Request, *, shown: bool) -> Iterator[None]:
         yield
 
 
-def _over(request: Request) -> Iterator[CellResult]:
+def over(request: Request) -> Iterator[CellResult]:
     """Yield the results of cells that are finished, or were stopped, with these very options."""
     for name, cells in request.cells.items():
         folder = request.folder(name)

@@ -21,6 +21,7 @@ from altgrad_core.quantizer import WeightQuantizer
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import CHECKPOINTS, RunFolder, differences
 from altgrad_core.registry import Registry, UsageError, listed
+from altgrad_core.step_folders import of_steps
 from altgrad_core.terminal import Terminal
 
 LABEL_OPTIONS = ("labels", "label_count")
@@ -28,23 +29,29 @@ LABEL_OPTIONS = ("labels", "label_count")
 
 
 def prepare(
-    model: nn.Module, experiment: Experiment, registry: Registry, folder: RunFolder, terminal: Terminal
+    model: nn.Module,
+    experiment: Experiment,
+    tokenizer: str,
+    registry: Registry,
+    folder: RunFolder,
+    terminal: Terminal,
 ) -> None:
     """Make a model's weights those that the experiment starts from, in place.
 
+    tokenizer: what tells one from another, see `TokenData`.
     Raises UsageError where `init_from` names no run, or one whose weights do not fit.
     """
     checkpoint.recover(folder.checkpoints)
-    begun = any(folder.checkpoints.glob("step_*"))  # the run goes on from there, or not at all
+    begun = bool(of_steps(folder.checkpoints))  # the run goes on from there, or not at all
     if experiment.init_from and not begun:
-        take_weights(model, experiment, terminal)
+        take_weights(model, experiment, tokenizer, terminal)
     round_linears(model, experiment, registry)
 
 
 # --- another run's weights -----------------------------------------------------------------------------
 
 
-def take_weights(model: nn.Module, experiment: Experiment, terminal: Terminal) -> None:
+def take_weights(model: nn.Module, experiment: Experiment, tokenizer: str, terminal: Terminal) -> None:
     """Load the newest whole checkpoint of the run `init_from`, whatever its formats were.
 
     The trunk must be the same. The head is taken too where it answers the same question; else it starts
@@ -60,7 +67,7 @@ def take_weights(model: nn.Module, experiment: Experiment, terminal: Terminal) -
     given = saved.model if whole else _without_heads(saved.model)
     if problem := next(_misfits(model, experiment, given, options, whole=whole), None):
         raise UsageError(f"init_from: the weights of {source} do not fit: {problem}")
-    if not _same_tokens(options["data"], experiment.plain()["data"]):
+    if saved.state.get("tokenizer") != tokenizer:
         terminal.warning(f"init_from: {source} was trained on other tokens: {_tokens(options['data'])}")
     model.load_state_dict(given, strict=False)
     head = "" if whole else _head_left_out(experiment.architecture)
@@ -126,17 +133,6 @@ def _misfits(
         twin = names.setdefault(id(own), name)
         if name in given and not torch.equal(given[twin], given[name]):
             yield f"{twin} and {name} are one tensor here and two there; set model.tie_weights = false"
-
-
-def _same_tokens(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether a token means the same in both; byte pairs are learnt from the data set's text."""
-    if theirs["tokenizer"].startswith("bpe:"):
-        return _text_options(theirs) == _text_options(own)
-    return bool(theirs["tokenizer"] == own["tokenizer"])
-
-
-def _text_options(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key not in (*LABEL_OPTIONS, "windows")}
 
 
 def _tokens(data: Mapping[str, Any]) -> str:

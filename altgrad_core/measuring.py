@@ -72,10 +72,10 @@ def log(run: Run, evaluated: Mapping[str, float], last: Mapping[str, float] | No
     run.folder.metrics(run.step, line)
     run.terminal.line(run.step, line)
     call_each(run, "logged", run.step, dict(line))
-    if improved and run.step:
-        run.save(checkpoint.BEST)
     if evaluated:
         call_each(run, "evaluated", run.step, line)
+    if improved and run.step:
+        run.save(checkpoint.BEST)  # the last of all, so that a run can go on from it too
 
 
 def log_epoch(run: Run) -> None:

@@ -7,12 +7,12 @@ is a `Choice` names another component. `altgrad_core.structuring` reads these cl
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import attrs
 
+from altgrad_core import patterns
 from altgrad_core.registry import RESERVED, Registry, shown
 
 Path = tuple[str | int, ...]
@@ -214,9 +214,7 @@ def within(lowest: float, below: float) -> Callable[[Any, Any, Any], None]:
 
 
 def regexes(_: Any, field: Any, value: str | tuple[str, ...]) -> None:
-    """Attrs validator: the value (or each of them) is a regular expression."""
+    """Attrs validator: the value (or each of them) is a regular expression, one that can be matched."""
     for pattern in (value,) if isinstance(value, str) else value:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
+        if problem := patterns.problem(pattern):
+            raise ValueError(f"{shown(pattern)} {problem}")

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,11 +27,14 @@ from altgrad_core.token_cache import Contents, Writer
 
 SPLITS = ("train", "validation")
 
-CACHE_LAYOUT = 2
+CACHE_LAYOUT = 3
 """Part of every cache key: raise it when what is written changes, and old caches are left behind."""
 
 BATCH = 2**22
 """Characters of text tokenized in one call, on all cores."""
+
+MOST_LABELS = 2**30
+"""Elements of a split's matrix of documents and labels, a byte each: that of 10 million documents of 100."""
 
 Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
@@ -61,6 +65,9 @@ class TokenData:
     """The exact entropy of the source, nats per token, where it is known."""
     fingerprint: str
     """Hash of the content of both splits."""
+    tokenizer: str
+    """Hash of what says which text a token stands for, merges that were learnt included; empty where the
+    source is tokens."""
     train_documents: Documents | None = None
     validation_documents: Documents | None = None
     """None where the source has no labels."""
@@ -144,7 +151,8 @@ def _write_text(source: TextSource, name: str, tokenizer: str, writer: Writer) -
         return (document.text for document, _ in _read(source, "train", name))
 
     encoder = tokenizers.load(tokenizer, training_texts)
-    writer.files(encoder.save(writer.folder))
+    learnt = encoder.save(writer.folder)
+    writer.files(learnt)
     size = tokenizers.vocabulary(tokenizer)
     digest = hashlib.sha256(tokenizer.encode())
     written = {}
@@ -160,8 +168,16 @@ def _write_text(source: TextSource, name: str, tokenizer: str, writer: Writer) -
             "bytes_per_token": written["validation"].text_bytes / written["validation"].length,
             "loss_floor": None,
             "fingerprint": digest.hexdigest(),
+            "tokenizer": _identity(tokenizer, learnt),
         }
     )
+
+
+def _identity(tokenizer: str, learnt: Sequence[Path]) -> str:
+    """Return the hash of a tokenizer's name and of what it has learnt."""
+    return hashlib.sha256(
+        b"\0".join([tokenizer.encode(), *(path.read_bytes() for path in learnt)])
+    ).hexdigest()
 
 
 def _read(source: TextSource, split: str, name: str) -> Iterator[tuple[Document, int]]:
@@ -214,21 +230,45 @@ def _write_labels(
     written: dict[str, _Split], name: str, declared: int, writer: Writer, digest: hashlib._Hash
 ) -> None:
     """Write where documents end, and a matrix of labels: where any document has one, or could have."""
-    largest = max((label for split in written.values() for one in split.labels for label in one), default=-1)
-    if declared and largest >= declared:
-        raise ValueError(
-            f"data set {name!r}: a document has the label {largest}; the {declared} labels are 0 to "
-            f"{declared - 1}"
-        )
-    if largest < 0 and not declared:
+    count = _label_count(written, name, declared)
+    if not count:
         return
     for split, seen in written.items():
-        labels = np.zeros((len(seen.labels), declared or largest + 1), dtype=np.uint8)
+        labels = np.zeros((len(seen.labels), count), dtype=np.uint8)
         for row, ones in zip(labels, seen.labels, strict=True):
             row[list(ones)] = 1
         writer.array(f"{split}.ends.bin", np.array(seen.ends, dtype=np.int64))
         writer.array(f"{split}.labels.bin", labels)
         digest.update(labels.data)
+
+
+def _label_count(written: Mapping[str, _Split], name: str, declared: int) -> int:
+    """Return how many labels there are: as many as declared, else as the largest says, 0 where there is none.
+
+    Raises ValueError for a label beyond those declared, and where their matrix would be too large.
+    """
+    largest, split, number = max(
+        (
+            (max(labels), split, number)
+            for split, seen in written.items()
+            for number, labels in enumerate(seen.labels, start=1)
+            if labels
+        ),
+        default=(-1, "", 0),
+        key=operator.itemgetter(0),
+    )
+    found = f"document {number} of {split} has the label {largest}"
+    if declared and largest >= declared:
+        raise ValueError(f"data set {name!r}: {found}; the {declared} labels are 0 to {declared - 1}")
+    count = declared or largest + 1
+    if count * max(len(seen.labels) for seen in written.values()) > MOST_LABELS:
+        cause = f"label_count is {declared}" if declared else found
+        raise ValueError(
+            f"data set {name!r}: {cause}: a matrix of documents and labels has no more than {MOST_LABELS:,} "
+            "elements; number the labels 0, 1, 2, ..., or, where they are not to be learnt, set labels to a "
+            "key that no document has"
+        )
+    return count
 
 
 # --- tokens --------------------------------------------------------------------------------------------
@@ -253,6 +293,7 @@ def _write_tokens(source: TokenSource, name: str, writer: Writer) -> None:
             "bytes_per_token": None,
             "loss_floor": source.loss_floor,
             "fingerprint": digest.hexdigest(),
+            "tokenizer": "",
         }
     )
 

@@ -26,7 +26,7 @@ from altgrad_core.durable import write_whole
 from altgrad_core.experiment import Experiment
 from altgrad_core.experiment_file import Cell, ExperimentFile
 from altgrad_core.options import Choice, FormatChoice
-from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError, listed
+from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError
 
 METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "metrics.jsonl",
@@ -144,6 +144,8 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         with self._writing(name):
+            if name in self._files:
+                self._files.pop(name).close()  # what is appended from here on goes into the new file
             write_whole(self.path / name, text)
 
     @contextlib.contextmanager
@@ -183,19 +185,16 @@ def begun(folder: Path) -> dict[str, Any] | None:
     Raises UsageError for a file that is damaged, or another program's.
     """
     path = folder / RESOLVED
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     found = read_json(path) or {}
     options = found.get("options")
-    whole = {
-        "cell": isinstance(found.get("cell"), str),
-        "options": isinstance(options, dict),
-        "options.name": isinstance(options, dict) and isinstance(options.get("name"), str),
-    }
-    if missing := [name for name, there in whole.items() if not there]:
+    name = options.get("name") if isinstance(options, dict) else None
+    needed = {"cell": found.get("cell"), "options.name": name}
+    if missing := [key for key, value in needed.items() if not isinstance(value, str)]:
         raise UsageError(
-            f"{path}: does not tell what run this is: it has no {listed(missing)}; put back the file that the "
-            "run wrote, or start anew with --out"
+            f"{path}: does not tell which run this is: it has no {' and no '.join(missing)}; put back "
+            "the file that the run wrote, or remove it and run again: the checkpoints hold the options too"
         )
     return found
 

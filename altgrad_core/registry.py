@@ -29,6 +29,9 @@ CORE_DISTRIBUTION = "altgrad-core"
 RESERVED: Mapping[str, tuple[str, ...]] = {"format": ("FP32", "none")}
 """Kind to the names that mean no component: the formats "FP32" and "none" say `leave it alone`."""
 
+REFUSALS: Mapping[str, tuple[type[Exception], ...]] = {"dataset": (ValueError, OSError)}
+"""Kind to the errors by which its components refuse what a user gave them, data that are absent or odd."""
+
 _NAME = re.compile(r"[^\s:/]+")
 _TARGET = re.compile(r"[\w.]+:\w+")
 
@@ -84,14 +87,15 @@ class Registered:
     def build(self, options: Any, *inputs: Any) -> Any:
         """Load the target and call it. Raises PluginError naming the owner, or that of a part that it builds.
 
-        UsageError passes through.
+        UsageError passes through, and what components of its kind refuse a user's input by.
         """
         target = self.load()
         if not callable(target):
             return target
+        passing: tuple[type[Exception], ...] = (UsageError, PluginError, *REFUSALS.get(self.kind, ()))
         try:
             return target(options, *inputs)
-        except (UsageError, PluginError):
+        except passing:
             raise
         except (Exception, SystemExit) as error:
             raise PluginError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from altgrad_core import patterns
 from altgrad_core.options import FieldError, FormatChoice
 from altgrad_core.quantize_options import UNQUANTISED
 from altgrad_core.registry import Registry, listed
@@ -25,10 +26,8 @@ WIDEST_GRID_BITS = 8
 
 
 def _is_pattern(_: Any, field: Any, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"the rule {value!r} is no regular expression: {error}") from error
+    if problem := patterns.problem(value):
+        raise ValueError(f"the rule {value!r} {problem}")
 
 
 def _is_storage(_: Any, field: Any, value: str | None) -> None:

@@ -262,6 +262,7 @@ class Run:
             "flows": {name: flow.state_dict() for name, flow in quantized_flows(self.model).items()},
             "random": checkpoint.random_state(),
             "data": self.tokens.fingerprint,
+            "tokenizer": self.tokens.tokenizer,
             "adjustments": {name: quantizer.adjustment for name, quantizer in self._quantizers()},
             "switches": list(self.switches),
             "action_counts": self.action_counts,

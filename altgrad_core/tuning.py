@@ -1,14 +1,14 @@
 """Which step size an arm gets: the best factor of a list, which grows where the best is on its edge.
 
 A factor's loss is the mean over the tuning seeds; one seed that diverged makes it infinite. The list grows by
-the ratio of its last two factors, `MOST_EXTENSIONS` times at most: a best factor still on the edge is no
-optimum, and what was run at it gives no verdict.
+the ratio of its last two factors, `MOST_EXTENSIONS` times at most, and no further than the optimizers take
+it: a best factor still on the edge is no optimum, and what was run at it gives no verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -66,13 +66,19 @@ class Tuning:
         """Whether the best factor is the first or the last, so that a better one may lie beyond."""
         return len(self.given) > 1 and self.best in (self.factors[0], self.factors[-1])
 
-    def extend(self) -> float | None:
-        """Add the factor beyond the edge that the best is on, and return it; None: it is not, or no more."""
+    def extend(self, can_run: Callable[[float], bool]) -> float | None:
+        """Add the factor beyond the edge that the best is on, and return it; None: it is not, or no more.
+
+        can_run: whether there are runs of a factor; one that is 0 or inf has none.
+        """
         if not self.on_the_edge or len(self.added) >= MOST_EXTENSIONS:
             return None
         edge, inner, *_ = self.factors if self.best == self.factors[0] else self.factors[::-1]
-        self.added.append(rounded(edge * edge / inner))
-        return self.added[-1]
+        beyond = rounded(edge * (edge / inner))
+        if not 0 < beyond < math.inf or not can_run(beyond):
+            return None
+        self.added.append(beyond)
+        return beyond
 
 
 def _mean(losses: Sequence[float | None]) -> float:

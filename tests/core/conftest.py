@@ -15,7 +15,7 @@ from altgrad_core import registry as registry_module
 from altgrad_core.experiment_file import ExperimentError, load_experiment
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Component, NoOptions
-from altgrad_core.options import StiffnessChoice, above, at_least, option, within
+from altgrad_core.options import StiffnessChoice, above, at_least, between, option, within
 from altgrad_core.registry import Registered, Registry
 
 _numbers = itertools.count()
@@ -59,6 +59,11 @@ def install(tmp_path, monkeypatch):
 class AdamWOptions:
     lr: float = option("learning rate", default=1e-3, validator=at_least(0))
     betas: tuple[float, float] = option("averages", default=(0.9, 0.95), validator=within(0, 1))
+
+
+@attrs.frozen(kw_only=True)
+class CappedOptions:
+    lr: float = option("learning rate", default=0.2, validator=between(0, 1))
 
 
 @attrs.frozen(kw_only=True)
@@ -123,6 +128,7 @@ def registry():
         _registered("stiffness", "scaled", ScaledOptions),
         _registered("optimizer", "AdamW", AdamWOptions),
         _registered("optimizer", "GridOptim", GridOptimOptions),
+        _registered("optimizer", "Capped", CappedOptions),
         _registered("monitor", "flip", MonitorOptions),
         _registered("monitor", "stall", MonitorOptions),
         _registered("fallback", "nan_guard"),

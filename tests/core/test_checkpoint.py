@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from altgrad_core import checkpoint
 from altgrad_core.checkpoint import CheckpointError
 from altgrad_core.record import WriteError
+from altgrad_core.step_folders import of_steps
 
 STATE = {
     "step": 3,
@@ -61,6 +63,66 @@ def test_the_newest_whole_checkpoint_is_found_and_the_damage_told(tmp_path):
     found, reasons = checkpoint.newest(tmp_path)
     assert found.state["step"] == 1
     assert len(reasons) == 1
+
+
+def kept_apart(folder, name, step):
+    return checkpoint.save(folder, name, {"w": torch.eye(2)}, {**STATE, "step": step})
+
+
+def damaged(path):
+    (path / checkpoint.MODEL).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("best", "finite", "taken"), [(2, 5, "last_finite"), (5, 2, "best"), (2, None, "best")]
+)
+def test_where_none_of_a_step_is_whole_the_newer_one_kept_apart_is_taken_and_told(
+    tmp_path, best, finite, taken
+):
+    damaged(save(tmp_path, 9))
+    kept_apart(tmp_path, checkpoint.BEST, best)
+    if finite:
+        kept_apart(tmp_path, checkpoint.LAST_FINITE, finite)
+    found, (damage, told) = checkpoint.newest(tmp_path)
+    assert found.state["step"] == max(best, finite or 0)
+    assert "step_00000009: model.safetensors is not what its manifest says" in damage
+    assert told.startswith(f"{tmp_path / taken} is taken, of step {found.state['step']}")
+    assert ("not to go on bit for bit" in told) == (taken == "last_finite")
+
+
+def test_one_of_a_step_that_is_whole_goes_before_one_kept_apart(tmp_path):
+    save(tmp_path, 3)
+    damaged(save(tmp_path, 9))
+    kept_apart(tmp_path, checkpoint.BEST, 5)
+    assert checkpoint.newest(tmp_path)[0].state["step"] == 3
+
+
+def test_a_damaged_one_kept_apart_is_passed_over_too(tmp_path):
+    damaged(kept_apart(tmp_path, checkpoint.LAST_FINITE, 5))
+    assert checkpoint.newest(tmp_path)[0] is None
+    kept_apart(tmp_path, checkpoint.BEST, 2)
+    assert checkpoint.newest(tmp_path)[0].state["step"] == 2
+
+
+def test_a_copy_of_the_users_is_no_checkpoint_of_a_step(tmp_path):
+    whole = [save(tmp_path, step) for step in (9, 18)]
+    for name in ("step_keep", "step_00000018.bak", "step_", "mystep_00000018", "step_-1", "step_9_9"):
+        shutil.copytree(whole[0], tmp_path / name)
+    assert checkpoint.newest(tmp_path)[0].state["step"] == 18
+    checkpoint.set_aside(tmp_path, 9)
+    checkpoint.prune(tmp_path, keep=1)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(("step_0", "damaged")))
+    assert names == ["damaged_step_00000018", "step_00000009", "step_00000018.bak"]
+    assert (tmp_path / "step_keep").exists()
+
+
+def test_steps_are_in_the_order_of_their_numbers(tmp_path):
+    for step in (99_999_999, 100_000_000, 5):
+        save(tmp_path, step)
+    assert list(of_steps(tmp_path)) == [5, 99_999_999, 100_000_000]
+    assert checkpoint.newest(tmp_path)[0].state["step"] == 100_000_000
+    checkpoint.prune(tmp_path, keep=2)
+    assert list(of_steps(tmp_path)) == [99_999_999, 100_000_000]
 
 
 def test_a_folder_that_was_not_renamed_is_never_selected(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from altgrad_core import compare, comparing, rules
 from altgrad_core.describe import check
+from altgrad_core.grids import requested
 from altgrad_core.tuning import Tuning
 
 ARMS = """
@@ -224,6 +225,12 @@ def test_check_counts_the_runs_of_each_kind(experiment_at, tmp_path):
     assert not any("seed 1337" in line for line in lines)
 
 
+def test_a_run_whose_optimizer_does_not_take_the_step_size_is_refused_with_its_reason(experiment_at):
+    file = experiment_at(ONE_FORMAT.replace("AdamW", "Capped"), "compare.tune=[0.5, 1.0]")
+    with pytest.raises(ValueError, match=r"expected 0 to 1, got 2\.0"):
+        comparing.cells_of(file, "format=E5M2,optimizer=Capped(lr=0.001)", 3, 2000.0)
+
+
 def test_a_single_factor_is_taken_without_tuning_runs(experiment_at):
     comparison = experiment_at(ARMS + "tune = [0.5]\n").comparison
     assert {comparison.runs(group) for group in comparison.groups} == {5}
@@ -287,7 +294,17 @@ def test_what_is_wrong_with_the_table_is_said_at_its_line(mistakes, line, messag
         (
             "lr = 1e-3",
             "lr = 0.0",
-            "7: grid.optimizer[0]: [compare] tunes lr: expected more than 0 and a finite",
+            "7: grid.optimizer[0]: [compare] tunes lr: expected more than 0 and a finite number, got 0.0",
+        ),
+        (
+            'plugin = "AdamW", lr = 1e-3',
+            'plugin = "Capped", lr = 0.3',
+            "7: grid.optimizer[0]: [compare] tunes lr: expected 0 to 1, got 1.2 (0.3 x 4.0)",
+        ),
+        (
+            'lr = 1e-3},\n  {plugin = "GridOptim", step_scale = 6}',
+            'lr = 0.3},\n  {plugin = "Capped", step_of = 0}',
+            "8: grid.optimizer[1]: [compare] tunes lr: expected 0 to 1, got 1.2 (0.3 x 4.0)",
         ),
         ("lr = 1e-3", "step_of = 1", "7: grid.optimizer[0].step_of: the baseline is tuned by itself"),
         ("step_scale = 6", "step_of = 1", "8: grid.optimizer[1].step_of: is the arm itself"),
@@ -371,12 +388,12 @@ def test_what_is_wrong_with_a_table_by_flag_is_said_of_the_flag(mistakes):
 # --- step sizes --------------------------------------------------------------------------------------
 
 
-def tuned(losses, given=(0.5, 1.0, 2.0)):
-    """Return a tuning whose factors came to `losses`, and to what a function says beyond."""
+def tuned(losses, given=(0.5, 1.0, 2.0), largest=math.inf):
+    """Return a tuning whose factors came to `losses`, on an optimizer that takes factors up to a largest."""
     tuning = Tuning(given)
     for factor in given:
         tuning.losses[factor] = {1: losses(factor)}
-    while (factor := tuning.extend()) is not None:
+    while (factor := tuning.extend(lambda factor: factor <= largest)) is not None:
         tuning.losses[factor] = {1: losses(factor)}
     return tuning
 
@@ -413,6 +430,47 @@ def test_an_optimum_on_the_edge_extends_the_list_at_most_twice(optimum, added, b
     assert (tuning.added, tuning.best, tuning.on_the_edge) == (added, best, edge)
 
 
+def test_a_factor_that_the_optimizer_does_not_take_leaves_the_best_on_the_edge():
+    tuning = tuned(lambda factor: -factor, largest=5.0)
+    assert (tuning.added, tuning.best, tuning.on_the_edge) == ([4.0], 4.0, True)
+
+
+@pytest.mark.parametrize(("taker", "added"), [("AdamW", [4.0, 8.0]), ("Capped", [])])  # 0.3 x 4 is beyond 1
+def test_a_list_grows_no_further_than_the_arms_that_take_its_step_size(experiment_at, tmp_path, taker, added):
+    second = f'{{plugin = "{taker}", step_of = 0}}'
+    arms = '{plugin = "AdamW", lr = 0.3},\n  ' + second
+    text = ONE_FORMAT.replace(
+        '{plugin = "AdamW", lr = 1e-3},\n  {plugin = "GridOptim", step_scale = 6}', arms
+    )
+    file = experiment_at(text, "compare.tune=[0.5, 1.0, 2.0]")
+    running = comparing.Comparing(requested(file, out=tmp_path), file, 1)
+
+    def more_is_better(runs):
+        for name, seed, factor in runs:
+            running.tunings[name].losses.setdefault(factor, {})[seed] = -factor
+        return True
+
+    assert running._tune(more_is_better)
+    assert running.tunings["format=E5M2,optimizer=AdamW(lr=0.3)"].added == added
+
+
+@pytest.mark.parametrize(
+    ("losses", "given", "best"),
+    [
+        (lambda factor: factor, (1e-300, 1e150), 1e-300),  # 1e-750 is 0
+        (lambda factor: -factor, (1e-300, 1e150), 1e150),  # 1e600 is inf
+        (lambda factor: -factor, (1.0, 1e300), 1e300),  # 1e600 too
+    ],
+)
+def test_a_list_does_not_grow_to_0_or_infinity(losses, given, best):
+    tuning = tuned(losses, given)
+    assert (tuning.added, tuning.best, tuning.on_the_edge) == ([], best, True)
+
+
+def test_a_list_grows_where_only_the_square_of_its_edge_is_beyond_all_numbers():
+    assert tuned(lambda factor: -factor, (1e200, 1e201)).added == [1e202, 1e203]
+
+
 def test_where_everything_diverges_smaller_steps_are_tried():
     tuning = tuned(lambda factor: math.inf)
     assert (tuning.added, tuning.on_the_edge) == ([0.25, 0.125], True)
@@ -428,7 +486,7 @@ def test_nothing_is_chosen_before_every_factor_has_its_loss():
     assert tuning.best is None
     tuning.losses[2.0] = {1: None}
     assert tuning.best is None
-    assert tuning.extend() is None
+    assert tuning.extend(lambda factor: True) is None
 
 
 def test_the_step_option_is_lr_where_a_class_says_nothing(experiment):

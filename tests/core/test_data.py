@@ -352,8 +352,39 @@ def test_without_labels_no_documents_are_kept(tmp_path):
 def test_a_source_may_say_how_many_labels_there_are(tmp_path):
     prepared = prepare(Labelled((1,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
     assert prepared.train_documents.labels.shape == (3, 5)
-    with pytest.raises(ValueError, match="'tiny': a document has the label 5; the 5 labels are 0 to 4"):
+    with pytest.raises(
+        ValueError, match="'tiny': document 1 of train has the label 5; the 5 labels are 0 to 4"
+    ):
         prepare(Labelled((5,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+
+
+@pytest.mark.parametrize("label", [2_000_000_000, 10**12, 10**30])
+def test_a_label_too_large_for_a_matrix_is_refused_by_its_document(tmp_path, label):
+    reason = (
+        f"'tiny': document 2 of train has the label {label}: .* no more than .* number the labels 0, 1, 2"
+    )
+    with pytest.raises(ValueError, match=reason):
+        prepare(Labelled((2,), (label,), (0,)), "tiny", "bytes", tmp_path)
+
+
+def test_too_many_labels_are_refused_by_the_option(tmp_path):
+    with pytest.raises(ValueError, match=r"'tiny': label_count is 2000000000: .* no more than"):
+        prepare(Labelled((2,), (), (0,), label_count=2_000_000_000), "tiny", "bytes", tmp_path)
+
+
+def test_a_tokenizer_is_told_by_its_name_and_by_what_it_has_learnt(tmp_path, squares):
+    long = ("to be or not to be " * 50,)
+    other = ("a rose is a rose " * 50,)
+
+    def tokenizer(name, train, validation=("xy",)):
+        return prepare(Texts(train, validation, f"{train} {validation}"), "tiny", name, tmp_path).tokenizer
+
+    assert tokenizer("bytes", long) == tokenizer("bytes", other)
+    assert tokenizer("bpe:260", long) == tokenizer("bpe:260", long, ("another",))
+    assert tokenizer("bpe:260", long) == tokenizer("bpe:260", long)  # from the cache
+    kinds = [("bytes", long), ("bpe:260", long), ("bpe:261", long), ("bpe:260", other)]
+    assert len({tokenizer(*kind) for kind in kinds}) == len(kinds)
+    assert prepare(Numbers(squares, squares, 997), "tiny", "bytes", tmp_path).tokenizer == ""
 
 
 def test_where_labels_are_said_to_be_documents_are_kept_even_if_none_has_one(tmp_path):

@@ -58,7 +58,7 @@ def test_a_signal_raises_where_the_block_is(name):
 
 @pytest.mark.parametrize("name", RAISED)
 def test_a_module_that_is_being_imported_is_whole_before_a_signal_raises(name, module):
-    module("whole_module", KILL.format(name=name) + "end = 1\n")
+    module("whole_module", KILL.format(name=name) + "import time\ntime.sleep(0.2)\nend = 1\n")
     with pytest.raises(RAISED[name]), interrupts.unwinding():
         import_and_go_on("whole_module")
     assert sys.modules["whole_module"].end == 1

@@ -67,6 +67,15 @@ def in_a_process(*command, **more):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **more)
 
 
+@pytest.mark.parametrize(("seed", "following"), [(0, 1), (2**63 - 2, 2**63 - 1), (2**63 - 1, 0)])
+def test_the_next_command_of_a_run_is_one_that_is_taken(seed, following, altgrad_run):
+    code, out, _ = altgrad_run(TINY, "--set", f"seed={seed}", "--set", "steps=1", "--set", "data.tokens=4000")
+    assert code == 0
+    *_, command = re.findall(r"another seed: altgrad-run (.*)", out)
+    assert f"--set seed={following} " in command
+    load_experiment("e.toml", [shlex.split(command)[2]])
+
+
 # --- altgrad plugins ---------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -323,6 +324,96 @@ def test_a_run_of_a_comparison_is_gone_on_with_in_its_folder(write, tmp_path, mo
 def test_a_comparison_is_run_by_the_command_alone(write, tmp_path):
     with pytest.raises(UsageError, match=r"has a \[compare\], .*: use altgrad-run"):
         altgrad.run_all(altgrad.load_experiment(write()), out=tmp_path)
+
+
+# --- compare.json of several commands ----------------------------------------------------------------
+
+PAIR = TINY.replace('[compare.references]\nfp32 = {"quantize.format" = "FP32"}\n', "").replace(
+    "tune = [0.1, 1.0, 10.0]", "tune = [1.0, 10.0]"
+)
+"""Two arms, and no more."""
+
+
+@pytest.fixture
+def finished(write, tmp_path):
+    """A comparison of two arms that is over: its file, and what a report is told."""
+    path = write(PAIR)
+    assert run(path, tmp_path) == 0
+    return path, told(tmp_path)
+
+
+@pytest.mark.parametrize("more", [[], ["compare.seeds=[2, 3, 4]"], ["compare.tune=[1.0]"]])
+def test_a_file_whose_runs_are_all_refused_takes_nothing_back(finished, tmp_path, more, capsys):
+    path, before = finished
+    assert run(path, tmp_path, "steps=4", "optimizer.betas=[0.8, 0.9]", *more) == 1
+    assert "was begun with other options: steps: 3 -> 4" in capsys.readouterr().err
+    assert told(tmp_path) == before
+
+
+def test_an_arm_that_is_new_is_not_told_beside_others_whose_runs_are_refused(
+    finished, write, tmp_path, capsys
+):
+    _, before = finished
+    third = PAIR.replace("step_of = 0},", "step_of = 0},\n  {plugin = 'Madam'},")
+    assert run(write(third), tmp_path, "steps=4") == 1
+    assert told(tmp_path) == before
+    said = f"compare.json stays as it was: it has the step size of format=FP32,{ADAMW}, which this command"
+    assert said in capsys.readouterr().out
+
+
+def test_an_arm_that_is_new_is_told_beside_those_that_are_over(finished, write, tmp_path):
+    _, before = finished
+    assert run(write(PAIR.replace("step_of = 0},", "step_of = 0},\n  {plugin = 'Madam'},")), tmp_path) == 0
+    after = told(tmp_path)["groups"]
+    assert len(after["optimizer=Madam"]["runs"]) == 2
+    assert after[ADAMW] == before["groups"][ADAMW]
+
+
+def test_what_is_over_is_told_before_anything_runs_again(finished, tmp_path, monkeypatch):
+    """A seed more: what was chosen follows from the folders, an interruption takes nothing of it back."""
+    path, before = finished
+    monkeypatch.setattr("altgrad_core.comparing.run_grid", lambda *_, **__: [])
+    assert run(path, tmp_path, "compare.seeds=[2, 3, 4]") == 130
+    groups = told(tmp_path)["groups"]
+    assert {name: group["factor"] for name, group in groups.items()} == {
+        name: group["factor"] for name, group in before["groups"].items()
+    }
+    assert {tuple(group["runs"]) for group in groups.values() if "FP32" not in group["name"]} == {
+        ("2", "3", "4")
+    }
+
+
+def test_a_choice_whose_folders_are_gone_stays_until_there_is_another(finished, tmp_path, monkeypatch):
+    path, before = finished
+    shutil.rmtree(tmp_path / "tiny" / f"{ADAMW},seed=1,step=1.0")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("altgrad_core.comparing.run_grid", lambda *_, **__: [])
+        assert run(path, tmp_path) == 130
+    assert told(tmp_path) == before
+    assert run(path, tmp_path) == 0
+    assert told(tmp_path) == before
+
+
+def _hold(folder):
+    RunFolder(folder)
+    signal.pause()
+
+
+def test_of_two_commands_with_other_tables_the_later_one_is_told(write, tmp_path, wait_until):
+    """The first has a seed less and ends last: the second waits for a run that it may not see the end of."""
+    path, fork = write(PAIR), multiprocessing.get_context("fork")
+    holder = fork.Process(target=_hold, args=(tmp_path / "tiny" / f"{ADAMW},seed=2,step=1.0",), daemon=True)
+    holder.start()
+    over = lambda: len(list(tmp_path.glob("tiny/*/summary.json")))  # noqa: E731 - asked again and again
+    first = forked(path, tmp_path, "compare.tune=[1.0]", "compare.seeds=[2, 3]")
+    wait_until(lambda: over() == 7)
+    second = forked(path, tmp_path, "compare.tune=[1.0]", "compare.seeds=[2, 3, 4]")
+    wait_until(lambda: over() == 11)
+    holder.kill()
+    for process in (first, second):
+        process.join(60)
+        assert process.exitcode == 0
+    assert {tuple(group["runs"]) for group in told(tmp_path)["groups"].values()} == {("2", "3", "4")}
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import socket
 
 import numpy as np
@@ -161,3 +162,27 @@ def test_without_a_network_wikitext_exits_with_2_and_names_what_needs_none(
     assert f"the data set 'wikitext' cannot be prepared: no network: {hub} does not answer" in err
     assert 'or take plugin = "licenses"' in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            ["plugin = 'text'", "path = 'nope.txt'"],
+            "path = 'nope.txt' .* does not exist; set path to a text file",
+        ),
+        (
+            ["plugin = 'bin'", "path = '{folder}'", "vocab_size = 9"],
+            "val.bin has 3 bytes; expected uint16 tokens",
+        ),
+    ],
+)
+def test_data_that_are_absent_or_odd_exit_with_2_as_those_that_cannot_be_read(
+    write, tmp_path, data, reason, capsys
+):
+    (tmp_path / "train.bin").write_bytes(bytes(40))
+    (tmp_path / "val.bin").write_bytes(b"abc")
+    path = write(*(line.format(folder=tmp_path) for line in data))
+    assert _guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^the data set .* cannot be prepared: .*{reason}", line)

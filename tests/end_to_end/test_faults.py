@@ -360,6 +360,66 @@ def test_a_pickle_where_a_checkpoint_is_expected_is_passed_over_and_does_not_run
     assert not (tmp_path / "ran").exists()
 
 
+UNBOUND = "[quantize]\nformat = 'E4M3'\nstorage = 'grid'\n"
+ADAPTED = """
+[[monitor]]
+plugin = "stall"
+[[fallback]]
+plugin = "emergency_shift"
+measure = "ratio"
+stall_threshold = 0.01
+patience = 4
+warmup = 2
+chain = {E4M3 = "BF16", BF16 = "none"}
+[quantize.activations]
+format = "E5M2"
+"""
+
+
+@pytest.mark.parametrize("arm", ["", UNBOUND + ADAPTED])
+def test_where_those_of_all_steps_are_damaged_the_best_is_gone_on_with_bit_for_bit(
+    arm, write, tmp_path, killed_at, lines, run
+):
+    path = write(TINY + "[optimizer]\nplugin = 'AdamW'\nlr = 1e-2\n" + arm)
+    whole = run(path, tmp_path / "whole").folder
+    killed_at(path, tmp_path / "parts", 24)
+    parts = tmp_path / "parts" / "tiny" / "run"
+    for manifest in parts.glob(f"checkpoints/step_*/{checkpoint.MANIFEST}"):
+        manifest.unlink()
+    best = checkpoint.load(parts / "checkpoints" / checkpoint.BEST).state["step"]
+    assert best in (9, 18)
+    assert run(path, tmp_path / "parts").outcome == "finished"
+    assert state_bytes(parts) == state_bytes(whole)
+    assert lines(parts) == lines(whole)
+    told = lines(parts, "events.jsonl")
+    warned = [one["message"] for one in told if one["event"] == "warning"]
+    assert f"checkpoints/best is taken, of step {best}; none of a step is whole" in warned[-1]
+    assert [one for one in told if one["event"] != "warning"] == lines(whole, "events.jsonl")
+
+
+def test_the_best_is_kept_once_monitors_have_heard_of_its_evaluation(write, tmp_path, monkeypatch, run):
+    """Else a run that goes on from it would have monitors that never do."""
+    from altgrad_monitors.stall import Stall
+
+    heard = []
+    monkeypatch.setattr(Stall, "evaluated", lambda self, step, _: heard.append(step), raising=False)
+    monkeypatch.setattr(Stall, "state_dict", lambda self: {"heard": list(heard)}, raising=False)
+    monitored = write(
+        TINY + STORED + "[optimizer]\nplugin = 'AdamW'\nlr = 1e-2\n[[monitor]]\nplugin = 'stall'\n"
+    )
+    state = checkpoint.load(run(monitored, tmp_path).folder / "checkpoints" / checkpoint.BEST).state
+    assert state["plugins"]["stall"]["heard"][-1] == state["step"]
+
+
+def test_what_happens_after_a_damaged_checkpoint_is_in_the_events(write, tmp_path, killed_at, lines, run):
+    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
+    killed_at(path, tmp_path, 9)
+    (folder / "checkpoints" / checkpoint.step_name(9) / checkpoint.MANIFEST).unlink()
+    run(path, tmp_path)
+    steps = [one["step"] for one in lines(folder, "events.jsonl") if one["event"] == "checkpoint"]
+    assert steps == list(range(3, 31, 3))
+
+
 def test_without_a_whole_checkpoint_nothing_begins_anew_in_silence(write, tmp_path, killed_at, run):
     path, folder = write(PLAIN), tmp_path / "tiny" / "run"
     killed_at(path, tmp_path, 6)
@@ -504,6 +564,41 @@ def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
     second = launch(path, "--out", tmp_path, "--set", "steps=3")
     second.join()
     assert second.exitcode == 0  # nothing was trained there: the folder is free for other options
+
+
+SENDING = """
+import os, signal, sys
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Sender())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        (
+            "numpy._core.numeric",
+            signal.SIGTERM,
+            143,
+        ),  # which torch's start-up imports, deaf to what it raises
+        ("numpy.lib", signal.SIGINT, 130),
+        ("torch.nn", signal.SIGINT, 130),
+        ("altgrad_optim.adamw", signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_during_an_import_is_heard(module, number, code, write, start, ended, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SENDING.format(module=module, number=int(number)))
+    folders = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": folders}
+    options = ["--out", tmp_path, "--set", "steps=1000000"]
+    found, _, err = ended(start(write(PLAIN), *options, env=environment))
+    assert found == code, err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

@@ -189,8 +189,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(run, source, capsys):
     assert f"warning: {newest}: model.safetensors is not what its manifest says" in capsys.readouterr().out
     for path in others:
         shutil.rmtree(path)
+    best = source / "checkpoints" / "best"
+    kept = run("from_the_best", STILL, "steps=1", top=start_from(source))
+    assert same(weights_of(kept), checkpoint.load(best).model)
+    assert f"warning: {best} is taken, of step 3; none of a step is whole" in capsys.readouterr().out
+    shutil.rmtree(best)
     with pytest.raises(UsageError, match="has no whole checkpoint left"):
         run("none_left", top=start_from(source))
+
+
+def test_a_run_of_which_the_best_alone_was_kept_will_do(run, source, capsys):
+    for path in (source / "checkpoints").glob("step_*"):
+        shutil.rmtree(path)
+    still = run("fine", STILL, "steps=1", top=start_from(source))
+    assert same(weights_of(still), checkpoint.load(source / "checkpoints" / "best").model)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused_with_those_that_are(run, source):
@@ -223,6 +236,28 @@ def test_other_tokens_are_said(run, capsys, tmp_path):
     run("other", ADAMW, data[1], "steps=1", top=start_from(first.folder))
     said = f"warning: init_from: {first.folder} was trained on other tokens: tokenizer bpe:258 on text"
     assert said in capsys.readouterr().out
+
+
+def test_byte_pairs_of_another_text_at_the_same_path_are_said(run, capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a tale of two formats. " * 400)
+    data = f"data={{plugin='text', path='{path}', tokenizer='bpe:258'}}"
+    first = run("first", ADAMW, data, "steps=1")
+    path.write_text("number grids and their ends. " * 400)
+    run("second", ADAMW, data, "steps=1", top=start_from(first.folder))
+    assert f"warning: init_from: {first.folder} was trained on other tokens" in capsys.readouterr().out
+
+
+def test_the_same_byte_pairs_are_said_to_be_none_whatever_the_labels_are(run, capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"a tale of {n} formats. " * 9, "labels": [n % 2], "kinds": [n % 3]} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [
+        f"data={{plugin='jsonl', path='{path}', tokenizer='bpe:258', labels='{key}'}}" for key in rows[0]
+    ][1:]
+    first = run("first", ADAMW, data[0], "steps=1")
+    run("second", ADAMW, data[1], "steps=1", top=start_from(first.folder))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_what_a_run_starts_from_is_in_its_resolved_options(run, source):

@@ -96,6 +96,10 @@ def _opened(path: Path) -> BinaryIO:
 def _object(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(
+            f"{where}: its JSON is nested too deep; expected an object of text and labels"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):

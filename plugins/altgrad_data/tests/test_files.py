@@ -191,6 +191,7 @@ def test_without_a_split_a_hash_of_the_text_holds_out_the_fraction(write):
     ("row", "message"),
     [
         ("{", "a.jsonl:2: not JSON"),
+        ('{"text": ' + "[" * 100_000, "a.jsonl:2: its JSON is nested too deep"),
         ('"text"', "a.jsonl:2: expected a JSON object, got 'text'"),
         ({"body": "b"}, "a.jsonl:2: no key 'text'; its keys are body: set field to one"),
         ({"text": 3}, "a.jsonl:2: 'text' is 3; expected text"),
