@@ -702,3 +702,9 @@ def test_weights_of_a_group_added_later_live_on_their_grids_too(table, rounding)
     for weight, scale in zip(storage.weights, storage.scales.scales, strict=True):
         scaled = weight.detach() * scale
         assert torch.equal(table("E4M3").quantize(scaled), scaled)
+
+
+def test_a_bound_limits_nothing_once_the_last_weight_has_left_its_grid():
+    scales = GridScales([], [], [], fitted=[], adaptive=[], bound=8.0)
+    assert scales.limits() is None
+    assert scales.on_host() == []
