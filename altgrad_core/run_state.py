@@ -289,22 +289,7 @@ class Run:
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint of the same experiment. Raises CheckpointError where it is another's."""
         state = saved.state
-        versions = versions_in_use(self.experiment, self.registry)
-        if changed := differences(state.get("versions", {}), versions):
-            raise checkpoint.CheckpointError(
-                f"{self.folder.path}: its checkpoint was written by other versions: {'; '.join(changed)}; "
-                "install those again, or start anew with --out"
-            )
-        if changed := differences(state["options"], self.experiment.plain()):
-            raise checkpoint.CheckpointError(
-                f"{self.folder.path}: its checkpoint was written with other options: {'; '.join(changed)}; "
-                "put them back, or start anew with --out"
-            )
-        if state["data"] != self.tokens.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"{self.folder.path}: the data have changed since the checkpoint was written; "
-                "put them back, or start anew with --out"
-            )
+        self._refuse_another(state)
         actions.repeat(self, state["switches"], state["adjustments"])
         self.model.load_state_dict(saved.model)
         self._load_optimizer(state["optimizer"])
@@ -337,6 +322,25 @@ class Run:
             self.outcome = "stopped"
         if changed := differences(state["machine"], self._machine()):
             self.warn(f"{'; '.join(changed)}: results may differ in bits from a run without a pause")
+
+    def _refuse_another(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError for a state under other plugins, options or data, naming what differs."""
+        versions = versions_in_use(self.experiment, self.registry)
+        if changed := differences(state.get("versions", {}), versions):
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: its checkpoint was written by other versions: {'; '.join(changed)}; "
+                "install those again, or start anew with --out"
+            )
+        if changed := differences(state["options"], self.experiment.plain()):
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: its checkpoint was written with other options: {'; '.join(changed)}; "
+                "put them back, or start anew with --out"
+            )
+        if state["data"] != self.tokens.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{self.folder.path}: the data have changed since the checkpoint was written; "
+                "put them back, or start anew with --out"
+            )
 
     def _plugin_states(self) -> dict[str, Any]:
         """Return what monitors and policies save; a monitor that fails at it is dropped."""
