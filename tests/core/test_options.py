@@ -366,7 +366,7 @@ def test_options_of_a_plugin_are_checked_by_its_own_class(registry):
 
 def test_a_table_without_plugin_lists_the_choices(registry):
     assert problems({"lr": 1}, OptimizerChoice, registry) == [
-        ': the table names no plugin: add plugin = "..."; there are: AdamW, GridOptim'
+        ': the table names no plugin: add plugin = "..."; there are: AdamW, Capped, GridOptim'
     ]
 
 
