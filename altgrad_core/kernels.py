@@ -76,7 +76,8 @@ def kernel(function: Callable[_Arguments, _Result], *, always: bool = False) -> 
 
     @functools.wraps(function)
     def call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
-        if torch.compiler.is_compiling() or not (_enabled or (always and not _broken and _allowed())):
+        wanted = _enabled or (always and not _broken and _allowed())
+        if torch.compiler.is_compiling() or not wanted or any(map(_is_meta, arguments)):
             return function(*arguments, **keywords)
         if not compiled:
             compiled.append(torch.compile(function))
@@ -95,6 +96,11 @@ def kernel(function: Callable[_Arguments, _Result], *, always: bool = False) -> 
             return function(*arguments, **keywords)
 
     return call
+
+
+def _is_meta(argument: Any) -> bool:
+    """Whether an argument has no memory: what is compiled for it writes nothing, and would serve others."""
+    return isinstance(argument, Tensor) and argument.is_meta
 
 
 def not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

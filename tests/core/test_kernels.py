@@ -68,3 +68,14 @@ def test_a_mistake_inside_of_a_kernel_is_not_taken_for_a_compiler_error(monkeypa
 
     with pytest.raises(ZeroDivisionError):
         wrong(torch.ones(1))
+
+
+@pytest.mark.slow
+def test_what_is_compiled_for_tensors_without_memory_does_not_serve_others(compiled):
+    @kernels.kernel
+    def doubled(x):
+        return 2 * x + 1
+
+    doubled(torch.ones(40, device="meta"))
+    doubled(torch.ones(50, device="meta"))
+    assert torch.equal(doubled(torch.ones(60)), torch.full((60,), 3.0))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from altgrad_core import kernels
 from altgrad_formats.layout import NAMED, Layout
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -370,6 +371,7 @@ def watching(benchmark, monkeypatch, tmp_path):
             benchmark("monitors").main()
         finally:
             torch.set_num_threads(before)
+            kernels.disable()  # which a long run of a larger model has enabled
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -424,6 +426,7 @@ def training(benchmark, monkeypatch, cache, capsys):
             benchmark("train").main()
         finally:
             torch.set_num_threads(before)
+            kernels.disable()  # which a long run of a larger model has enabled
         return json.loads(capsys.readouterr().out)
 
     return run
