@@ -313,11 +313,12 @@ INLINE void moved(float *restrict x, const int32_t *restrict down, int32_t n, fl
     seen[2] += changed;
 }
 
-/* The same where all x are normal, and stay so: a rung is one unit of the pattern, so that fewer instructions do.
-   Returns whether it was so; otherwise nothing has been done. */
+/* The same where all x are normal, and stay so, and the ends are alike: a rung is one unit of the pattern, so that fewer
+   instructions do. Returns whether it was so; otherwise nothing has been done. */
 INLINE int normal_moved(float *restrict x, const int32_t *restrict down, int32_t n, float s, const int32_t *ends,
                         int32_t *seen, Layout k, const int power_of_two) {
     const int32_t below = (1 << k.shift) - 1, end = ends[1] < -ends[0] ? ends[1] : -ends[0];
+    const int32_t top = (int32_t)((uint32_t)(end + k.offset) << k.shift); /* pattern of the value at that end */
     const float inverse = 1.0f / s;
     float to[BLOCK];
     int32_t least = INT32_MAX, most = 0, changed = 0;
@@ -329,12 +330,12 @@ INLINE int normal_moved(float *restrict x, const int32_t *restrict down, int32_t
         const int32_t moved = (int32_t)(rounded + ((uint32_t)outward << k.shift));
         least = moved < least ? moved : least;
         most = moved > most ? moved : most;
-        const float value = float_of(moved | (b & INT32_MIN));
+        const float value = float_of((moved > top ? top : moved) | (b & INT32_MIN));
         to[i] = power_of_two ? value * inverse : value / s;
         changed += to[i] != x[i];
     }
     const int32_t rung = (most >> k.shift) - k.offset;
-    if (least < k.normal || rung > end) return 0;
+    if (least < k.normal || top < k.normal || (rung > end && ends[0] != -ends[1])) return 0;
     memcpy(x, to, (size_t)n * sizeof(float));
     seen[0] = -rung < seen[0] ? -rung : seen[0];
     seen[1] = rung > seen[1] ? rung : seen[1];

@@ -101,12 +101,15 @@ def part_of_the_range(format, part):
     return end[part] if part.startswith("be") else signs * end[part]
 
 
-@pytest.mark.parametrize("scale", [0.25, 3.0])
+@pytest.mark.parametrize(
+    ("scale", "shares"), [(0.25, (15 / 16, 15 / 16)), (3.0, (15 / 16, 1 / 2)), (1.0, (0, 0))]
+)
 @pytest.mark.parametrize(
     ("part", "downs"),
     [
         ("any", (-12, 3, 12)),
         ("within", (-1, 0, 1)),
+        ("within", (-12, 12)),
         ("within", (0, 2**16)),
         ("within", (-(2**16), 0)),
         ("about the largest", (-12, 3, 12)),
@@ -115,11 +118,12 @@ def part_of_the_range(format, part):
         ("beyond the largest", (12,)),
     ],
 )
-def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, part, scale, downs):
+def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, part, scale, downs, shares):
     x = (x if part == "any" else part_of_the_range(format, part)) / scale
     generator = torch.Generator().manual_seed(2)
     down = torch.tensor(downs).int()[torch.randint(0, len(downs), x.shape, generator=generator)]
-    low, high = (int(rung) - int(rung) // 16 for rung in format.rung(format.values[[0, -1]]))
+    ends = format.rung(format.values[[0, -1]]).tolist()
+    low, high = (int(end * share) for end, share in zip(ends, shares, strict=True))
     to = format.rung(x * scale) - down
     expected = format.from_rung(to.clamp(low, high)) / scale
     ends, seen = torch.tensor([low, high]).int(), torch.tensor([2**31 - 1, -(2**31), 7]).int()
