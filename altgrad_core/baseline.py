@@ -42,9 +42,9 @@ def read(folder: str, task: str) -> Baseline | None:
             f"baseline: {path} {problem}, it has no {SUMMARY}; name the folder of a run that has, such as "
             "'runs/my_experiment/run'"
         )
-    if summary["task"] != task:
+    if (theirs := summary.get("task", task)) != task:
         raise UsageError(
-            f"baseline: {path} is a run of task = {summary['task']!r}, this one of {task!r}, whose losses do "
+            f"baseline: {path} is a run of task = {theirs!r}, this one of {task!r}, whose losses do "
             "not compare; name a run of the same task, or none"
         )
     return Baseline(path, task, summary.get("final") or {})

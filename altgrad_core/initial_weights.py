@@ -86,7 +86,7 @@ def _no_weights(source: Path, *, damaged: bool) -> str:
 def _takes_head(experiment: Experiment, theirs: Mapping[str, Any]) -> bool:
     """Whether the other run's head answers the same question: which token is next, or which of our labels."""
     own = experiment.plain()
-    if theirs["task"] != own["task"]:
+    if theirs.get("task", own["task"]) != own["task"]:
         return False
     labels = [[data.get(key) for key in ("plugin", *LABEL_OPTIONS)] for data in (theirs["data"], own["data"])]
     return own["task"] != CLASSIFICATION or labels[0] == labels[1]
