@@ -27,11 +27,17 @@ CLOCKS = ("time/", "cost/", "memory/")
 # --- in this process ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The token cache, a test's own."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The token cache of all tests, so that each text is prepared once, and each loop in C compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cached(cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALTGRAD_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture
@@ -177,13 +183,12 @@ def same_tree():
 
 
 @pytest.fixture(scope="session")
-def forking(tmp_path_factory):
-    """What forks; its processes have a token cache of their own, the folder `cache`."""
+def forking(cache):
+    """What forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    context.cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALTGRAD_CACHE", str(context.cache))
+        patch.setenv("ALTGRAD_CACHE", str(cache))
         first = context.Process(target=os.getpid)  # the server takes the environment of its first process
         first.start()
     first.join()

@@ -10,7 +10,7 @@ import socket
 import numpy as np
 import pytest
 
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.record import read_lines
 
 BESIDE = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / "eurlex"
@@ -37,9 +37,15 @@ lr = 1e-2
 """
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A token cache of each test's own, which it may damage."""
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def write(tmp_path):
-    """Write an experiment file with a [data] table, the token cache beside it, and return its path."""
+    """Write an experiment file with a [data] table, and return its path."""
 
     def write(*data: str) -> pathlib.Path:
         path = tmp_path / "small.toml"
@@ -63,7 +69,7 @@ def command(capsys):
     """Return a function that runs `altgrad-run` and gives its exit code and what it wrote."""
 
     def command(*arguments):
-        code = _guarded(run_app, list(map(str, arguments)))
+        code = guarded(run_app, list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     return command
@@ -183,6 +189,6 @@ def test_data_that_are_absent_or_odd_exit_with_2_as_those_that_cannot_be_read(
     (tmp_path / "train.bin").write_bytes(bytes(40))
     (tmp_path / "val.bin").write_bytes(b"abc")
     path = write(*(line.format(folder=tmp_path) for line in data))
-    assert _guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^the data set .* cannot be prepared: .*{reason}", line)

@@ -17,8 +17,22 @@ SPACINGS = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER)
 QUANTIZE = ctypes.CFUNCTYPE(
     None, POINTER, POINTER, COUNT, ctypes.c_uint32, NUMBER, NUMBER, NUMBER, POINTER, POINTER
 )
-MOVES = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER, POINTER, POINTER)
+MOVES = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, POINTER, COUNT, POINTER, POINTER, POINTER)
 KEYS = stream_key_tensor((4, 5, 6))
+
+
+class Walk(ctypes.Structure):
+    _fields_ = [
+        ("clip", NUMBER),
+        ("scale", NUMBER),
+        ("low", COUNT),
+        ("high", COUNT),
+    ]
+
+
+class Seen(ctypes.Structure):
+    _fields_ = [(name, COUNT) for name in ("least", "most", "undefined", "lost", "flips")]
+
 
 WIDE = ("FP16", "E0M15", "E7M8")  # not BF16: its spacings are below float32's normal range
 NAMES = [name for name, layout in NAMED.items() if layout.bits <= 8 or name in WIDE]
@@ -119,23 +133,67 @@ def part_of_the_range(format, part):
     ],
 )
 def test_blocks_move_by_rungs_within_ends_and_tell_where_to(format, loops, x, part, scale, downs, shares):
-    x = (x if part == "any" else part_of_the_range(format, part)) / scale
+    x = x if part == "any" else part_of_the_range(format, part)
+    x = torch.cat((format.quantize(x), x)) / scale
     generator = torch.Generator().manual_seed(2)
-    down = torch.tensor(downs).int()[torch.randint(0, len(downs), x.shape, generator=generator)]
+    down = torch.tensor(downs).float()[torch.randint(0, len(downs), x.shape, generator=generator)]
+    down *= 1 - torch.rand(x.shape, generator=generator) / 4
+    clip = 0.875 * max(map(abs, downs))
     ends = format.rung(format.values[[0, -1]]).tolist()
     low, high = (int(end * share) for end, share in zip(ends, shares, strict=True))
-    to = format.rung(x * scale) - down
+    draws = torch.randint(0, 2**24, x.shape, generator=generator).int()
+    to = format.rung(x * scale) - drawn(down, clip, draws)
     expected = format.from_rung(to.clamp(low, high)) / scale
-    ends, seen = torch.tensor([low, high]).int(), torch.tensor([2**31 - 1, -(2**31), 7]).int()
-    found = x.clone()
-    addresses = down.data_ptr(), found.numel(), scale, ends.data_ptr(), seen.data_ptr(), loops.context
-    MOVES(loops.moves)(found.data_ptr(), *addresses)
+    walk = Walk(clip, scale, low, high)
+    found, seen = torch.empty_like(x), Seen(2**31 - 1, -(2**31), 0, 0, 7)
+    move(loops, x, down, draws, found, walk, seen)
     assert torch.equal(found, expected)
-    least, largest, changed = seen.tolist()
-    assert least <= int(to.min())
-    assert largest >= int(to.max())
-    assert max(-least, largest) == int(to.abs().max())
-    assert changed == 7 + int((expected != x).sum())
+    assert seen.least <= int(to.min())
+    assert seen.most >= int(to.max())
+    assert max(-seen.least, seen.most) == int(to.abs().max())
+    assert (seen.undefined, seen.flips) == (0, 7 + int((expected != x).sum()))
+    for begin in range(0, x.numel(), 512):
+        here, seen = slice(begin, begin + 512), Seen(2**31 - 1, -(2**31))
+        back, again = torch.empty_like(x[here]), torch.empty_like(x[here])
+        move(loops, x[here], down[here], draws[here], again, walk, seen)
+        move(loops, again, -down[here], draws[here], back, walk, Seen())
+        assert torch.equal(again, expected[here])
+        assert seen.lost or torch.equal(back, x[here])
+
+
+def drawn(down, clip, draws):
+    """Whole rungs, rounded stochastically by draws over 2^24."""
+    size = down.abs().clamp(max=clip)
+    up = draws * 2.0**-24 < size - size.floor()
+    return ((size.floor() + up) * down.sign()).int()
+
+
+def move(loops, x, down, draws, to, walk, seen):
+    places = (tensor.data_ptr() for tensor in (x, down, draws, to))
+    MOVES(loops.moves)(*places, x.numel(), ctypes.byref(walk), ctypes.byref(seen), loops.context)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-30, 2.0**30])
+def test_normal_values_that_stay_below_the_end_can_be_moved_back(scale):
+    format = exmy("E4M3")
+    x = torch.tensor([1.0, -1.125, 96.0, -0.5]).repeat(128) / scale
+    seen = Seen(2**31 - 1, -(2**31))
+    walk = Walk(10.0, scale, -126, 126)
+    loops = format.block_loops()
+    if loops is None:
+        pytest.skip("there is no C compiler")
+    draws = torch.arange(512).int() * 2**15
+    move(loops, x, torch.linspace(-9, 9, 512), draws, torch.empty_like(x), walk, seen)
+    assert not seen.lost
+
+
+@pytest.mark.parametrize("spoiled", ["x", "down"])
+def test_a_nan_among_moves_is_told(format, loops, spoiled):
+    x, down = (torch.ones(512) for _ in range(2))
+    (x if spoiled == "x" else down)[300] = torch.nan
+    walk, seen = Walk(10.0, 1.0, -(2**30), 2**30), Seen(2**31 - 1, -(2**31))
+    move(loops, x, down, torch.zeros(512).int(), torch.empty_like(x), walk, seen)
+    assert seen.undefined
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
