@@ -6,8 +6,9 @@ ten seconds of compilation (docs/decisions/006-loops-in-c.md). So the formats' i
 file beside their Python: the same arithmetic, held to the same bits by tests.
 
 `library(source)` compiles such a file with the machine's own C compiler, in half a second, into the cache
-folder. Where there is none, or with ALTGRAD_KERNELS=eager, it returns None after one warning, and everything
-stays eager: slower, with the same bits.
+folder; what they share is in loops.h, which each of them finds. Where there is no compiler, or with
+ALTGRAD_KERNELS=eager, it returns None after one warning, and everything stays eager: slower, with the same
+bits.
 
 Threads are torch's own: the file is compiled with OpenMP but not linked to it, so that it finds the runtime
 which torch has loaded, and `torch.set_num_threads` holds for it too.
@@ -48,18 +49,20 @@ FEWEST_ELEMENTS = 1024
 class BlockLoops:
     """A format's arithmetic as C functions for the loops of others, which call them on a block at a time.
 
-    Addresses of functions of float32 blocks that stay in a core's cache, n elements each, in one thread:
+    Addresses of functions of float32 blocks that stay in a core's cache, n elements each, in one thread, of
+    the types in loops.h:
 
         rungs     (const float *x, int32_t *rungs, int32_t n, const void *context)
         values    (const int32_t *rungs, float *x, int32_t n, const void *context), clamped to both ends
-        moves     (float *x, const int32_t *down, int32_t n, float scale, const int32_t *ends, int32_t *seen,
-                   const void *context): x, in place, to the values at clamp(rung(x·scale) - down, *ends)
-                   over the scale; seen: two rungs, widened to have all rungs before the clamp between them,
-                   the farther of them no wider than that, and how many x have changed, added
+        moves     (const float *x, const float *down, const int32_t *draws, float *to, int32_t n,
+                   const Walk *walk, Moved *moved, const void *context): to the values at
+                   clamp(rung(x·scale) - k, low, high) over the scale, k being clamp(down, -clip, clip)
+                   rounded stochastically to whole rungs (`whole_rungs`). What `moved` tells is added to
+                   what is there; the value for a NaN may be anything
         spacings  (const float *x, float *spacings, int32_t n, float scale, const void *context), of x·scale,
                    over the scale
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
-                   const uint32_t *keys, const void *context), as `Format.fake_quantize`, saturating:
+                   const Keys *keys, const void *context), as `Format.fake_quantize`, saturating:
                    element i takes the number first + i of the keys' stream; keys NULL: to nearest even
 
     They give the bits of `Format.rung`, `from_rung`, `spacing` and `fake_quantize`; the rung of NaN may be
@@ -87,6 +90,7 @@ class SpacingLoop:
 
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC")
+_HEADER = Path(__file__).with_name("loops.h")
 _PATIENCE = 120  # seconds for a compiler, on a machine that is busy
 
 
@@ -174,9 +178,11 @@ class KeptTables(Generic[Table]):
 
     def get(self, owner: object, part: object, made_of: object, make: Callable[[], Table]) -> Table:
         """Return the table of a part of the owner, made anew where there is none, or it has changed."""
+        if torch._C._functorch.maybe_current_level():
+            return make()  # what a transform wraps looks like what it wraps, and does not outlive it
         tables = self._found.setdefault(owner, {})
         found = tables.get(id(part))
-        if found is None or found[0] != made_of or torch._C._functorch.maybe_current_level():
+        if found is None or found[0] != made_of:
             found = tables[id(part)] = made_of, make()
         return found[1]
 
@@ -246,7 +252,8 @@ def _said(error: Exception) -> str:
 
 def _loaded(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """Load the shared object of a source, from the cache if it has it whole, else compiled now."""
-    identity = "\n".join((source.read_text(), compiler, *flags, _processor(), torch.__version__))
+    texts = source.read_text(), _HEADER.read_text()
+    identity = "\n".join((*texts, compiler, *flags, _processor(), torch.__version__))
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     with tempfile.TemporaryDirectory(prefix="altgrad-native-") as scratch:
         folder = _folder() or Path(scratch)
@@ -259,7 +266,7 @@ def _compile(source: Path, compiler: str, flags: tuple[str, ...], path: Path) ->
     """Compile a source to a shared object with its digest behind it, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         parts = Path(scratch, "part.o"), Path(scratch, "whole.so")
-        compile_ = [compiler, *flags, "-c", str(source), "-o", str(parts[0])]
+        compile_ = [compiler, *flags, "-iquote", str(_HEADER.parent), "-c", str(source), "-o", str(parts[0])]
         link = [compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"]  # finds torch's OpenMP
         for command in (compile_, link):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)

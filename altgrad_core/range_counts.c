@@ -2,8 +2,7 @@
 
    Integer comparisons on the bits of float32, which order magnitudes; NaN lies above all. */
 
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 #define PIECE 8192 /* elements a thread takes at a time; their counts fit in 32 bits */
 
@@ -15,20 +14,6 @@ typedef struct {
     uint32_t amax, largest; /* bits of the largest finite magnitudes of x and of q */
     uint32_t smallest;      /* bits of the smallest non-zero magnitude of q, less 1 */
 } Seen;
-
-static inline uint32_t magnitude_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits & 0x7FFFFFFFu;
-}
-
-static inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE Seen seen_in(const float *x, const float *q, int32_t n, const float *scale, float low, float high,
                     const int each) {

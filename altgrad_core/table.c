@@ -5,9 +5,7 @@
    from the slot's threshold on. Exact for any thresholds, ties included. Cells as in altgrad_core.value_table:
    0 below the lowest value, 1 to n the values, n + 1 above the highest. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 #define PIECE 16384 /* elements a thread takes at a time */
 
@@ -15,8 +13,6 @@ typedef struct {
     float threshold;
     int32_t cell;
 } Slot;
-
-static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
 
 static inline int32_t cell_of(float x, const Slot *slots) {
     const Slot slot = slots[(uint32_t)bits_of(x) >> 16];
@@ -28,33 +24,19 @@ void cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t l
     for (int64_t i = 0; i < n; i++) out[i] = x[i] != x[i] ? last : cell_of(x[i], slots);
 }
 
-/* Element i's number in [0, 1), of altgrad_core.random_bits. */
-static inline double uniform(uint32_t i, uint32_t first, uint32_t second) {
-    i = (i + first) * 0xED5AD4BBu;
-    i = (i ^ i >> 15) * 0xAC4C1B51u + second;
-    i = (i ^ i >> 15) * 0x31848BABu;
-    return (double)(i >> 8) * 0x1p-24;
-}
-
 /* The cell toward zero of x, or its outer neighbour where r * gap < |x| - |value|, r of the keys' stream.
    slots: of rounding toward zero. values: of the cells. gaps[c] lies below cell c; inf past the ends. */
 void stochastic_cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t last,
-                      const double *values, const double *gaps, const uint32_t *keys) {
-    const uint32_t first = keys[0], second = keys[1];
+                      const double *values, const double *gaps, const Keys *keys) {
+    const Keys own = *keys;
     _Pragma("omp parallel for schedule(static) if (n > PIECE)")
     for (int64_t i = 0; i < n; i++) {
         const float v = x[i];
         const int32_t cell = v != v ? last : cell_of(v, slots), below = v < 0;
         const double above = fabs((double)v - values[cell]), gap = gaps[below ? cell : cell + 1];
-        const int32_t outward = uniform((uint32_t)i, first, second) * gap < above;
+        const int32_t outward = (double)uniform((uint32_t)i, own) * gap < above;
         out[i] = below ? cell - outward : cell + outward;
     }
-}
-
-/* A division by a power of two is a multiplication: the same bits, sooner. */
-static inline int is_power_of_two(float s) {
-    int32_t b = bits_of(s);
-    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
 }
 
 static inline float rounded(float v, const Slot *slots, const float *outputs, float low, float high) {
@@ -110,17 +92,20 @@ void block_values(const int32_t *rungs, float *x, int32_t n, const void *context
     for (int32_t i = 0; i < n; i++) x[i] = value_at(rungs[i], t);
 }
 
-void block_moves(float *x, const int32_t *down, int32_t n, float s, const int32_t *ends, int32_t *seen,
+void block_moves(const float *x, const float *down, const int32_t *draws, float *to, int32_t n, const Walk *walk, Moved *seen,
                  const void *context) {
     const Table t = *(const Table *)context;
+    const Walk own = *walk;
     for (int32_t i = 0; i < n; i++) {
-        const int32_t rung = rung_of(x[i] * s, t) - down[i];
-        seen[0] = rung < seen[0] ? rung : seen[0];
-        seen[1] = rung > seen[1] ? rung : seen[1];
-        const float to = value_at(rung < ends[0] ? ends[0] : rung > ends[1] ? ends[1] : rung, t) / s;
-        seen[2] += to != x[i];
-        x[i] = to;
+        const int32_t whole = whole_rungs(down[i], own.clip, draws[i], 0);
+        const int32_t rung = rung_of(x[i] * own.scale, t) + (down[i] < 0 ? -whole : whole);
+        seen->least = rung < seen->least ? rung : seen->least;
+        seen->most = rung > seen->most ? rung : seen->most;
+        to[i] = value_at(rung < own.low ? own.low : rung > own.high ? own.high : rung, t) / own.scale;
+        seen->flips += to[i] != x[i];
+        seen->undefined |= __builtin_isunordered(x[i], down[i]);
     }
+    seen->lost = 1;
 }
 
 void block_spacings(const float *x, float *spacings, int32_t n, float s, const void *context) {
@@ -134,14 +119,14 @@ void block_spacings(const float *x, float *spacings, int32_t n, float s, const v
 }
 
 void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,
-                    const uint32_t *keys, const void *context) {
+                    const Keys *keys, const void *context) {
     const Table t = *(const Table *)context;
     for (int32_t i = 0; i < n; i++) {
         const float v = x[i] * s;
         if (keys) {
             const int32_t cell = cell_of(v, t.inward), below = v < 0;
             const double above = fabs((double)v - t.values[cell]), gap = t.gaps[below ? cell : cell + 1];
-            const int32_t outward = uniform(first + (uint32_t)i, keys[0], keys[1]) * gap < above;
+            const int32_t outward = (double)uniform(first + (uint32_t)i, *keys) * gap < above;
             const float q = copysignf(t.outputs[below ? cell - outward : cell + outward], v), r = q < low ? low : q;
             out[i] = (v != v ? v : r > high ? high : r) / s;
         } else

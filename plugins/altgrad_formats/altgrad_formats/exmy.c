@@ -7,9 +7,7 @@
 
    Nothing here may be contracted or reassociated: compile with -ffp-contract=off and without -ffast-math. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 #define PIECE 16384 /* elements a thread takes at a time */
 #define BLOCK 512   /* elements looked at together: whether all of them are normal */
@@ -27,13 +25,6 @@ typedef struct {
     int32_t sign;       /* the code's sign bit: 2^(bits - 1) */
 } Layout;
 
-typedef struct {
-    uint32_t first, second;
-} Keys;
-
-static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
-static inline float float_of(int32_t i) { float x; memcpy(&x, &i, 4); return x; }
-
 static inline float value_of(int32_t code, Layout k) {
     float normal = float_of((int32_t)((uint32_t)(code + k.offset) << k.shift));
     float subnormal = (normal + normal) - float_of(k.subtrahend);
@@ -45,27 +36,6 @@ static inline int32_t nearest_even(int32_t magnitude, Layout k) {
     int32_t normal = (int32_t)(((uint32_t)magnitude + (uint32_t)(k.half + odd)) >> k.shift) - k.offset;
     int32_t subnormal = bits_of(float_of(magnitude) + float_of(k.magic)) - k.magic;
     return magnitude < k.normal ? subnormal : normal;
-}
-
-/* Element i's random bits, of altgrad_core.random_bits; the upper 24 of them are its number in [0, 1). */
-static inline uint32_t random_bits(uint32_t i, Keys keys) {
-    i = (i + keys.first) * 0xED5AD4BBu;
-    i = (i ^ i >> 15) * 0xAC4C1B51u + keys.second;
-    return (i ^ i >> 15) * 0x31848BABu;
-}
-
-static inline float uniform(uint32_t i, Keys keys) {
-    return (float)(int32_t)(random_bits(i, keys) >> 8) * 0x1p-24f;
-}
-
-static inline float limited(float x, float low, float high) {
-    x = x < low ? low : x; /* one after the other: two instructions instead of nine */
-    return x > high ? high : x;
-}
-
-static inline int is_power_of_two(float s) {
-    int32_t b = bits_of(s);
-    return (b & 0x7FFFFF) == 0 && b >= (1 << 23) && b <= (253 << 23);
 }
 
 /* What happens at the ends: values saturate; they do and are limited; they become something else, or are limited. */
@@ -83,8 +53,6 @@ typedef struct {
     int stochastic;
 } Rounding;
 
-#define INLINE static inline __attribute__((always_inline))
-
 INLINE float rounded_nearest(float v, const Rounding *r, const int ends) {
     int32_t b = bits_of(v), code = nearest_even(b & 0x7FFFFFFF, r->layout), end = r->layout.largest;
     float q = value_of(code > end ? end : code, r->layout);
@@ -92,7 +60,7 @@ INLINE float rounded_nearest(float v, const Rounding *r, const int ends) {
     return float_of(bits_of(q) | (b & INT32_MIN));
 }
 
-INLINE float rounded_stochastic(float v, uint32_t i, const Rounding *r, const int ends) {
+INLINE float rounded_stochastic(float v, float uniform, const Rounding *r, const int ends) {
     const int32_t to_ulp = (23 - r->layout.shift) << 23;
     int32_t b = bits_of(v), magnitude = b & 0x7FFFFFFF;
     magnitude = magnitude > r->cut ? r->cut : magnitude;
@@ -100,7 +68,7 @@ INLINE float rounded_stochastic(float v, uint32_t i, const Rounding *r, const in
     int32_t ulp = (binade > r->layout.normal ? binade : r->layout.normal) - to_ulp;
     float y = float_of(magnitude) * float_of(0x7F000000 - ulp); /* over ulp, exactly: a power of two */
     float whole = floorf(y);
-    whole += uniform(i, r->keys) < y - whole ? 1.0f : 0.0f;
+    whole += uniform < y - whole ? 1.0f : 0.0f;
     float q = whole * float_of(ulp);
     if (ends == REPLACED) q = q > r->largest ? r->beyond : q;
     return float_of(bits_of(q) | (b & INT32_MIN));
@@ -112,10 +80,13 @@ INLINE void piece(const float *x, float *out, int32_t n, uint32_t first, float s
                   const int stochastic, const int ends, const int power_of_two) {
     const Rounding r = *rounding;
     const float inverse = 1.0f / s;
-    _Pragma("omp simd")
-    for (int32_t i = 0; i < n; i++) {
+    uint32_t word = first_half(first, r.keys);
+    _Pragma("omp simd linear(word : FIRST_STEP)")
+    EACH {
         float v = x[i] * s;
-        float q = stochastic ? rounded_stochastic(v, first + (uint32_t)i, &r, ends) : rounded_nearest(v, &r, ends);
+        float q = stochastic ? rounded_stochastic(v, uniform_of(second_half(word, r.keys)), &r, ends)
+                             : rounded_nearest(v, &r, ends);
+        word += FIRST_STEP;
         if (ends != SATURATED) q = limited(q, r.low, r.high);
         q = power_of_two ? q * inverse : q / s;
         out[i] = v != v ? v : q;
@@ -131,11 +102,12 @@ INLINE void normal_piece(const float *x, float *out, int32_t n, uint32_t first, 
     const int32_t shift = r.layout.shift;
     const uint32_t below = (1u << shift) - 1, offset = (uint32_t)r.layout.offset, half = (uint32_t)r.layout.half;
     const float inverse = 1.0f / s;
-    _Pragma("omp simd")
-    for (int32_t i = 0; i < n; i++) {
+    uint32_t word = first_half(first, r.keys);
+    _Pragma("omp simd linear(word : FIRST_STEP)")
+    EACH {
         const uint32_t b = (uint32_t)bits_of(x[i] * s);
-        const uint32_t up = stochastic ? ~random_bits(first + (uint32_t)i, r.keys) >> (32 - shift)
-                                       : half + (((b >> shift) ^ offset) & 1);
+        const uint32_t up = stochastic ? ~second_half(word, r.keys) >> (32 - shift) : half + (((b >> shift) ^ offset) & 1);
+        word += FIRST_STEP;
         const float q = float_of((int32_t)((b + up) & ~below));
         out[i] = power_of_two ? q * inverse : q / s;
     }
@@ -179,13 +151,13 @@ static void any_piece(const float *x, float *out, int32_t n, uint32_t first, flo
 /* rows x columns values, one scale a row: limited(rounded(x * scale)) / scale.
    keys: NULL for rounding to nearest even, else those of the random numbers. */
 void quantize(const float *x, float *out, int64_t rows, int64_t columns, const float *scale, float low,
-              float high, float beyond, const uint32_t *keys, const Layout *layout) {
+              float high, float beyond, const Keys *keys, const Layout *layout) {
     const int64_t across = (columns + PIECE - 1) / PIECE, pieces = rows * across;
     Rounding r = {.layout = *layout, .low = low, .high = high, .beyond = beyond, .stochastic = keys != 0};
     r.largest = value_of(layout->largest, *layout);
     r.ends = beyond != r.largest ? REPLACED : low == -INFINITY && high == INFINITY ? SATURATED : LIMITED;
     r.cut = bits_of(beyond == r.largest ? r.largest : value_of(layout->largest + 1, *layout));
-    if (keys) r.keys = (Keys){keys[0], keys[1]};
+    if (keys) r.keys = *keys;
     _Pragma("omp parallel for schedule(static) if (rows * columns > PIECE)")
     for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t row = piece / across, begin = row * columns + (piece % across) * PIECE;
@@ -292,85 +264,89 @@ void block_values(const int32_t *restrict rungs, float *restrict x, int32_t n, c
     for (int32_t i = 0; i < n; i++) x[i] = value_at(rungs[i], k);
 }
 
-INLINE void moved(float *restrict x, const int32_t *restrict down, int32_t n, float s, const int32_t *ends, int32_t *seen,
-                  Layout k, const int power_of_two) {
-    const int32_t low = ends[0], high = ends[1];
-    const float inverse = 1.0f / s;
-    int32_t least = seen[0], most = seen[1], changed = 0;
-    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(+ : changed)")
-    for (int32_t i = 0; i < n; i++) {
-        int32_t rung = rung_of(x[i] * s, k) - down[i];
+INLINE void moved(const float *restrict x, const float *restrict down, const int32_t *restrict draws, float *restrict to,
+                  int32_t n, const Walk *walk, Moved *seen, Layout k, const int few, const int power_of_two) {
+    const Walk own = *walk;
+    const float inverse = 1.0f / own.scale;
+    int32_t least = INT32_MAX, most = INT32_MIN, flips = 0, undefined = 0;
+    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(+ : flips) reduction(| : undefined)")
+    EACH {
+        const int32_t whole = whole_rungs(down[i], own.clip, draws[i], few);
+        int32_t rung = rung_of(x[i] * own.scale, k) - (down[i] < 0 ? whole : -whole);
         least = rung < least ? rung : least;
         most = rung > most ? rung : most;
-        rung = rung < low ? low : rung;
-        rung = rung > high ? high : rung;
-        const float value = value_at(rung, k), to = power_of_two ? value * inverse : value / s;
-        changed += to != x[i];
-        x[i] = to;
+        rung = rung < own.low ? own.low : rung;
+        rung = rung > own.high ? own.high : rung;
+        const float value = value_at(rung, k);
+        to[i] = power_of_two ? value * inverse : value / own.scale;
+        flips += to[i] != x[i];
+        undefined |= __builtin_isunordered(x[i], down[i]);
     }
-    seen[0] = least;
-    seen[1] = most;
-    seen[2] += changed;
+    *seen = moved_both(*seen, (Moved){least, most, undefined, 1, flips});
 }
 
-/* The same where all x are normal, and stay so, and the ends are alike: a rung is one unit of the pattern, so that fewer
-   instructions do. Returns whether it was so; otherwise nothing has been done. */
-INLINE int normal_moved(float *restrict x, const int32_t *restrict down, int32_t n, float s, const int32_t *ends,
-                        int32_t *seen, Layout k, const int power_of_two) {
-    const int32_t below = (1 << k.shift) - 1, end = ends[1] < -ends[0] ? ends[1] : -ends[0];
-    const int32_t top = (int32_t)((uint32_t)(end + k.offset) << k.shift); /* pattern of the value at that end */
-    const float inverse = 1.0f / s;
-    float to[BLOCK];
-    int32_t least = INT32_MAX, most = 0, changed = 0;
-    _Pragma("omp simd reduction(min : least) reduction(max : most) reduction(+ : changed)")
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t b = bits_of(x[i] * s), sign = b >> 31, magnitude = b & 0x7FFFFFFF;
-        const int32_t odd = ((magnitude >> k.shift) ^ k.offset) & 1, outward = sign - (down[i] ^ sign);
-        const uint32_t rounded = (uint32_t)(magnitude + k.half + odd) & ~(uint32_t)below;
-        const int32_t moved = (int32_t)(rounded + ((uint32_t)outward << k.shift));
-        least = moved < least ? moved : least;
-        most = moved > most ? moved : most;
-        const float value = float_of((moved > top ? top : moved) | (b & INT32_MIN));
-        to[i] = power_of_two ? value * inverse : value / s;
-        changed += to[i] != x[i];
+/* The patterns of weights between which a rung is one unit of the pattern, `shift` places up. */
+typedef struct {
+    int32_t least;     /* of the smallest normal value, or more: no move from there leads below 0 */
+    int32_t width;     /* from there to where moves end; negative: there is no such span */
+    uint32_t farthest; /* that a move leads */
+} Span;
+
+static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static Span span_of(const Walk *walk, Layout k) {
+    const int64_t scaled = bits_of(walk->scale) - bits_of(1.0f), farthest = (int64_t)ceilf(walk->clip) << k.shift;
+    const int64_t last = lesser(k.largest, lesser(walk->high, -(int64_t)walk->low));
+    const int64_t normal = -lesser(-(k.normal - scaled), lesser(-0x00800000, -farthest));
+    const int64_t top = lesser(((last + k.offset) << k.shift) - scaled, lesser(0x7F7FFFFF, INT32_MAX - farthest));
+    if (!is_power_of_two(walk->scale) || walk->clip > FEW || last < 0 || top < normal) return (Span){.width = -1};
+    return (Span){(int32_t)normal, (int32_t)(top - normal), (uint32_t)farthest};
+}
+
+/* The same of weights on the grid, in such a span before and after they have moved, or past its end: less than half the
+   instructions. Returns whether it was so; otherwise what is in `to` is nonsense. */
+static int spanned(const float *restrict x, const float *restrict down, const int32_t *restrict draws, float *restrict to,
+                   int32_t n, const Walk *walk, Span span, Moved *seen, Layout k) {
+    const Walk own = *walk;
+    const int32_t right = 24 - k.shift, below = (1 << k.shift) - 1;
+    const uint32_t width = (uint32_t)span.width;
+    uint32_t begin = 0, end = 0; /* the farthest from the least pattern */
+    int32_t steepest = INT32_MIN, patterns = 0, same = 0;
+    _Pragma("omp simd reduction(max : begin, end, steepest) reduction(+ : same) reduction(| : patterns)")
+    EACH {
+        const int32_t b = bits_of(x[i]), r = bits_of(down[i]), outward = (b ^ r) >> 31, size = r | INT32_MIN;
+        const int32_t whole = (few_rungs(down[i], own.clip, draws[i]) >> right) & ~below;
+        const uint32_t before = (uint32_t)((b & INT32_MAX) - span.least);
+        const uint32_t after = before + (uint32_t)((whole ^ outward) - outward);
+        const int32_t moved = (b - (int32_t)before) + (int32_t)(after > width ? width : after);
+        begin = before > begin ? before : begin;
+        end = after > end ? after : end;
+        steepest = size > steepest ? size : steepest;
+        patterns |= b;
+        same += moved == b;
+        to[i] = float_of(moved);
     }
-    const int32_t rung = (most >> k.shift) - k.offset;
-    if (least < k.normal || top < k.normal || (rung > end && ends[0] != -ends[1])) return 0;
-    memcpy(x, to, (size_t)n * sizeof(float));
-    seen[0] = -rung < seen[0] ? -rung : seen[0];
-    seen[1] = rung > seen[1] ? rung : seen[1];
-    seen[2] += changed;
+    const int past = end > width, defined = steepest <= bits_of(-INFINITY);
+    if (!defined || patterns & below || begin > width) return 0;
+    if (past && (end - width > span.farthest || own.high != -own.low)) return 0;
+    const int64_t farthest = (int64_t)span.least + end + bits_of(own.scale) - bits_of(1.0f); /* scaled units */
+    const int32_t rung = (int32_t)(farthest >> k.shift) - k.offset;
+    *seen = moved_both(*seen, (Moved){-rung, rung, 0, past, n - same});
     return 1;
 }
 
-/* Whether `normal_moved` may be tried: n values are normal, and no move passes over all patterns and around. */
-static int may_be_normal(const float *restrict x, const int32_t *restrict down, int32_t n, float s, Layout k) {
-    int32_t least = INT32_MAX, most = 0, farthest = 0;
-    _Pragma("omp simd reduction(min : least) reduction(max : most, farthest)")
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF, far = down[i] < 0 ? -down[i] : down[i];
-        least = magnitude < least ? magnitude : least;
-        most = magnitude > most ? magnitude : most;
-        farthest = far > farthest ? far : farthest;
-    }
-    return float_of(least) * s >= float_of(k.normal) && float_of(most) * s <= value_of(k.largest, k) &&
-           farthest <= (1 << 30) >> k.shift;
-}
-
-static int any_normal_moved(float *x, const int32_t *down, int32_t n, float s, const int32_t *ends, int32_t *seen,
-                            Layout k) {
-    if (!may_be_normal(x, down, n, s, k)) return 0;
-    return is_power_of_two(s) ? normal_moved(x, down, n, s, ends, seen, k, 1)
-                              : normal_moved(x, down, n, s, ends, seen, k, 0);
-}
-
-void block_moves(float *x, const int32_t *down, int32_t n, float s, const int32_t *ends, int32_t *seen, const void *layout) {
+void block_moves(const float *x, const float *down, const int32_t *draws, float *to, int32_t n, const Walk *walk, Moved *seen,
+                 const void *layout) {
     const Layout k = *(const Layout *)layout;
+    const Span span = span_of(walk, k);
+    const int few = walk->clip <= FEW, power = is_power_of_two(walk->scale);
     for (int32_t at = 0; at < n; at += BLOCK) {
         const int32_t m = n - at < BLOCK ? n - at : BLOCK;
-        if (any_normal_moved(x + at, down + at, m, s, ends, seen, k)) continue;
-        if (is_power_of_two(s)) moved(x + at, down + at, m, s, ends, seen, k, 1);
-        else moved(x + at, down + at, m, s, ends, seen, k, 0);
+        if (span.width >= 0 && spanned(x + at, down + at, draws + at, to + at, m, walk, span, seen, k)) continue;
+#define IF_MOVED(few_, power_)                                                                          \
+    if (few == few_ && power == power_)                                                                 \
+        moved(x + at, down + at, draws + at, to + at, m, walk, seen, k, few_, power_);
+        IF_MOVED(0, 0) IF_MOVED(0, 1) IF_MOVED(1, 0) IF_MOVED(1, 1)
     }
 }
 
@@ -396,11 +372,11 @@ void block_spacings(const float *x, float *spacings, int32_t n, float s, const v
 }
 
 void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,
-                    const uint32_t *keys, const void *layout) {
+                    const Keys *keys, const void *layout) {
     Rounding r = {.layout = *(const Layout *)layout, .low = low, .high = high, .stochastic = keys != 0};
     r.beyond = r.largest = value_of(r.layout.largest, r.layout);
     r.cut = bits_of(r.largest);
     r.ends = low == -INFINITY && high == INFINITY ? SATURATED : LIMITED;
-    if (keys) r.keys = (Keys){keys[0], keys[1]};
+    if (keys) r.keys = *keys;
     any_piece(x, out, n, first, s, &r);
 }

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
-from altgrad_core.format import Format, nan_where_, wide
+from altgrad_core.elementwise import nan_where_, wide_codes
+from altgrad_core.format import Format
 from altgrad_formats.layout import Layout, default_bias
 from altgrad_formats.native_exmy import NativeExMy
 from altgrad_formats.one_kernel import OneKernel
@@ -181,7 +182,7 @@ class ExMy(Format):
     def _decode(self, codes: Tensor) -> Tensor:
         if self._native.decodes(codes):
             return self._native.decode(codes)
-        layout, codes = self.layout, wide(codes)
+        layout, codes = self.layout, wide_codes(codes)
         codes = codes.clamp(-1, 2**self.bits).to(torch.int32)
         magnitude = codes & (layout.magnitudes - 1)
         value = self._magnitude(magnitude)

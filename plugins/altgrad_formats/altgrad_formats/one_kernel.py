@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from altgrad_core.format import bounded
+from altgrad_core.elementwise import bounded
 from altgrad_core.kernels import flat, kernel
 from altgrad_core.random_bits import uniform_like
 from altgrad_formats.layout import Layout

@@ -1,18 +1,13 @@
 /* The founding and the smooth stiffness of blocks of weights, for the loops of others
    (altgrad_core.native.SpacingLoop): the bits of stiffness.py. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 typedef struct {
     float ulp;      /* 2^-M */
     float slope;    /* ln 2 * 2^-M */
     float smallest; /* spacing of the subnormals, scaled units */
 } Facts;
-
-static inline float float_of(int32_t i) { float x; memcpy(&x, &i, 4); return x; }
-static inline int32_t size_of(float x) { int32_t i; memcpy(&i, &x, 4); return i & 0x7FFFFFFF; }
 
 /* In the range of float32, so positive and finite; NaN stays NaN. */
 static inline float representable(float s) {
@@ -25,9 +20,9 @@ void ideal(const float *x, float *s, int32_t n, float scale, const void *context
     (void)scale;
     _Pragma("omp simd")
     for (int32_t i = 0; i < n; i++) {
-        const int32_t size = size_of(x[i]);
+        const int32_t size = magnitude_of(x[i]);
         const float normal = float_of((size < 0x7F800000 ? size : 0x7F7FFFFF) & 0x7F800000);
-        const float subnormal = float_of(size_of(float_of(size) * 0x1p24f) & 0x7F800000) * 0x1p-24f;
+        const float subnormal = float_of(magnitude_of(float_of(size) * 0x1p24f) & 0x7F800000) * 0x1p-24f;
         const float ulp = representable((size < 0x00800000 ? subnormal : normal) * k.ulp);
         s[i] = x[i] != x[i] ? x[i] : size ? ulp : 1.0f;
     }

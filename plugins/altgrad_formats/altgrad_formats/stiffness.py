@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import NoOptions, Stiffness
 from altgrad_core.stiffness import grid_stiffness, representable_
@@ -54,10 +55,10 @@ def ideal_stiffness(weight: Tensor, format: Format, scale: Tensor | float) -> Te
     Raises ValueError for a format without a mantissa width.
     """
     mantissa_bits = _mantissa_bits(format, "ideal")
-    wide = _wide(weight)
-    wide = wide.clamp(-torch.finfo(wide.dtype).max, torch.finfo(wide.dtype).max)  # inf has no exponent
-    binade = wide / (2 * torch.frexp(wide).mantissa)
-    stiffness = torch.where(wide == 0, 1.0, binade * 2.0**-mantissa_bits)
+    w = wide(weight)
+    w = w.clamp(-torch.finfo(w.dtype).max, torch.finfo(w.dtype).max)  # inf has no exponent
+    binade = w / (2 * torch.frexp(w).mantissa)
+    stiffness = torch.where(w == 0, 1.0, binade * 2.0**-mantissa_bits)
     return representable_(stiffness, weight.dtype)
 
 
@@ -68,9 +69,9 @@ def smooth_stiffness(weight: Tensor, format: Format, scale: Tensor | float) -> T
     Raises ValueError for a format without a mantissa width.
     """
     slope = math.log(2) * 2.0 ** -_mantissa_bits(format, "smooth")
-    wide = _wide(weight).abs()
-    floor = torch.full_like(wide, format.smallest) / scale
-    return representable_(torch.maximum(wide * slope, floor), weight.dtype)
+    magnitude = wide(weight).abs()
+    floor = torch.full_like(magnitude, format.smallest) / scale
+    return representable_(torch.maximum(magnitude * slope, floor), weight.dtype)
 
 
 @torch.no_grad()
@@ -95,10 +96,6 @@ def _mantissa_bits(format: Format, formula: str) -> int:
             " without one; use 'grid', 'scrambled' or 'uniform', or name an ExMy format with of_format"
         )
     return int(mantissa_bits)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 def ideal(options: NoOptions) -> Stiffness:

@@ -232,6 +232,32 @@ def test_a_transform_of_torch_func_sees_the_arithmetic():
         assert torch.equal(torch.func.vmap(method)(x), method(x))
 
 
+def test_tables_made_under_a_transform_are_not_kept():
+    class Owner:
+        pass
+
+    tables, owner, made = native.KeptTables(), Owner(), iter(range(9))
+
+    def get(x):
+        tables.get(owner, owner, [1], lambda: next(made))
+        return x
+
+    torch.func.vmap(get)(torch.zeros(2))
+    assert [tables.get(owner, owner, [1], lambda: next(made)) for _ in range(2)] == [1, 1]
+
+
+def test_another_header_is_another_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
+    source, header = tmp_path / "answer.c", tmp_path / "loops.h"
+    source.write_text('#include "loops.h"\nint answer(void) { return ANSWER; }')
+    monkeypatch.setattr(native, "_HEADER", header)
+    for answer in (1, 2):
+        header.write_text(f"#define ANSWER {answer}")
+        native.library.cache_clear()
+        assert native.library(source).answer() == answer
+    native.library.cache_clear()
+
+
 def test_a_recorded_rounding_rounds_what_it_is_given():
     format, x = ExMy(4, 3, 7, "fn"), torch.linspace(-3, 3, 2048)
     recorded = make_fx(lambda t: format.quantize(t))(torch.zeros(2048))

@@ -32,15 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad_core.format import bounded
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.kernels import flat, not_compiled
+from altgrad_core.kernels import not_compiled
 from altgrad_core.random_bits import draw_seed
-from altgrad_core.rows import Row
 from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
 from altgrad_optim import GridOptimOptions, one_pass, row_steps
-from altgrad_optim.adamw import moments, plain_step
+from altgrad_optim.adamw import plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -50,8 +48,9 @@ from altgrad_optim.base import (
     refuse_out_of_range,
     schedule_factor,
 )
+from altgrad_optim.grid_state import RUNG_COORDINATE, carry_over, refuse_other_storage, started
 from altgrad_optim.members import Member, circumstances, members, scales_of, taken_over, with_gradients
-from altgrad_optim.rungs import master_values, rung_coordinate
+from altgrad_optim.snapping import claim, snap
 
 STORAGES = ("grid", "master")
 
@@ -80,6 +79,7 @@ class GridOptim(GeometryOptimizer):
     stores_on_grid = True
     intended_in_rungs = True
     _lr_name = "step_scale"
+    _uncast = (RUNG_COORDINATE,)
     _for_all_groups = ("storage", "bound", "storage_rounding", "scale_mode", "generator")
     _own = (
         "storage",
@@ -191,23 +191,14 @@ class GridOptim(GeometryOptimizer):
 
     def started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
         """Return the weight's moments, or its velocity, made at its first step."""
-        state, names = self.state[weight], moment_names(group)
-        moments(state, weight, *names)
-        return [state[name] for name in names]
+        return started(self.state[weight], group, weight)
 
     def _take_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> list[Member]:
-        """Move and land weights by the loops in C, and return those that there are none for.
-
-        A scale that may have to change is looked at here.
-        """
+        """Move and land weights by the loops in C, and return those that there are none for."""
         taken = one_pass.taken(self, group, members)
         if taken is None:
             return list(members)
         self._taken.append(taken)
-        for member, values, past_end in taken.left():
-            these, past = row_steps.MemberRow.of(self, [member]), torch.tensor([past_end], device="cpu")
-            moved = row_steps.Moved(these, flat(values), these.needed(flat(values), past))
-            self._taken += row_steps.land(self, [moved], rare=True)
         done = {member.index for member in taken.members}
         return [member for member in members if member.index not in done]
 
@@ -235,20 +226,11 @@ class GridOptim(GeometryOptimizer):
         """
         changed = {id(weight) for weight in weights}
         self._settle(changed)
+        in_rungs = {id(member.weight) for member in self._members}
         for group in self.param_groups:
             for weight in group["params"]:
                 if id(weight) in changed:
-                    self._carry_over(group, weight)
-
-    def _carry_over(self, group: dict[str, Any], weight: Tensor) -> None:
-        """Keep of a weight's state what its update needs further; begin anew where a moment is missing."""
-        state, in_rungs = self.state[weight], any(one.weight is weight for one in self._members)
-        needed = moment_names(group) if in_rungs else ("exp_avg", "exp_avg_sq")
-        kept = {"rung_coordinate"} if in_rungs else set()
-        if all(name in state for name in needed):
-            kept |= {*needed, "step"}
-        for name in state.keys() - kept:
-            del state[name]
+                    carry_over(self.state[weight], group, in_rungs=id(weight) in in_rungs)
 
     def _settle(self, changed: Set[int] = frozenset()) -> None:
         """Find the weights that move in rungs, whenever they change, and snap the new ones."""
@@ -272,35 +254,13 @@ class GridOptim(GeometryOptimizer):
         if scales_before is not None:
             taken_over(self.scales, found, scales_before, before, changed)
         known = {one.identity for one in before}
-        self._snap([one for one in found if one.identity not in known or id(one.weight) in changed])
-
-    @torch.no_grad()
-    def _snap(self, members: Sequence[Member]) -> None:
-        """Round weights to their grids, and have the forward pass use all members as they are."""
-        limits = self.scales_in_use().limits()
-        for member in members:
-            scale = self.scales_in_use().scales[member.index]
-            scaled = member.weight.detach() * scale
-            if member.master:
-                u = self.state[member.weight]["rung_coordinate"] = rung_coordinate(scaled, member.format)
-                ends = row_steps.master_ends([member], Row([member.weight]), limits)
-                values = master_values(u, member.format, *ends)
-            else:
-                limit = None if limits is None else limits[member.index]
-                values = bounded(member.format.quantize(scaled), limit)
-            member.weight.copy_(values / scale)
-        self._claim()
-
-    def _claim(self) -> None:
-        """Have the forward pass use the weights as they are; a copy of a model alone does not."""
-        for member in self._members:
-            if member.quantizer is not None:
-                member.quantizer.on_grid = True
+        snap(self, [one for one in found if one.identity not in known or id(one.weight) in changed])
+        claim(found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_members" in state:  # a copy, not what a checkpoint holds
-            self._claim()
+            claim(self._members)
 
     def scales_in_use(self) -> GridScales:
         if self.scales is None:
@@ -317,18 +277,6 @@ class GridOptim(GeometryOptimizer):
             "grid": {"seed": self.seed, "counter": self.counter, "scales": scales},
         }
 
-    def _refuse_other_storage(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError where the saved weights are on the grid and here masters, or vice versa."""
-        kept = [one for one in state_dict["state"].values() if "step" in one]
-        saved = any("rung_coordinate" in one for one in kept)
-        here = any(member.master for member in self._members)
-        if kept and saved != here:
-            names = ("grid", "master")
-            raise ValueError(
-                f"loaded state dict is that of storage={names[saved]!r}, this is storage={names[here]!r}: "
-                "make the optimizer with the other"
-            )
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state. Load the model's weights after making the optimizer, which snaps them."""
         own = state_dict.get("grid")
@@ -337,21 +285,11 @@ class GridOptim(GeometryOptimizer):
                 "loaded state dict is not that of a GridOptim over the same weights: quantize the model, "
                 "make the optimizer, then load what its state_dict() returned"
             )
-        self._refuse_other_storage(state_dict)
+        refuse_other_storage(state_dict["state"], self._members)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grid"})
-        parameters = [weight for group in self.param_groups for weight in group["params"]]
-        for index, saved in state_dict["state"].items():
-            if "rung_coordinate" in saved:  # torch has cast it to the weight's dtype
-                u = saved["rung_coordinate"].to(parameters[index].device)
-                self.state[parameters[index]]["rung_coordinate"] = u.clone()
         self.seed, self.counter = own["seed"], own["counter"]
         if self.scales is not None:
             self.scales.load_state_dict(own["scales"])
-
-
-def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
-    """Return what the state of a weight that moves in rungs holds beside its steps."""
-    return ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
 
 
 def build(options: GridOptimOptions, inputs: OptimizerInputs) -> GridOptim:

@@ -30,6 +30,8 @@ from torch import Tensor
 from altgrad_core.format import Format
 from altgrad_core.lookup import get_stiffness
 from altgrad_core.registry import UsageError
+from altgrad_core.stiffness import metric_violations, out_of_range
+from altgrad_optim.powers import limited
 
 try:
     from geoopt import Manifold
@@ -75,7 +77,7 @@ class GridManifold(Manifold):  # type: ignore[misc]
 
     def stiffness_at(self, x: Tensor) -> Tensor:
         """Return S(x), of x's shape and dtype."""
-        return self.stiffness(x, self.format, self.scale).clamp(max=self.max_stiffness)
+        return limited(self.stiffness(x, self.format, self.scale), self.max_stiffness)
 
     # S divides each factor before they meet: S^2 leaves float32's range long before u/S does.
 
@@ -132,26 +134,13 @@ class GridManifold(Manifold):  # type: ignore[misc]
         return (True, None) if bool(u.isfinite().all()) else (False, "some elements are not finite")
 
 
-def metric_violations(manifold: GridManifold, x: Tensor) -> Tensor:
-    """Return how many elements have no positive S, or no positive and finite metric 1/S^2, 0-d int64.
-
-    In x's dtype: that is where training would compute it.
-    """
-    stiffness = manifold.stiffness_at(x)
-    metric = stiffness.square().reciprocal()
-    return (~((stiffness > 0) & (metric > 0) & metric.isfinite())).sum()
-
-
-def out_of_range(manifold: GridManifold, x: Tensor) -> Tensor:
-    """Return how many elements lie beyond the grid's ends, or are NaN, 0-d int64."""
-    scaled = x * manifold.scale
-    lowest, highest = manifold.format.values[[0, -1]].to(x.device)
-    return (~((scaled >= lowest) & (scaled <= highest))).sum()
-
-
 def invariants(manifold: GridManifold, x: Tensor) -> Mapping[str, Tensor]:
-    """Return the counts of both checks by name, 0-d on x's device; all are 0 where the manifold is sound."""
+    """Return how many elements break what the manifold promises, by check, 0-d on x's device.
+
+    metric_violations: the metric 1/S(x)^2 is not positive and finite. out_of_range: x, where a retraction has
+    ended, lies beyond the grid's ends. In a run the monitor `stiffness` reports both.
+    """
     return {
-        "metric_violations": metric_violations(manifold, x),
-        "out_of_range": out_of_range(manifold, x),
+        "metric_violations": metric_violations(manifold.stiffness_at(x)),
+        "out_of_range": out_of_range(x, manifold.format, manifold.scale),
     }

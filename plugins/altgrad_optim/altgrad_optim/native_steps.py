@@ -24,7 +24,7 @@ POWERS = {0.0: 0, 1.0: 1, 0.5: 2, -0.5: 3, -1.0: 4}
 """Exponents of the stiffness for which there are loops, to their numbers there."""
 NORMALIZERS = {"none": 0, "rms": 1, "mean": 2, "max": 3}
 
-_LANDING_FIELDS = 5
+_LEFT, _AMAX, _PAST, _LANDING_FIELDS = 2, 3, 4, 6  # of struct Landed: columns, and how many
 
 _ADDRESS, _WORD, _NUMBER = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
@@ -60,8 +60,9 @@ def _loops() -> ctypes.CDLL | None:
     if loops is not None:
         count = ctypes.c_int64
         loops.manifold_steps.argtypes = [count, *[_ADDRESS] * 4, count, _WORD]
-        loops.grid_steps.argtypes = [count, *[_ADDRESS] * 4, count, _WORD, _ADDRESS]
-        loops.take.argtypes = [_ADDRESS, _ADDRESS, count]
+        loops.grid_steps.argtypes = [count, *[_ADDRESS] * 6, count, _WORD, _ADDRESS]
+        loops.grid_land.argtypes = [count, *[_ADDRESS] * 4, ctypes.c_uint64, _WORD]
+        loops.grid_land.restype = None
     return loops
 
 
@@ -146,13 +147,11 @@ class GridMove(NamedTuple):
     values: int
     moves: int
     spacings: int
+    quantize: int
     context: int
     scale: int
     number: int  # of its random stream
     elements: int
-    numbers: tuple[float, ...]
-    """Limits of the values, in scaled units; the format's first and last rung; the range (low, high] of amax
-    in which the scale stays."""
 
 
 class GridTable:
@@ -160,25 +159,65 @@ class GridTable:
 
     def __init__(self, moves: Sequence[GridMove]) -> None:
         self.sizes = [move.elements for move in moves]
-        self.addresses = _table([move[:-1] for move in moves], torch.int64)
-        self.numbers = _table([move.numbers for move in moves], torch.float64)
+        self.addresses = _table(moves, torch.int64)
+        self._intended = [move.intended for move in moves]
 
-    def leave_intended(self, places: Sequence[int]) -> None:
+    def leave_intended(self, places: list[int]) -> None:
         """Have -r left at these addresses, one a weight; 0: nowhere."""
-        self.addresses[:, GridMove._fields.index("intended")] = torch.tensor(places, device="cpu")
+        if places != self._intended:
+            self._intended = places
+            self.addresses[:, GridMove._fields.index("intended")] = torch.tensor(places, device="cpu")
+
+
+class GridNumbers(NamedTuple):
+    """What limits one weight's step, in the order of steps.c."""
+
+    limits: tuple[float, float]
+    """Of the values, in scaled units."""
+    rungs: tuple[int, int]
+    """The format's first and last."""
+    quiet: tuple[float, float]
+    """The range (low, high] of amax in which the scale stays."""
+
+
+def numbers_table(rows: Sequence[GridNumbers]) -> Tensor:
+    """Return the numbers of a group's weights, as the loops read them."""
+    return _table([[number for pair in row for number in pair] for row in rows], torch.float64)
+
+
+class Left(NamedTuple):
+    """A weight that has not landed, because its scale may have to change."""
+
+    place: int
+    """Among the moves."""
+    amax: float
+    """The largest magnitude it would have without a bound, in scaled units; NaN where an element is."""
+    past_end: bool
+    """Whether an element would go past the last rung."""
+
+
+class Rescaled(NamedTuple):
+    """How a weight lands whose scale has been looked at."""
+
+    place: int
+    ratio: float  # of its scale to the one before
+    low: float  # limits of the values, in scaled units
+    high: float
 
 
 class GridSteps:
-    """One step of GridOptim's weights, taken when this is made.
+    """One step of GridOptim's weights, taken when this is made; what is `left` waits for `land`.
 
-    state: of the random streams of the step (`random_bits.stream_state`).
-    counts: (n, 2) int64: of each weight how many elements changed, and how many have a non-zero gradient; 0
-        where it has not landed.
+    numbers: `numbers_table` of the same weights. state: of the random streams of the step
+    (`random_bits.stream_state`).
+    counts: (n, 2) int64: of each weight how many elements changed, 0 where it has not landed, and how many
+        have a non-zero gradient.
     """
 
     def __init__(
         self,
         table: GridTable,
+        numbers: Tensor,
         *,
         state: int,
         lr: float,
@@ -190,35 +229,46 @@ class GridSteps:
         adam: bool,
     ) -> None:
         options = _Grid(_moments(betas, eps), momentum, clip, lr, decay, adam, state)
-        self._sizes = table.sizes
-        room, threads, split = _shares(self._sizes)
-        before = _room(threads * room)
-        self._landings = torch.zeros((len(self._sizes), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
+        self._table, self._state = table, state
+        room, threads, self._split = _shares(table.sizes)
+        rooms = [_room(threads * room, dtype) for dtype in (torch.int16, torch.int16, torch.int8)]
+        self._landings = torch.zeros((len(table.sizes), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
         failed = _in_use().grid_steps(
-            len(self._sizes),
+            len(table.sizes),
             native.address(table.addresses),
-            native.address(table.numbers),
+            native.address(numbers),
             ctypes.byref(options),
-            native.address(before),
+            *map(native.address, rooms),
             room,
-            split,
+            self._split,
             native.address(self._landings),
         )
         if failed:
             raise MemoryError("no memory for the values of a weight whose scale changes")
         self.counts = self._landings[:, :2]
 
-    def left(self) -> list[tuple[int, Tensor, bool]]:
-        """Return of the weights that have not landed, whose scale may have to change: the place among the
-        moves, the values in scaled units as one row, and whether one was pushed past the last rung. Once.
-        """
-        places = self._landings[:, 3].nonzero().flatten().tolist()
-        return [(place, self._take(place), bool(self._landings[place, 2])) for place in places]
+    def left(self) -> list[Left]:
+        """Return the weights that have not landed."""
+        places = self._landings[:, _LEFT].nonzero().flatten().tolist()
+        amax = self._landings.view(torch.float64)[:, _AMAX]
+        return [Left(place, float(amax[place]), bool(self._landings[place, _PAST])) for place in places]
 
-    def _take(self, place: int) -> Tensor:
-        values = _room(self._sizes[place])
-        _in_use().take(native.address(self._landings[place]), native.address(values), values.numel())
-        return values
+    def land(self, rescaled: Sequence[Rescaled], first: int | None) -> None:
+        """Land what is left, by the scales as they are now.
+
+        first: the number of the first random stream; None: to nearest even.
+        """
+        state = None if first is None else ctypes.byref(ctypes.c_uint64(self._state))
+        rows = _table(rescaled, torch.float64)
+        _in_use().grid_land(
+            len(rescaled),
+            native.address(rows),
+            native.address(self._table.addresses),
+            native.address(self._landings),
+            state,
+            first or 0,
+            self._split,
+        )
 
 
 def _shares(sizes: Sequence[int]) -> tuple[int, int, bool]:

@@ -21,6 +21,7 @@ from altgrad_core.landing import landed
 from altgrad_core.random_bits import stream_key_table
 from altgrad_core.rows import Row, among, in_rows
 from altgrad_optim.adamw import adamw_direction
+from altgrad_optim.grid_state import RUNG_COORDINATE
 from altgrad_optim.members import Member
 from altgrad_optim.rungs import master_values, taken_step
 
@@ -133,7 +134,7 @@ def _grid_step(these: MemberRow, group: dict[str, Any], keys: Tensor) -> Moved:
 def _master_step(these: MemberRow, group: dict[str, Any], limits: Tensor | None) -> Landed:
     """Move rung coordinates, and have the weights follow them; their scales stay."""
     scale = these.row.spread(these.scales().unbind())
-    masters = these.states("rung_coordinate")
+    masters = these.states(RUNG_COORDINATE)
     u = these.row.of(masters).sub_(_rungs(these, group, scale))
     values = master_values(u, these.format, *master_ends(these.members, these.row, limits)) / scale
     these.row.write_back(u, masters)
@@ -166,8 +167,8 @@ def _rungs(these: MemberRow, group: dict[str, Any], scale: Tensor) -> Tensor:
     return rungs
 
 
-def land(optimizer: GridOptim, moved: Sequence[Moved], *, rare: bool = False) -> Iterator[Landed]:
-    """Scale, round and limit weights that have moved, and write them; `rare`: not worth compiling."""
+def land(optimizer: GridOptim, moved: Sequence[Moved]) -> Iterator[Landed]:
+    """Scale, round and limit weights that have moved, and write them."""
     if not moved:
         return
     scales = optimizer.scales_in_use()
@@ -183,13 +184,12 @@ def land(optimizer: GridOptim, moved: Sequence[Moved], *, rare: bool = False) ->
     keys = None
     if optimizer.storage_rounding == "stochastic":
         keys = _streams(optimizer, len(before), moved[0].these.members)
-    function = landed.__wrapped__ if rare else landed
     for these, values, _ in moved:
         row = these.row
         factor, scale = (row.spread(these.of_each(one)) for one in (ratios, scales.scales))
         limit = None if limits is None else row.pairs(these.of_each(limits))
         own_keys = None if keys is None else row.keys(these.of_each(keys))
-        yield _written(these, function(values, factor, scale, limit, own_keys, these.format))
+        yield _written(these, landed(values, factor, scale, limit, own_keys, these.format))
 
 
 def master_ends(members: Sequence[Member], row: Row, limits: Tensor | None) -> tuple[Any, Any]:

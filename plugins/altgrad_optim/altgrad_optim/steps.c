@@ -1,39 +1,18 @@
 /* Optimizer steps on a CPU, one call for all tensors of a group, each of weight, gradient and moments read once.
 
-   What a step is, is said by the torch code beside it (manifold.py, grid.py); here are the same operations in the
-   same order, so the same bits (but for sums over a tensor, which are taken in float64 in another order). A format's arithmetic comes
-   as functions over blocks (altgrad_core.native.BlockLoops), which are small enough to stay in a core's first
+   What a step is, is said by the torch code beside it (manifold.py, grid.py); here are the same operations in the same
+   order, so the same bits (but for sums over a tensor, which are taken in float64 in another order). A format's arithmetic
+   comes as functions over blocks (altgrad_core.native.BlockLoops), which are small enough to stay in a core's first
    cache. Sums are taken by pieces in a fixed order: the same with any number of threads.
 
    Nothing here may be contracted or reassociated: compile with -ffp-contract=off and without -ffast-math. */
 
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
+#include "loops.h"
 
 #define PIECE 1024      /* elements of a block */
-#define GRID_PIECE 256  /* the same of GridOptim, which has more beside each weight in the first cache */
-#define LINE 16         /* elements of a line of the cache */
-
-typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
-typedef void (*Values)(const int32_t *, float *, int32_t, const void *);
-typedef void (*Moves)(float *, const int32_t *, int32_t, float, const int32_t *, int32_t *, const void *);
-typedef void (*Spacings)(const float *, float *, int32_t, float, const void *);
-
-#define EACH for (int32_t i = 0; i < n; i++)
-#define SIMD _Pragma("omp simd")
-
-static inline float limited(float x, float low, float high) {
-    x = x < low ? low : x; /* NaN stays NaN */
-    return x > high ? high : x;
-}
+#define GRID_PIECE 384  /* the same of GridOptim, which has more beside each weight in the first cache */
 
 /* --- Adam's direction ---------------------------------------------------------------------------------------- */
 
@@ -116,14 +95,8 @@ static double summed(const float *s, int32_t n, int32_t normalize) {
         EACH sum += (double)s[i];
     } else {
         _Pragma("omp simd reduction(max : largest)")
-        EACH {
-            int32_t bits;
-            memcpy(&bits, &s[i], sizeof(bits));
-            largest = bits > largest ? bits : largest;
-        }
-        float size;
-        memcpy(&size, &largest, sizeof(size));
-        sum = size;
+        EACH largest = bits_of(s[i]) > largest ? bits_of(s[i]) : largest;
+        sum = float_of(largest);
     }
     return sum;
 }
@@ -139,8 +112,14 @@ static double powers_and_sum(const Weight *t, int64_t at, int32_t n, const Manif
     return summed(s, n, o->normalize);
 }
 
-/* 1 over the rms, mean or largest of S^q, from the pieces' sums. */
-static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t normalize) {
+/* Whether S^q is divided by its norm, so that a constant S gives 1 to the bit. Without a root a power of two does so
+   times the reciprocal too, which is sooner. */
+static int divided(const Manifold *o) {
+    return o->normalize && (o->update_power == ROOT || o->update_power == INVERSE_ROOT);
+}
+
+/* The rms, mean or largest of S^q, from the pieces' sums. */
+static double norm_of(const double *parts, int64_t pieces, int64_t n, int32_t normalize) {
     double whole = parts[0];
     for (int64_t i = 1; i < pieces; i++) {
         if (normalize == MAX)
@@ -148,31 +127,34 @@ static float over_norm(const double *parts, int64_t pieces, int64_t n, int32_t n
         else
             whole += parts[i];
     }
-    if (normalize == RMS) return (float)(1.0 / sqrt(whole / (double)n));
-    return (float)(1.0 / (normalize == MEAN ? whole / (double)n : whole));
+    if (normalize == RMS) return sqrt(whole / (double)n);
+    return normalize == MEAN ? whole / (double)n : whole;
 }
 
+enum { WITHOUT, TIMES, OVER }; /* what is done with S^q: nothing, or it is multiplied or divided by a number */
+
 /* One step of n weights; p, q: S^p and S^q, where there are such. */
-static inline __attribute__((always_inline)) void
-manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n, const Manifold *o, const float *p,
-               const float *q, float norm, const int with_p, const int with_q) {
+INLINE void manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n, const Manifold *o, const float *p,
+               const float *q, float norm, const int with_p, const int how_q) {
     const Moments k = o->moments;
     const float lr = o->lr, decay = o->decay;
     float *w = t->w + at, *m = t->m + at, *v = t->v + at;
     const float *g = t->g + at;
     SIMD EACH {
         float move = direction(with_p ? g[i] * p[i] : g[i], &m[i], &v[i], k, c);
-        if (with_q) move = move * (q[i] * norm);
+        if (how_q) move = move * (how_q == OVER ? q[i] / norm : q[i] * norm);
         w[i] = w[i] * decay - move * lr;
     }
 }
 
 static void any_manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n, const Manifold *o,
                                const float *p, const float *q, float norm) {
-    if (p && q) manifold_piece(t, c, at, n, o, p, q, norm, 1, 1);
-    else if (p) manifold_piece(t, c, at, n, o, p, q, norm, 1, 0);
-    else if (q) manifold_piece(t, c, at, n, o, p, q, norm, 0, 1);
-    else manifold_piece(t, c, at, n, o, p, q, norm, 0, 0);
+    const int how_q = !q ? WITHOUT : divided(o) ? OVER : TIMES, with_p = p != 0;
+#define IN_CASE(with_p_, how_q_) \
+    if (with_p == with_p_ && how_q == how_q_) manifold_piece(t, c, at, n, o, p, q, norm, with_p_, how_q_);
+    IN_CASE(0, WITHOUT) IN_CASE(0, TIMES) IN_CASE(0, OVER)
+    IN_CASE(1, WITHOUT) IN_CASE(1, TIMES) IN_CASE(1, OVER)
+#undef IN_CASE
 }
 
 static void manifold_step(const Weight *t, const Manifold *o, float *powers, double *parts, int split) {
@@ -187,7 +169,8 @@ static void manifold_step(const Weight *t, const Manifold *o, float *powers, dou
             const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
             parts[piece] = powers_and_sum(t, at, n, o, powers + at);
         }
-        norm = over_norm(parts, pieces, t->n, o->normalize);
+        const double whole_norm = norm_of(parts, pieces, t->n, o->normalize);
+        norm = (float)(divided(o) ? whole_norm : 1.0 / whole_norm);
     }
     _Pragma("omp parallel for schedule(static) if (split)")
     for (int64_t piece = 0; piece < pieces; piece++) {
@@ -234,6 +217,7 @@ typedef struct {
     Values values;
     Moves moves;
     Spacings spacings;
+    Quantize quantize;
     const void *context;
     const float *scale;
     uint64_t number; /* of its random stream */
@@ -247,52 +231,47 @@ typedef struct {
 } Move;
 
 typedef struct {
-    int64_t flips, updates; /* weights that changed, and elements with a gradient; 0 for what has not landed */
-    int64_t past;           /* whether one was pushed past the end */
-    float *left;            /* the unrounded values of a weight that has not landed */
+    int64_t flips, updates; /* weights that changed, and elements with a gradient */
+    float *left;            /* of a weight that has not landed: where it would go without a bound, scaled units */
+    double amax;            /* the largest magnitude of those */
+    int64_t past;           /* whether one would go past the end of the format */
     int64_t failed;         /* whether there was no memory for them */
-} Landing;
+} Landed;
 
-/* What a piece tells of the rungs its weights went to, before any limit. */
+/* How a weight lands whose scale has been looked at. */
 typedef struct {
-    int32_t least, most;
-    int32_t undefined; /* whether a weight or its step is NaN */
-    int64_t updates, flips;
-} Seen;
+    double place;     /* of its member */
+    double ratio;     /* of its scale to the one before */
+    double low, high; /* limits of the values, scaled units */
+} Rescaled;
 
-static const Seen NOTHING_SEEN = {INT32_MAX, INT32_MIN, 0, 0, 0};
-
-/* The keys of a stream, as altgrad_core.random_bits.stream_keys makes them of the state of seed and step. */
-static void keys_of(uint64_t state, uint64_t number, uint32_t keys[2]) {
-    uint64_t word = (state ^ number) + 0x9E3779B97F4A7C15u;
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9u;
-    word = (word ^ word >> 27) * 0x94D049BB133111EBu;
-    word ^= word >> 31;
-    keys[0] = (uint32_t)word;
-    keys[1] = (uint32_t)(word >> 32);
+/* The draws of n weights, by which their moves are rounded. */
+static void draws_of(Keys keys, int64_t at, int32_t n, int32_t *draws) {
+    uint32_t word = first_half((uint32_t)at, keys);
+    _Pragma("omp simd linear(word : FIRST_STEP)")
+    EACH {
+        draws[i] = draw_of(second_half(word, keys));
+        word += FIRST_STEP;
+    }
 }
 
-static inline uint32_t random_bits(uint32_t i, uint32_t first, uint32_t second) { /* of altgrad_core.random_bits */
-    i = (i + first) * 0xED5AD4BBu;
-    i = (i ^ i >> 15) * 0xAC4C1B51u + second;
-    return (i ^ i >> 15) * 0x31848BABu;
-}
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* How far down n weights are to go, in rungs, before the clip; with `again` the moments have been updated before.
-   Returns how many have a gradient. A loop of its own: what waits for a root and a quotient would hold up the
-   arithmetic of the rounding. */
-INLINE int32_t rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
-                     const float *spacing, float *r, const int adam, const int decays, const int again) {
+/* How far down n weights are to go, in rungs, before the clip, and the draws; with `again` the moments have been updated
+   before. Returns how many have a gradient. A loop of its own: what waits for a root and a quotient would hold up the
+   arithmetic of the rounding, and of the draws too, which cost nothing beside a velocity that waits for memory. */
+INLINE int32_t rates(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                     const float *spacing, float *r, int32_t *draws, const int adam, const int decays, const int again) {
     const Moments k = o->moments;
     const float lr = o->lr, decay = o->decay, momentum = o->momentum;
     const float *w = t->w + at, *g = t->g + at;
     float *m = t->m + at, *v = t->v + at;
+    uint32_t word = first_half((uint32_t)at, keys);
     int32_t updates = 0;
-    _Pragma("omp simd reduction(+ : updates)")
+    if (adam) draws_of(keys, at, n, draws);
+    _Pragma("omp simd linear(word : FIRST_STEP) reduction(+ : updates)")
     EACH {
         updates += g[i] != 0;
+        if (!adam) draws[i] = draw_of(second_half(word, keys));
+        word += FIRST_STEP;
         if (adam) {
             r[i] = (again ? direction_of(m[i], v[i], k, c) : direction(g[i], &m[i], &v[i], k, c)) * lr;
             if (decays) r[i] = r[i] + scaled[i] / spacing[i] * decay;
@@ -304,8 +283,8 @@ INLINE int32_t rates(const Member *t, Correction c, int64_t at, int32_t n, const
     return updates;
 }
 
-static int32_t any_rates(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *w, float *r,
-                         const int again) {
+static int32_t any_rates(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const float *w,
+                         float *r, int32_t *draws, const int again) {
     float scaled[GRID_PIECE], spacing[GRID_PIECE];
     const int decays = o->decay != 0, adam = o->adam != 0;
     if (adam && decays) {
@@ -314,80 +293,79 @@ static int32_t any_rates(const Member *t, Correction c, int64_t at, int32_t n, c
     }
 #define IN_CASE(adam_, decays_, again_)                                                                 \
     if (adam == adam_ && decays == decays_ && again == again_)                                          \
-        return rates(t, c, at, n, o, scaled, spacing, r, adam_, decays_, again_);
+        return rates(t, c, keys, at, n, o, scaled, spacing, r, draws, adam_, decays_, again_);
     IN_CASE(0, 0, 0) IN_CASE(0, 1, 0) IN_CASE(1, 0, 0) IN_CASE(1, 1, 0)
     IN_CASE(0, 0, 1) IN_CASE(0, 1, 1) IN_CASE(1, 0, 1) IN_CASE(1, 1, 1)
     return 0;
 }
 
-#define FEW 64 /* rungs: so many, times 2^24, are an int32 */
+_Pragma("omp declare reduction(moved_both : Moved : omp_out = moved_both(omp_out, omp_in)) initializer(omp_priv = omp_orig)")
 
-/* r rungs after the clip, rounded stochastically: |r| rounds up where its fraction is above the number of its random
-   bits, the upper 24 of them over 2^24. A few rungs are rounded as integers, which is sooner. */
-INLINE int32_t whole_rungs(float r, float clip, uint32_t bits, const int few) {
-    float rate = r < clip ? r : clip; /* a NaN too */
-    rate = rate > -clip ? rate : -clip;
-    const float magnitude = fabsf(rate);
-    if (few) {
-        const int32_t parts = (int32_t)ceilf(magnitude * 0x1p24f);
-        const int32_t whole = (int32_t)(((uint32_t)parts + (~bits >> 8)) >> 24);
-        return rate < 0 ? -whole : whole;
-    }
-    const float whole = floorf(magnitude);
-    const float up = (float)(int32_t)(bits >> 8) * 0x1p-24f < magnitude - whole ? 1.0f : 0.0f;
-    return (int32_t)copysignf(whole + up, rate);
+/* Weights as they were before a move that may not lead back, by halves: formats of few bits need the upper ones only. */
+typedef struct {
+    uint16_t *upper, *lower; /* of all weights */
+    int8_t *kept;            /* of each piece */
+} Before;
+
+enum { NOT_KEPT, UPPER_KEPT, KEPT };
+
+static void keep(const float *w, Before b, int64_t at, int32_t n) {
+    uint16_t *restrict upper = b.upper + at, *restrict lower = b.lower + at;
+    int32_t bits = 0;
+    _Pragma("omp simd reduction(| : bits)") EACH bits |= bits_of(w[i]);
+    SIMD EACH upper[i] = (uint16_t)((uint32_t)bits_of(w[i]) >> 16);
+    if (bits & UINT16_MAX) SIMD EACH lower[i] = (uint16_t)bits_of(w[i]);
+    b.kept[at / GRID_PIECE] = bits & UINT16_MAX ? KEPT : UPPER_KEPT;
 }
 
-/* Takes n weights, w, down by r rungs. Returns whether one of those or of these is NaN; what is `down` then is of no
-   importance. before: gets the weights, unless it is NULL. */
-INLINE int32_t rounded(const uint32_t *keys, int64_t at, int32_t n, float clip, const float *restrict r,
-                       const float *restrict w, float *restrict before, int32_t *restrict down, const int few) {
-    const uint32_t first = keys[0], second = keys[1], begin = (uint32_t)at;
-    int32_t undefined = 0;
+static void put_back(float *restrict w, Before b, int64_t at, int32_t n) {
+    const uint16_t *upper = b.upper + at, *lower = b.lower + at;
+    const int whole = b.kept[at / GRID_PIECE] == KEPT;
+    SIMD EACH w[i] = float_of((int32_t)((uint32_t)upper[i] << 16 | (whole ? lower[i] : 0)));
+}
+
+/* Moves and lands n weights. */
+static Moved grid_piece(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const Walk *walk,
+                        Before before, int64_t *updates) {
+    float r[GRID_PIECE], to[GRID_PIECE], *w = t->w + at;
+    int32_t draws[GRID_PIECE];
+    Moved seen = NOTHING_MOVED;
+    *updates += any_rates(t, c, keys, at, n, o, w, r, draws, 0);
+    if (t->intended) SIMD EACH t->intended[at + i] = w[i] != w[i] ? NAN : -limited(r[i], -o->clip, o->clip);
+    t->moves(w, r, draws, to, n, walk, &seen, t->context);
+    before.kept[at / GRID_PIECE] = NOT_KEPT;
+    if (seen.lost || (o->adam && o->decay != 0)) keep(w, before, at, n); /* Adam's decay is of the weight before */
+    memcpy(w, to, (size_t)n * sizeof(float));
+    return seen;
+}
+
+/* Puts n weights back to what they were, and returns the values in scaled units to which they would go if there were no
+   bound; NaN where the weight or its step is. */
+static Moved unbounded(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const Walk *walk,
+                       Before before, float *target) {
+    const Walk free = {walk->clip, 1.0f, -INT32_MAX, INT32_MAX}; /* values end with the format */
+    const int kept = before.kept[at / GRID_PIECE] != NOT_KEPT;
+    int32_t draws[GRID_PIECE], undefined = 0;
+    float r[GRID_PIECE], scaled[GRID_PIECE], *w = t->w + at;
+    Moved seen = NOTHING_MOVED;
+    if (kept) put_back(w, before, at, n);
+    any_rates(t, c, keys, at, n, o, w, r, draws, 1);
+    if (!kept) {
+        SIMD EACH scaled[i] = -r[i];
+        t->moves(w, scaled, draws, target, n, walk, &seen, t->context);
+        memcpy(w, target, (size_t)n * sizeof(float));
+        seen = NOTHING_MOVED;
+    }
+    SIMD EACH scaled[i] = __builtin_isunordered(r[i], w[i]) ? NAN : w[i] * walk->scale;
+    SIMD EACH r[i] = scaled[i] != scaled[i] ? 0.0f : r[i];
+    t->moves(scaled, r, draws, target, n, &free, &seen, t->context);
     _Pragma("omp simd reduction(| : undefined)")
     EACH {
-        undefined |= __builtin_isunordered(r[i], w[i]);
-        if (before) before[i] = w[i];
-        down[i] = whole_rungs(r[i], clip, random_bits(begin + (uint32_t)i, first, second), few);
+        undefined |= scaled[i] != scaled[i];
+        target[i] = scaled[i] != scaled[i] ? NAN : target[i];
     }
-    return undefined;
-}
-
-static int32_t any_rounded(const Member *t, int64_t at, int32_t n, const Grid *o, const float *r, const float *w,
-                           float *before, int32_t *down) {
-    uint32_t keys[2];
-    keys_of(o->state, t->number, keys);
-    if (o->clip <= FEW) return rounded(keys, at, n, o->clip, r, w, before, down, 1);
-    return rounded(keys, at, n, o->clip, r, w, before, down, 0);
-}
-
-/* Moves and lands n weights; `before` gets them as they were. */
-static Seen grid_piece(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, float *before,
-                       const int32_t *ends) {
-    float r[GRID_PIECE], *w = t->w + at;
-    int32_t down[GRID_PIECE], seen[3] = {INT32_MAX, INT32_MIN, 0};
-    const int32_t updates = any_rates(t, c, at, n, o, w, r, 0);
-    if (t->intended) SIMD EACH t->intended[at + i] = w[i] != w[i] ? NAN : -limited(r[i], -o->clip, o->clip);
-    const int32_t undefined = any_rounded(t, at, n, o, r, w, before, down);
-    t->moves(w, down, n, *t->scale, ends, seen, t->context);
-    return (Seen){seen[0], seen[1], undefined, updates, seen[2]};
-}
-
-/* The values in scaled units to which n weights would go from `before` if there were no bound, after the moments have
-   been updated; NaN where the weight or its step is. */
-static Seen unbounded(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o,
-                      const float *before, float *target) {
-    const int32_t ends[2] = {INT32_MIN, INT32_MAX}; /* values end with the format */
-    float r[GRID_PIECE];
-    int32_t down[GRID_PIECE], seen[3] = {INT32_MAX, INT32_MIN, 0};
-    any_rates(t, c, at, n, o, before, r, 1);
-    SIMD EACH target[i] = before[i] * *t->scale;
-    SIMD EACH r[i] = __builtin_isunordered(r[i], before[i]) ? NAN : r[i];
-    any_rounded(t, at, n, o, r, before, 0, down);
-    SIMD EACH down[i] = r[i] != r[i] ? 0 : down[i];
-    t->moves(target, down, n, 1.0f, ends, seen, t->context);
-    SIMD EACH target[i] = r[i] != r[i] ? NAN : target[i];
-    return (Seen){seen[0], seen[1], 0, 0, 0};
+    seen.undefined = undefined;
+    return seen;
 }
 
 static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
@@ -395,75 +373,118 @@ static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
     return rung > most ? most : rung;
 }
 
-static Seen together(Seen a, Seen b) {
-    return (Seen){a.least < b.least ? a.least : b.least, a.most > b.most ? a.most : b.most,
-                  a.undefined | b.undefined, a.updates + b.updates, a.flips + b.flips};
-}
-
-_Pragma("omp declare reduction(together : Seen : omp_out = together(omp_out, omp_in)) initializer(omp_priv = omp_orig)")
-
 static int32_t size_of_piece(const Member *t, int64_t at) {
     return (int32_t)(t->n - at < GRID_PIECE ? t->n - at : GRID_PIECE);
 }
 
-/* Puts a weight back to what it was, and leaves where it would go without a bound: its scale may have to change. */
-static Landing left(const Member *t, const Move *move, Correction c, const Grid *o, const float *before, int split) {
-    float *target = malloc((size_t)t->n * sizeof(float));
-    if (!target) return (Landing){.failed = 1};
-    Seen seen = NOTHING_SEEN;
-    _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
-    for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = together(seen, unbounded(t, c, at, size_of_piece(t, at), o, before + at, target + at));
-    memcpy(t->w, before, (size_t)t->n * sizeof(float));
-    const int past = seen.least < (int32_t)move->least_rung || seen.most > (int32_t)move->most_rung;
-    return (Landing){.past = past, .left = target};
+/* The largest magnitude among values at such rungs, which end with the format. */
+static double amax_of(const Member *t, Moved seen) {
+    const int32_t rungs[2] = {seen.least, seen.most};
+    float values[2];
+    t->values(rungs, values, 2, t->context);
+    return fmax(fabs(values[0]), fabs(values[1]));
+}
+
+static int past_end(const Move *move, Moved seen) {
+    return seen.least < (int32_t)move->least_rung || seen.most > (int32_t)move->most_rung;
 }
 
 /* Whether the scale stays for weights that went to such rungs. */
-static int quiet(const Member *t, const Move *move, Seen seen) {
-    const int32_t least = (int32_t)move->least_rung, most = (int32_t)move->most_rung;
-    const int32_t ends[2] = {within(seen.least, least, most), within(seen.most, least, most)};
-    float values[2];
-    t->values(ends, values, 2, t->context);
-    const float down = fabsf(values[0]), up = fabsf(values[1]);
-    const double amax = (down > up ? down : up) / *t->scale;
-    return !seen.undefined && seen.least >= least && seen.most <= most && amax > move->quiet_low &&
-           amax <= move->quiet_high;
+static int quiet(const Member *t, const Move *move, Moved seen) {
+    const double amax = amax_of(t, seen) / *t->scale;
+    const int beyond = past_end(move, seen) && !isinf(move->quiet_high);
+    return !seen.undefined && !beyond && amax > move->quiet_low && amax <= move->quiet_high;
 }
 
-static Landing grid_move(const Member *t, const Move *move, const Grid *o, float *before, int split) {
-    const float limits[2] = {(float)move->low, (float)move->high};
-    int32_t bound[2], ends[2] = {(int32_t)move->least_rung, (int32_t)move->most_rung};
-    t->rungs(limits, bound, 2, t->context);
-    if (!isinf(limits[0])) ends[0] = within(ends[0], bound[0], ends[1]);
-    if (!isinf(limits[1])) ends[1] = within(ends[1], ends[0], bound[1]);
-    const Correction c = counted(t->counter, &o->moments);
-    Seen seen = NOTHING_SEEN;
-    _Pragma("omp parallel for schedule(static) reduction(together : seen) if (split)")
+/* Puts a weight back to what it was, and leaves where it would go without a bound: its scale may have to change. */
+static Landed left(const Member *t, const Move *move, Correction c, Keys keys, const Grid *o, const Walk *walk,
+                   Before before, int split) {
+    float *target = malloc((size_t)t->n * sizeof(float));
+    if (!target) return (Landed){.failed = 1};
+    Moved seen = NOTHING_MOVED;
+    _Pragma("omp parallel for schedule(static) reduction(moved_both : seen) if (split)")
     for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = together(seen, grid_piece(t, c, at, size_of_piece(t, at), o, before + at, ends));
-    if (!quiet(t, move, seen)) return left(t, move, c, o, before, split);
-    return (Landing){.flips = seen.flips, .updates = seen.updates};
+        seen = moved_both(seen, unbounded(t, c, keys, at, size_of_piece(t, at), o, walk, before, target + at));
+    return (Landed){.left = target, .amax = seen.undefined ? NAN : amax_of(t, seen), .past = past_end(move, seen)};
+}
+
+/* The rungs at which a weight stops: its bound's, or the format's last. */
+static void ends_of(const Member *t, const Move *move, Walk *walk) {
+    const float limits[2] = {(float)move->low, (float)move->high};
+    int32_t bound[2];
+    walk->low = (int32_t)move->least_rung;
+    walk->high = (int32_t)move->most_rung;
+    t->rungs(limits, bound, 2, t->context);
+    if (!isinf(limits[0])) walk->low = within(walk->low, bound[0], walk->high);
+    if (!isinf(limits[1])) walk->high = within(walk->high, walk->low, bound[1]);
+}
+
+static Landed grid_move(const Member *t, const Move *move, const Grid *o, Before before, int split) {
+    const Keys keys = keys_of(o->state, t->number);
+    Walk walk = {.clip = o->clip, .scale = *t->scale};
+    ends_of(t, move, &walk);
+    const Correction c = counted(t->counter, &o->moments);
+    Moved seen = NOTHING_MOVED;
+    int64_t updates = 0;
+    _Pragma("omp parallel for schedule(static) reduction(moved_both : seen) reduction(+ : updates) if (split)")
+    for (int64_t at = 0; at < t->n; at += GRID_PIECE)
+        seen = moved_both(seen, grid_piece(t, c, keys, at, size_of_piece(t, at), o, &walk, before, &updates));
+    Landed landed = {.flips = seen.flips};
+    if (!quiet(t, move, seen)) landed = left(t, move, c, keys, o, &walk, before, split);
+    landed.updates = updates;
+    return landed;
 }
 
 /* Moves weights by whole rungs and lands those whose scale surely stays; of another one the unrounded values, in scaled
-   units, are left in `landings`, for `take` to fetch. Threads take a weight each, or with `split` share each one.
-   room_before: for every thread room for the largest weight, `room` numbers. Returns whether memory ran out. */
-int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, float *room_before,
-                   int64_t room, int32_t split, Landing *landings) {
+   units, are left in `landings`, for `grid_land`. Threads take a weight each, or with `split` share each one.
+   upper, lower, kept: for every thread room for what there is in `Before` of the largest weight, `room` numbers.
+   Returns whether memory ran out. */
+int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, uint16_t *upper, uint16_t *lower,
+                   int8_t *kept, int64_t room, int32_t split, Landed *landings) {
     int32_t failed = 0;
     _Pragma("omp parallel for schedule(dynamic) reduction(max : failed) if (!split)")
     for (int64_t each = 0; each < count; each++) {
-        float *before = room_before + (split ? 0 : omp_get_thread_num() * room);
+        const int64_t mine = split ? 0 : omp_get_thread_num() * room;
+        const Before before = {upper + mine, lower + mine, kept + mine};
         landings[each] = grid_move(&members[each], &moves[each], o, before, split);
         failed = landings[each].failed ? 1 : failed;
     }
     return failed;
 }
 
-/* Copies the values that a weight has left, n of them, and frees their memory. */
-void take(Landing *landing, float *values, int64_t n) {
-    memcpy(values, landing->left, (size_t)n * sizeof(float));
-    free(landing->left);
-    landing->left = 0;
+/* Lands the weights that were left. keys: of the random numbers; NULL: to nearest even. */
+static int64_t landed(const Member *t, float *left, const Rescaled *how, const Keys *keys, int split) {
+    const float ratio = (float)how->ratio, low = (float)how->low, high = (float)how->high, scale = *t->scale;
+    int64_t flips = 0;
+    _Pragma("omp parallel for schedule(static) reduction(+ : flips) if (split)")
+    for (int64_t at = 0; at < t->n; at += GRID_PIECE) {
+        const int32_t n = size_of_piece(t, at);
+        float to[GRID_PIECE], *x = left + at, *w = t->w + at;
+        int32_t changed = 0;
+        SIMD EACH x[i] = x[i] * ratio;
+        t->quantize(x, to, n, (uint32_t)at, 1.0f, low, high, keys, t->context);
+        _Pragma("omp simd reduction(+ : changed)")
+        EACH {
+            const float value = to[i] / scale;
+            changed += value != w[i];
+            w[i] = value;
+        }
+        flips += changed;
+    }
+    return flips;
+}
+
+/* Lands the weights that `grid_steps` has left, by their scales as they are now, and frees what it left of them.
+   state: of the random streams, which begin at number `first`; NULL: to nearest even. */
+void grid_land(int64_t count, const Rescaled *rescaled, const Member *members, Landed *landings, const uint64_t *state,
+               uint64_t first, int32_t split) {
+    _Pragma("omp parallel for schedule(dynamic) if (!split)")
+    for (int64_t each = 0; each < count; each++) {
+        const int64_t place = (int64_t)rescaled[each].place;
+        const Member *t = &members[place];
+        const Keys keys = state ? keys_of(*state, first + t->number) : (Keys){0, 0};
+        landings[place].flips = landed(t, landings[place].left, &rescaled[each], state ? &keys : 0, split);
+        free(landings[place].left);
+        landings[place].left = 0;
+    }
 }
