@@ -1,6 +1,7 @@
 """Optimizers for AltGrad: torch's AdamW, ManifoldAdamW, GridOptim, Madam, RiemannianAdam.
 
-This module is light: options and registration. The optimizer classes are imported when they are asked for.
+This module is light: options and registration. The optimizers, and the pure functions `adamw_direction` and
+`grid_step` that they are made of, are imported when they are asked for. `AdamW` is torch's own.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 
 from altgrad_core.hookspecs import Component, hookimpl
-from altgrad_core.options import FieldError, StiffnessChoice, above, at_least, option, within
+from altgrad_core.options import StiffnessChoice, above, at_least, option, within
 
 if TYPE_CHECKING:
+    from torch.optim import AdamW as AdamW
+
+    from altgrad_optim.adamw import adamw_direction as adamw_direction
     from altgrad_optim.grid import GridOptim as GridOptim
     from altgrad_optim.grid_manifold import GridManifold as GridManifold
     from altgrad_optim.madam import Madam as Madam
     from altgrad_optim.manifold import ManifoldAdamW as ManifoldAdamW
     from altgrad_optim.riemannian_adam import RiemannianAdam as RiemannianAdam
+    from altgrad_optim.rungs import grid_step as grid_step
 
 PLACEMENTS = {"gradient": (1.0, 0.0), "update": (0.0, 1.0), "both": (1.0, 1.0)}
 """Placement to the exponents (p, q) of delta w = -lr * S^q * Adam(S^p * g)."""
@@ -32,14 +37,14 @@ class AdamWOptions:
     """torch.optim.AdamW, fused: the baseline."""
 
     lr: float = option("learning rate", default=1e-3, validator=at_least(0))
-    other_lr: float | None = option("learning rate of unquantised parameters; default: lr", default=None)
+    other_lr: float = option(
+        "learning rate of the parameters that [quantize] does not cover, where it covers any; default: lr",
+        default=attrs.Factory(lambda options: options.lr, takes_self=True),
+        validator=at_least(0),
+    )
     betas: tuple[float, float] = option(_BETAS, default=(0.9, 0.95), validator=within(0, 1))
     eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
     weight_decay: float = option(_DECAY, default=0.1, validator=at_least(0))
-
-    def __attrs_post_init__(self) -> None:
-        if self.other_lr is not None and self.other_lr < 0:
-            raise FieldError("other_lr", f"expected 0 or more, got {self.other_lr}")
 
 
 @attrs.frozen(kw_only=True)
@@ -198,11 +203,14 @@ def altgrad_optimizers() -> list[Component]:
 
 
 _LAZY = {
+    "AdamW": "torch.optim",
     "GridManifold": "altgrad_optim.grid_manifold",
     "GridOptim": "altgrad_optim.grid",
     "Madam": "altgrad_optim.madam",
     "ManifoldAdamW": "altgrad_optim.manifold",
     "RiemannianAdam": "altgrad_optim.riemannian_adam",
+    "adamw_direction": "altgrad_optim.adamw",
+    "grid_step": "altgrad_optim.rungs",
 }
 
 

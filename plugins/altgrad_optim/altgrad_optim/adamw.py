@@ -20,8 +20,8 @@ from altgrad_optim.powers import root
 
 
 def build(options: AdamWOptions, inputs: OptimizerInputs) -> torch.optim.AdamW:
-    """Return torch.optim.AdamW; groups that are not covered, and without an lr, train at `other_lr`."""
-    other = options.lr if options.other_lr is None else options.other_lr
+    """Return torch.optim.AdamW; what [quantize] does not cover trains at `other_lr`, without it at `lr`."""
+    other = options.other_lr if inputs.covers else options.lr
     groups = [{"lr": options.lr if group["covered"] else other, **group} for group in inputs.groups]
     return torch.optim.AdamW(
         groups,

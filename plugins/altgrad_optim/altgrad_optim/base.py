@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
-from altgrad_core.groups import GEOMETRY_KEYS, grid_of
+from altgrad_core.groups import geometry_kept, grid_of, without_geometry
 from altgrad_core.lookup import format_or_none
 from altgrad_core.quantizer import quantizer_of
+
+Gridded = tuple[Tensor, Format, Tensor]
+"""A weight, its format, and its scale: 0-d, or one that broadcasts against the weight."""
 
 
 class GeometryOptimizer(torch.optim.Optimizer):
@@ -46,8 +49,8 @@ class GeometryOptimizer(torch.optim.Optimizer):
             param_group["lr"] = param_group.pop(self._lr_name)
         self._refuse_bad_options(self.defaults | param_group)
         given = "lr" in param_group
-        if "format" in param_group:
-            param_group["format"] = format_or_none(param_group["format"])
+        for key in param_group.keys() & {"format", "of_format"}:
+            param_group[key] = format_or_none(param_group[key])
         if not isinstance(param_group["params"], Tensor):
             param_group["params"] = list(
                 param_group["params"]
@@ -86,23 +89,15 @@ class GeometryOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            for key in GEOMETRY_KEYS:
-                group.pop(key, None)
-        return state
+        return without_geometry(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
             if missing := sorted(self.defaults.keys() - group.keys()):
                 whose = f"loaded state dict is not that of a {type(self).__name__}"
                 raise ValueError(f"{whose}: its groups have no {missing[0]!r}")
-        kept = [{key: group[key] for key in GEOMETRY_KEYS if key in group} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, kept, strict=True):
-            for key in GEOMETRY_KEYS:
-                group.pop(key, None)
-            group.update(own)
+        with geometry_kept(self):
+            super().load_state_dict(state_dict)
         self._take_uncast(state_dict)
 
     def _take_uncast(self, state_dict: dict[str, Any]) -> None:
@@ -117,7 +112,7 @@ class GeometryOptimizer(torch.optim.Optimizer):
 
 def split_by_grid(
     group: dict[str, Any],
-) -> tuple[list[tuple[Tensor, Format, Tensor]], list[Tensor]]:
+) -> tuple[list[Gridded], list[Tensor]]:
     """Return the group's parameters that have gradients: (parameter, format, scale), and the plain ones.
 
     Raises RuntimeError on a sparse gradient.
@@ -217,7 +212,9 @@ def refuse_others(name: str, given: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"Invalid {name} value: {given!r}; use one of {', '.join(allowed)}")
 
 
-def refuse_betas(betas: tuple[float, float]) -> None:
+def refuse_betas(betas: Sequence[float]) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"Invalid betas value: {betas!r}; a pair of decays")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta!r}")

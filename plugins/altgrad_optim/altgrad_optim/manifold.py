@@ -14,11 +14,7 @@ both, (1, 1): Adam in rung space: Riemannian Adam (Becigneul and Ganea, arXiv 18
 S is taken at w before decay, in weight units, clamped to `max_stiffness`. S^q is divided per tensor by its
 rms, mean or max (`normalize`), accumulated in float64; with "none", lr reads as ULPs per step under q = 1.
 
-The core offers two options with every stiffness. `of_format`: S is that of another format, at its own fit
-scale of the current weights. It is then also that of covered weights without a format (`param_groups`), or,
-where no weight is covered or has a grid, of all matrices: a geometry on float32 weights. `refresh = "never"`:
-S stays that of the initial weights; a change of scale does not change it either. It is then part of the
-optimizer's state, one tensor more per weight.
+The core offers two options with every stiffness, `of_format` and `refresh`: see `stiffness_optimizer`.
 
 When not to use it: where weights are float32 masters and only the forward pass is quantised, formats hardly
 differ and plain AdamW does as well. A tensor that starts at zero does not leave it under `normalize="none"`
@@ -34,35 +30,26 @@ import torch
 from torch import Tensor
 
 from altgrad_core.error_compensation import Momentum, adam_rate
-from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
-from altgrad_core.hookspecs import OptimizerInputs, Stiffness
+from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
-from altgrad_core.lookup import get_stiffness
 from altgrad_core.rows import Row, in_rows
 from altgrad_optim import ManifoldAdamWOptions, manifold_pass, position
 from altgrad_optim.adamw import adamw_direction, moments, plain_step
-from altgrad_optim.base import (
-    GeometryOptimizer,
-    evaluated,
-    plain_lr,
-    refuse_others,
-    schedule_factor,
-    split_by_grid,
-)
+from altgrad_optim.base import Gridded, evaluated, plain_lr, refuse_others, schedule_factor
 from altgrad_optim.placement import exponents
-from altgrad_optim.position import Gridded, Position
+from altgrad_optim.position import Position
 from altgrad_optim.powers import NORMALIZERS, limited, normalized, pointwise, powered
+from altgrad_optim.stiffness_optimizer import StiffnessOptimizer
 
 
-class ManifoldAdamW(GeometryOptimizer):
+class ManifoldAdamW(StiffnessOptimizer):
     """AdamW with a stiffness; see the module's text.
 
     params: as for any torch optimizer; `altgrad_core.param_groups(model)` splits a model's. A group may set
         `format` and `scale` itself for weights that no quantiser knows.
     lr: learning rate of the parameters that have a grid. Weight units, except under normalize="none".
-    stiffness: name of an installed formula, a table with options, or a callable; `altgrad_core.stiffness.
-        Geometry` gives a callable of your own the options `of_format` and `refresh`.
+    stiffness: see `StiffnessOptimizer`.
     placement: "gradient", "update", "both", or a pair (p, q) or table {"p":, "q":}.
     normalize: "rms", "mean", "max" or "none": what S^q is divided by, per tensor.
     weight_decay: decoupled, w *= 1 - rate * weight_decay; the rate is lr, or decay_lr (following the
@@ -73,8 +60,6 @@ class ManifoldAdamW(GeometryOptimizer):
     Raises ValueError on options out of range.
     """
 
-    _own = ("stiffness",)
-    _for_all_groups = ("stiffness",)
     _uncast = (position.NAME,)
 
     def __init__(
@@ -94,7 +79,6 @@ class ManifoldAdamW(GeometryOptimizer):
         track_position: bool = False,
     ) -> None:
         p, q = exponents(placement)
-        self.stiffness: Stiffness = get_stiffness(stiffness)
         super().__init__(
             params,
             {
@@ -110,14 +94,13 @@ class ManifoldAdamW(GeometryOptimizer):
                 "decay_lr": decay_lr,
                 "track_position": track_position,
             },
+            stiffness,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        sets_lr = "lr" in param_group
         if "placement" in param_group:
             param_group["p"], param_group["q"] = exponents(param_group.pop("placement"))
         super().add_param_group(param_group)
-        self.param_groups[-1]["sets_lr"] = sets_lr
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
         super()._refuse_bad_options(options)
@@ -129,35 +112,14 @@ class ManifoldAdamW(GeometryOptimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
-        of_format = getattr(self.stiffness, "of_format", None)
-        apart = of_format is not None and self._told_apart()
         for group in self.param_groups:
-            gridded, plain = split_by_grid(group)
+            gridded, borrowing, plain = self.by_geometry(group)
             tracked = gridded if group.get("track_position") else []
-            if of_format is not None and (group.get("covered") or not apart):
-                unit = torch.ones((), dtype=torch.float32)  # the formula fits its own scale
-                gridded = [*gridded, *((weight, of_format, unit) for weight in plain if weight.dim() >= 2)]
-                plain = [weight for weight in plain if weight.dim() < 2]
             before = position.starts(tracked)
-            self._update(group, gridded)
+            self._update(group, [*gridded, *borrowing])
             position.advance(self.state, tracked, before)
             plain_step(self, group, plain, plain_lr(group))
         return loss
-
-    def _told_apart(self) -> bool:
-        """Return whether anything says which weights the geometry is for: a grid, or that they are covered.
-
-        The others then stay plain, so that arms differ in those weights only.
-        """
-        return any(
-            group.get("covered") or grid_of(group, index) is not None
-            for group in self.param_groups
-            for index in range(len(group["params"]))
-        )
-
-    def grid_lr(self, group: dict[str, Any]) -> float:
-        """Return the learning rate of the group's parameters with a geometry."""
-        return float(group["lr"]) if group.get("sets_lr") else super().grid_lr(group)
 
     def _update(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> None:
         """Take the step of a group's weights that have a grid: those that can, in one call in C."""
@@ -185,23 +147,28 @@ class ManifoldAdamW(GeometryOptimizer):
         row, p, q = Row(weights), group["p"], group["q"]
         firsts, seconds = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         w, gradient, m, v = map(row.of, (weights, [one.grad for one in weights], firsts, seconds))
-        stiffness = limited(self._stiffness_of(row, w, gridded), group["max_stiffness"]) if p or q else None
+        stiffness = (
+            limited(self._stiffness_of(group, row, w, gridded), group["max_stiffness"]) if p or q else None
+        )
         if stiffness is not None:
             gradient = gradient * powered(stiffness, p)
         step = int(states[0]["step"]) + 1
         direction = adamw_direction(gradient, m, v, step, group["betas"], group["eps"])
         if stiffness is not None and q:
-            direction *= normalized(powered(stiffness, q), group["normalize"], row)
+            direction *= normalized(powered(stiffness, q), q, group["normalize"], row)
         w.mul_(self.left_by_decay(group)).sub_(direction.mul_(self.grid_lr(group)))
         for values, tensors in ((w, weights), (m, firsts), (v, seconds)):
             row.write_back(values, tensors)
         torch._foreach_add_([state["step"] for state in states], 1)
 
-    def _stiffness_of(self, row: Row, values: Tensor, gridded: Sequence[Gridded]) -> Tensor:
+    def _stiffness_of(
+        self, group: dict[str, Any], row: Row, values: Tensor, gridded: Sequence[Gridded]
+    ) -> Tensor:
         """Return S at a row of weights, which have these values: at once, where it is elementwise."""
-        if pointwise(self.stiffness) is None:
-            return row.of(self.stiffness_at(*one) for one in gridded)
-        return self.stiffness(values, gridded[0][1], row.spread([scale for *_, scale in gridded]))
+        formula = self.formula_of(group)
+        if pointwise(formula) is None:
+            return row.of(self.stiffness_at(group, one) for one in gridded)
+        return formula(values, gridded[0][1], row.spread([scale for *_, scale in gridded]))
 
     @torch.no_grad()
     def momentum_of(self, weight: Tensor) -> Momentum | None:
@@ -217,8 +184,9 @@ class ManifoldAdamW(GeometryOptimizer):
         rate = adam_rate(state["exp_avg_sq"], state["step"], lr, group["betas"], group["eps"])
         grid = grid_of(group, index)
         if group["q"] and grid is not None:
-            stiffness = limited(self.stiffness_at(weight, *grid), group["max_stiffness"])
-            powers = normalized(powered(flat(stiffness), group["q"]), group["normalize"], Row([weight]))
+            stiffness = limited(self.stiffness_at(group, (weight, *grid)), group["max_stiffness"])
+            q, normalize = group["q"], group["normalize"]
+            powers = normalized(powered(flat(stiffness), q), q, normalize, Row([weight]))
             rate = rate * powers.view_as(rate)
         return Momentum(buffer=state["exp_avg"], rate=rate, beta=group["betas"][0])
 
@@ -231,24 +199,6 @@ class ManifoldAdamW(GeometryOptimizer):
             return None
         format, scale = grid
         return Position(moved=moved, rung=format.rung(weight * scale))
-
-    def stiffness_at(self, weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
-        """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
-        if getattr(self.stiffness, "refresh", "step") != "never":
-            return self.stiffness(weight, format, scale)
-        state = self.state[weight]
-        if "stiffness" not in state:
-            _refuse_late_start(int(state["step"]))
-            state["stiffness"] = self.stiffness(weight, format, scale).clone()
-        return state["stiffness"]
-
-
-def _refuse_late_start(steps: int) -> None:
-    if steps:
-        raise RuntimeError(
-            f"refresh='never' keeps the stiffness of the initial weights, but a weight has taken {steps}"
-            " steps and its state has none; load a state saved under refresh='never', or use refresh='step'"
-        )
 
 
 def build(options: ManifoldAdamWOptions, inputs: OptimizerInputs) -> ManifoldAdamW:

@@ -10,7 +10,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Stiffness
 from altgrad_core.stiffness import grid_stiffness
 from altgrad_optim import native_steps
-from altgrad_optim.position import Gridded
+from altgrad_optim.base import Gridded
 from altgrad_optim.powers import pointwise
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def step(optimizer: ManifoldAdamW, group: dict[str, Any], gridded: Sequence[Grid
         return list(gridded)
     kept = _table_of(optimizer, group, gridded)
     spread = {
-        row: optimizer.stiffness_at(*gridded[place]).float().contiguous() for row, place in kept.without_loop
+        row: optimizer.stiffness_at(group, gridded[place]).float().contiguous()
+        for row, place in kept.without_loop
     }
     for row, stiffness in spread.items():
         kept.table.take_stiffness(row, stiffness.data_ptr())
@@ -66,7 +67,7 @@ def _table_of(optimizer: ManifoldAdamW, group: dict[str, Any], gridded: Sequence
         [state[name].data_ptr() for state in states for name in names],
         native.whereabouts([scale for *_, scale in gridded]),
         [format for _, format, _ in gridded],
-        (optimizer.stiffness, bool(group["p"] or group["q"])),
+        (optimizer.formula_of(group), bool(group["p"] or group["q"])),
     )
     return _kept.get(optimizer, group, made_of, lambda: _made(optimizer, group, gridded))
 
@@ -82,7 +83,7 @@ def _made(optimizer: ManifoldAdamW, group: dict[str, Any], gridded: Sequence[Gri
             continue
         loop: native.BlockLoops | native.SpacingLoop | None = loops
         if group["p"] or group["q"]:
-            loop = _loop_of(optimizer.stiffness, format, loops) if native.one_number(scale) else None
+            loop = _loop_of(optimizer.formula_of(group), format, loops) if native.one_number(scale) else None
         if loop is None:
             without_loop.append((len(moves), place))
             loop = loops

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,14 +25,8 @@ class Taken(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """(n, 2) int64: the flips and updates of each weight, 0 where it has not landed."""
+        """(n, 2) int64: the flips and updates of each weight."""
         return self.steps.counts
-
-    def left(self) -> Iterator[tuple[Member, Tensor, bool]]:
-        """Yield the weights that have not landed; see `GridSteps.left`."""
-        for place, values, past_end in self.steps.left():
-            member = self.members[place]
-            yield member, values.view_as(member.weight), past_end
 
 
 class _Kept(NamedTuple):
@@ -45,6 +39,7 @@ class _Kept(NamedTuple):
 
 
 _kept: native.KeptTables[_Kept] = native.KeptTables()
+_numbers: native.KeptTables[Tensor] = native.KeptTables()
 
 
 def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Taken | None:
@@ -62,6 +57,7 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
     kept.table.leave_intended([one.data_ptr() for one in intended.values()] or [0] * len(kept.members))
     steps = native_steps.GridSteps(
         kept.table,
+        _numbers_of(optimizer, group, kept.members),
         state=stream_state(optimizer.seed, optimizer.counter),
         lr=optimizer.grid_lr(group),
         decay=optimizer.decay(group),
@@ -71,7 +67,44 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
         clip=group["rung_clip"],
         adam=group["normalize"] == "adam",
     )
+    _land_left(optimizer, kept.members, steps)
     return Taken(kept.members, steps)
+
+
+def _land_left(optimizer: GridOptim, members: Sequence[Member], steps: native_steps.GridSteps) -> None:
+    """Adapt the scales of the weights that have not landed, and land them."""
+    left = steps.left()
+    if not left:
+        return
+    scales = optimizer.scales_in_use()
+    places = [members[one.place].index for one in left]
+    before = [float(scales.scales[place]) for place in places]
+    needed = torch.zeros(len(scales.scales), dtype=torch.float64, device="cpu")
+    for one, place, scale in zip(left, places, before, strict=True):
+        most = 2 * members[one.place].format.largest if one.past_end else one.amax
+        needed[place] = most / scale
+    scales.adapt(needed)
+    rescaled = [
+        native_steps.Rescaled(one.place, float(scales.scales[place]) / scale, *scales.on_host()[place].limits)
+        for one, place, scale in zip(left, places, before, strict=True)
+    ]
+    stochastic = optimizer.storage_rounding == "stochastic"
+    steps.land(rescaled, first=len(scales.scales) if stochastic else None)
+
+
+def _numbers_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Tensor:
+    """Return the table of the weights' numbers, made anew only when a scale has moved."""
+    host = optimizer.scales_in_use().on_host()
+
+    def made() -> Tensor:
+        found = [host[member.index] for member in members]
+        rows = [
+            native_steps.GridNumbers(one.limits, member.rungs, one.quiet)
+            for one, member in zip(found, members, strict=True)
+        ]
+        return native_steps.numbers_table(rows)
+
+    return _numbers.get(optimizer, group, (members, host), made)
 
 
 def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member]) -> _Kept:
@@ -82,7 +115,6 @@ def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member
     steps = [optimizer.state[weight]["step"] for weight in weights]
     made_of = (
         list(in_c),
-        scales.on_host(),
         native.whereabouts(weights),
         native.whereabouts([weight.grad for weight in weights]),
         [one.data_ptr() for both in moments for one in both],
@@ -122,9 +154,9 @@ def _move(
         loops.values,
         loops.moves,
         loops.spacings,
+        loops.quantize,
         loops.context,
         scales.scales[member.index].data_ptr(),
         member.index,
         weight.numel(),
-        (*scales.on_host()[member.index].limits, *member.rungs, *scales.on_host()[member.index].quiet),
     )

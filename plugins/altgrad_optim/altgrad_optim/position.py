@@ -25,15 +25,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.kernels import kernel
 from altgrad_core.rows import Row, in_rows
+from altgrad_optim.base import Gridded
 
 NAME = "position"
 """Of the buffer in an optimizer's state."""
-
-Gridded = tuple[Tensor, Format, Tensor]
-"""A weight, its format, and its scale: 0-d, or one that broadcasts against the weight."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -68,9 +67,9 @@ def advance(states: Mapping[Any, Any], weights: Sequence[Gridded], before: Seque
         found, format = [weights[place][0] for place in places], weights[places[0]][1]
         row, positions = Row(found), [states[weight][NAME] for weight in found]
         scale = row.spread([weights[place][2] for place in places])
-        starts = _wide(row.of(before[place] for place in places))
+        starts = wide(row.of(before[place] for place in places))
         moved = row.of(positions)
-        moved.add_(ulps_moved(starts, _wide(row.of(found)), scale, format))
+        moved.add_(ulps_moved(starts, wide(row.of(found)), scale, format))
         row.write_back(moved, positions)
 
 
@@ -78,8 +77,3 @@ def advance(states: Mapping[Any, Any], weights: Sequence[Gridded], before: Seque
 def ulps_moved(before: Tensor, after: Tensor, scale: Tensor, format: Format) -> Tensor:
     """Return after - before in spacings of the grid at `before`, elementwise, in their dtype."""
     return (after - before) * scale / format.spacing(before * scale)
-
-
-def _wide(row: Tensor) -> Tensor:
-    """Return a row as float64 where it is that, else float32."""
-    return row if row.dtype == torch.float64 else row.float()

@@ -33,14 +33,18 @@ def limited(stiffness: Tensor, largest: float) -> Tensor:
 
 
 def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
-    """Return S^exponent; exact for 0 and 1, rounded once for -1 and 1/2, twice for -1/2."""
+    """Return S^exponent, of equal S equal; exact for 0 and 1, rounded once for -1 and 1/2, twice for -1/2."""
     if exponent == 0:
         return 1.0
     if exponent == 1:
         return stiffness
     if abs(exponent) == 0.5:
         return root(stiffness) if exponent > 0 else root(stiffness).reciprocal_()
-    return stiffness.reciprocal() if exponent == -1 else stiffness.pow(exponent)
+    if exponent == -1:
+        return stiffness.reciprocal()
+    return (
+        stiffness.double().pow_(exponent).to(stiffness.dtype)
+    )  # float32's differs between lanes of a vector
 
 
 def root(x: Tensor) -> Tensor:
@@ -52,13 +56,20 @@ def root(x: Tensor) -> Tensor:
     return x.double().sqrt_().to(x.dtype) if x.dtype == torch.float32 and x.is_cpu else x.sqrt()
 
 
-def normalized(powers: Tensor | float, normalize: str, row: Row) -> Tensor | float:
-    """Return S^q, as a row, over its rms, mean or max over each of the row's tensors, in S's dtype."""
+def normalized(powers: Tensor | float, exponent: float, normalize: str, row: Row) -> Tensor | float:
+    """Return S^exponent, as a row, over its rms, mean or max over each of the row's tensors, in S's dtype.
+
+    A constant S gives 1 to the bit: by a quotient; where the exponent is whole and S a power of two times the
+    reciprocal too, which is sooner.
+    """
     if normalize == "none" or not isinstance(powers, Tensor) or not powers.numel():
         return powers
     parts = [part if part.numel() else part.new_ones(1) for part in row.parts(powers)]
     found = [NORMALIZERS[normalize](one) for one in parts] if powers.is_cpu else as_norms(parts, normalize)
-    return powers * row.spread((1 / torch.stack(found)).to(powers.dtype).unbind())
+    norm = torch.stack(found)
+    if exponent.is_integer():
+        return powers * row.spread((1 / norm).to(powers.dtype).unbind())
+    return powers / row.spread(norm.to(powers.dtype).unbind())
 
 
 def as_norms(parts: Sequence[Tensor], normalize: str) -> Sequence[Tensor]:

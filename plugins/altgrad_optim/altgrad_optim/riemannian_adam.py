@@ -7,6 +7,9 @@ computed by other people's code: the reference that shows that `both` is Adam un
 Its first moment is that of the Riemannian gradient S^2*g, transported with the weight; ManifoldAdamW keeps
 that of S*g. In float32 S^2*g vanishes where S is below about 2^-63, and the weight then stands still.
 
+A borrowed geometry (`of_format`, see `stiffness_optimizer`) is a metric as any other; the weight has no grid
+to land on, so that its steps end at w + u. Under `refresh = "never"` the metric is flat, one per weight.
+
 geoopt's own weight decay is coupled: it is added to the gradient, in place. So geoopt works on clones with
 its decay at 0, and the decoupled decay follows as a second retraction, from where the step ended, by
 -decay_lr*weight_decay*w, with w from before the step; the momentum is transported along.
@@ -24,33 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad_core.format import Format
 from altgrad_core.groups import grid_of
-from altgrad_core.hookspecs import OptimizerInputs, Stiffness
-from altgrad_core.lookup import get_stiffness
+from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_optim import RiemannianAdamOptions
 from altgrad_optim.adamw import moments, plain_step
-from altgrad_optim.base import (
-    GeometryOptimizer,
-    evaluated,
-    plain_lr,
-    refuse_others,
-    schedule_factor,
-    split_by_grid,
-)
+from altgrad_optim.base import Gridded, evaluated, plain_lr, refuse_others, schedule_factor
+from altgrad_optim.stiffness_optimizer import StiffnessOptimizer
 
 
-class RiemannianAdam(GeometryOptimizer):
+class RiemannianAdam(StiffnessOptimizer):
     """geoopt's RiemannianAdam; see the module's text. Parameters without a grid: AdamW at `other_lr`.
 
     lr: ULPs per step.
-    stiffness, max_stiffness, retraction: the manifold's, see `GridManifold`.
+    stiffness: see `StiffnessOptimizer`. max_stiffness, retraction: the manifold's, see `GridManifold`.
     weight_decay: decoupled, at the rate `decay_lr` (following the schedule): lr is not in weight units.
-    Raises UsageError where geoopt is not installed; ValueError on options out of range, and for a stiffness
-    with `of_format` or `refresh = "never"`, which is no metric on the weight's own grid.
+    Raises UsageError where geoopt is not installed; ValueError on options out of range.
     """
-
-    _own = ("stiffness",)
 
     def __init__(
         self,
@@ -68,8 +60,6 @@ class RiemannianAdam(GeometryOptimizer):
     ) -> None:
         import altgrad_optim.grid_manifold  # noqa: F401 - says what to install where geoopt is missing
 
-        self.stiffness: Stiffness = get_stiffness(stiffness)
-        _refuse_borrowed(self.stiffness)
         super().__init__(
             params,
             {
@@ -82,6 +72,7 @@ class RiemannianAdam(GeometryOptimizer):
                 "other_lr": other_lr,
                 "decay_lr": decay_lr,
             },
+            stiffness,
         )
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
@@ -95,15 +86,18 @@ class RiemannianAdam(GeometryOptimizer):
         """Take one step; returns the closure's loss, None without one."""
         loss = evaluated(closure)
         for group in self.param_groups:
-            gridded, plain = split_by_grid(group)
-            for weight, format, scale in gridded:
-                self._move(group, weight, self._manifold(group, format, scale))
+            gridded, borrowing, plain = self.by_geometry(group)
+            for one in gridded:
+                self._move(group, one, group["retraction"])
+            for one in borrowing:
+                self._move(group, one, "add")
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
-    def _move(self, group: dict[str, Any], weight: Tensor, manifold: Any) -> None:
-        state = self.state[weight]
+    def _move(self, group: dict[str, Any], gridded: Gridded, retraction: str) -> None:
+        weight, state = gridded[0], self.state[gridded[0]]
         moments(state, weight, "exp_avg", "exp_avg_sq")
+        manifold = self._manifold(group, gridded, retraction)
         point = geoopt_step(weight, manifold, state, self.grid_lr(group), group["betas"], group["eps"])
         state["step"] += 1
         if group["weight_decay"]:
@@ -113,11 +107,12 @@ class RiemannianAdam(GeometryOptimizer):
             point = ended
         weight.copy_(point)
 
-    def _manifold(self, group: dict[str, Any], format: Format, scale: Tensor) -> Any:
+    def _manifold(self, group: dict[str, Any], gridded: Gridded, retraction: str) -> Any:
         from altgrad_optim.grid_manifold import GridManifold
 
-        given = {key: group[key] for key in ("max_stiffness", "retraction")}
-        return GridManifold(format, scale, self.stiffness, **given)
+        _, format, scale = gridded
+        given = {"max_stiffness": group["max_stiffness"], "retraction": retraction}
+        return GridManifold(format, scale, self.formula_at(group, gridded), **given)
 
     @torch.no_grad()
     def invariants(self) -> Mapping[str, Tensor]:
@@ -128,7 +123,7 @@ class RiemannianAdam(GeometryOptimizer):
         from altgrad_optim.grid_manifold import invariants
 
         found = [
-            invariants(self._manifold(group, *grid), weight)
+            invariants(self._manifold(group, (weight, *grid), group["retraction"]), weight)
             for group in self.param_groups
             for index, weight in enumerate(group["params"])
             if (grid := grid_of(group, index)) is not None
@@ -157,15 +152,6 @@ def geoopt_step(
     optimizer.state[point] = {**state, "step": int(state["step"])}
     optimizer.step()
     return point.detach()
-
-
-def _refuse_borrowed(stiffness: Stiffness) -> None:
-    if getattr(stiffness, "of_format", None) is not None or getattr(stiffness, "refresh", "step") == "never":
-        raise ValueError(
-            "RiemannianAdam takes the metric of each weight's own grid where the weight is now, not "
-            'of_format or refresh = "never"; ManifoldAdamW with placement = "both" and normalize = "none" '
-            "has both"
-        )
 
 
 def build(options: RiemannianAdamOptions, inputs: OptimizerInputs) -> RiemannianAdam:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.kernels import kernel
 from altgrad_core.random_bits import uniform_like
@@ -74,7 +75,7 @@ def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
 
     float32, also where the values are of fewer bits, and float64 for float64.
     """
-    scaled = scaled if scaled.dtype == torch.float64 else scaled.float()
+    scaled = wide(scaled)
     below = format.quantize(scaled, rounding="toward_zero")
     rung = format.rung(below)
     outward = torch.where(torch.signbit(scaled), -1, 1)

@@ -84,6 +84,18 @@ def test_adamw_trains_covered_weights_at_lr_with_a_format_or_without():
     assert values(optimizer, "lr") == [0.1, 0.02]
 
 
+@pytest.mark.parametrize(("covers", "lr"), [(True, 0.02), (False, 0.1)], ids=["frozen", "unquantised"])
+def test_adamw_trains_what_is_not_covered_at_lr_only_where_nothing_could_be(covers, lr):
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 8, bias=False))
+    given = attrs.evolve(inputs(param_groups(model)), covers=covers)
+    assert values(build_adamw(AdamWOptions(lr=0.1, other_lr=0.02), given), "lr") == [lr]
+
+
+def test_tuning_the_lr_of_adamw_leaves_other_lr_as_it_was():
+    tuned = attrs.evolve(AdamWOptions(lr=0.1), lr=0.4)
+    assert (tuned.lr, tuned.other_lr) == (0.4, 0.1)
+
+
 def test_every_option_of_manifold_adamw_arrives(groups):
     options = ManifoldAdamWOptions(
         lr=0.1,
@@ -147,6 +159,17 @@ def test_a_placement_is_read_by_name_or_as_a_table():
     assert read({"p": 0.0, "q": 0.5}) == {"p": 0.0, "q": 0.5}
     with pytest.raises(ValueError, match="expected one of gradient, update, both or a table"):
         read("before")
+
+
+def test_the_optimizers_and_the_mathematics_in_them_are_found_by_name(table):
+    assert altgrad_optim.AdamW is torch.optim.AdamW
+    values, past = altgrad_optim.grid_step(
+        torch.ones(2), torch.tensor([1.0, -1.0]), table("E4M3"), torch.zeros(2)
+    )
+    assert (values.tolist(), past.tolist()) == ([0.9375, 1.125], [False, False])
+    m, v = torch.zeros(1), torch.zeros(1)
+    direction = altgrad_optim.adamw_direction(torch.tensor([-3.0]), m, v, 1, (0.9, 0.95), 0.0)
+    assert (direction.item(), m.item(), v.item()) == pytest.approx((-1, -0.3, 0.45))
 
 
 def test_the_shop_window_knows_its_optimizers():

@@ -296,6 +296,15 @@ def one_step(weight, gradient, format, scale=1.0, **options):
     return parameter.detach()
 
 
+@pytest.mark.parametrize("normalize", ["rms", "mean", "max"])
+@pytest.mark.parametrize("q", [-1, -0.5, 0.3, 0.5, 2 / 3, 1])
+@pytest.mark.parametrize("name", ["E0M7", "E1M6"])
+def test_on_uniform_formats_every_power_of_the_stiffness_over_its_norm_is_one(table, name, q, normalize):
+    given = {"scale": 4.0, "lr": 0.01, "steps": 10}
+    seen = trained(table(name), placement=(0, q), normalize=normalize, **given)
+    assert same(seen, trained(table(name), stiffness="uniform", **given))
+
+
 def test_what_the_step_is_divided_by(table):
     e7m0, start = table("E7M0"), [1.0, 2.0, 4.0]  # spacings 1, 2, 4
     for normalize, divisor in (("rms", 7**0.5), ("mean", 7 / 3), ("max", 4.0), ("none", 1.0)):
@@ -550,6 +559,8 @@ def test_a_deep_copy_keeps_its_stiffness(table):
         ({"eps": -1.0}, r"Invalid epsilon value: -1\.0"),
         ({"betas": (1.0, 0.9)}, r"Invalid beta parameter at index 0: 1\.0"),
         ({"betas": (0.9, -0.1)}, r"Invalid beta parameter at index 1: -0\.1"),
+        ({"betas": (0.9,)}, r"Invalid betas value: \(0\.9,\)"),
+        ({"betas": 0.9}, r"Invalid betas value: 0\.9"),
         ({"weight_decay": -0.1}, r"Invalid weight_decay value: -0\.1"),
         ({"other_lr": -0.1}, r"Invalid other_lr value: -0\.1"),
         ({"decay_lr": -0.1}, r"Invalid decay_lr value: -0\.1"),
@@ -787,6 +798,13 @@ def test_without_any_quantised_weight_matrices_take_the_geometry_of_of_format_at
         assert torch.equal(seen, other) == (seen.dim() < 2), "vectors are plain AdamW at other_lr"
 
 
+def test_a_group_made_by_hand_borrows_the_geometry_with_everything_in_it(table):
+    format, (vector, twin) = table("E5M2"), (nn.Parameter(torch.linspace(-1, 1, 40)) for _ in range(2))
+    borrower = ManifoldAdamW([vector], lr=0.5, other_lr=0.01, stiffness=borrowing(format))
+    fitted = [{"params": [twin], "format": format, "scale": fit_scale(twin, format)}]
+    assert torch.equal(run([vector], borrower, 1)[0], run([twin], ManifoldAdamW(fitted, lr=0.5), 1)[0])
+
+
 def test_beside_a_quantised_weight_the_others_stay_plain(table):
     arms = []
     for stiffness in ("grid", borrowing(table("E5M2"))):
@@ -818,6 +836,29 @@ def test_only_covered_weights_take_the_geometry_of_of_format_at_lr(table):
         assert torch.equal(one, other) == (id(one) in linear or one.dim() < 2)
         kinds["linear" if id(one) in linear else "matrix"] += one.dim() >= 2
     assert all(kinds.values())
+
+
+@pytest.mark.parametrize("stiffness", ["E4M3", None])
+def test_a_group_with_an_of_format_of_its_own_takes_that_geometry(table, stiffness):
+    def trained(first, stiffness):
+        weights = random_weights()
+        groups = [{"params": [one], "covered": True, "of_format": first} for one in weights]
+        groups[1]["of_format"] = None
+        optimizer = ManifoldAdamW(groups, lr=0.5, other_lr=0.01, stiffness=stiffness)
+        assert "of_format" not in optimizer.state_dict()["param_groups"][0]
+        return run(weights, optimizer, 2)
+
+    others = "grid" if stiffness is None else borrowing(table(stiffness))
+    seen = trained(table("E5M2"), others)
+    assert torch.equal(seen[0], trained(None, borrowing(table("E5M2")))[0])
+    assert torch.equal(seen[1], trained(None, others)[1])
+
+
+def test_param_groups_tell_covered_weights_by_the_geometry_they_take(table):
+    model = model_of(None)
+    first, second = (one.weight for one in model.modules() if isinstance(one, nn.Linear))
+    groups = [one for one in param_groups(model, {first: table("E5M2"), second: None}) if one["covered"]]
+    assert [(len(one["params"]), one.get("of_format")) for one in groups] == [(1, table("E5M2")), (1, None)]
 
 
 def test_covered_weights_without_a_format_or_a_geometry_are_plain_adamw_at_other_lr():

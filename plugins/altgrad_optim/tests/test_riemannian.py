@@ -277,8 +277,8 @@ def test_a_sound_manifold_breaks_nothing_at_any_value_of_any_format(grid_manifol
 def test_a_metric_that_float32_does_not_hold_is_counted_and_float64_holds_it(grid_manifold, table):
     manifold = grid_manifold.GridManifold(table("E7M0"), 2.0**30)
     x = torch.tensor([0.0, 1.0, -1e-30, 2.0**-40])  # S^2 at zero and at 1e-30 is 2^-184
-    assert int(grid_manifold.metric_violations(manifold, x)) == 2
-    assert int(grid_manifold.metric_violations(manifold, x.double())) == 0
+    assert int(grid_manifold.invariants(manifold, x)["metric_violations"]) == 2
+    assert int(grid_manifold.invariants(manifold, x.double())["metric_violations"]) == 0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, 1e-25, 1e25, math.inf, math.nan])
@@ -286,13 +286,13 @@ def test_a_stiffness_that_gives_no_metric_is_counted(grid_manifold, table, bad):
     manifold = grid_manifold.GridManifold(
         table("E4M3"), 1.0, lambda w, *_: torch.where(w > 0, bad, 1.0).to(w.dtype), max_stiffness=math.inf
     )
-    assert int(grid_manifold.metric_violations(manifold, torch.tensor([1.0, -1.0, 2.0]))) == 2
+    assert int(grid_manifold.invariants(manifold, torch.tensor([1.0, -1.0, 2.0]))["metric_violations"]) == 2
 
 
 def test_weights_beyond_the_ends_of_the_grid_are_counted(grid_manifold, named):
     manifold = grid_manifold.GridManifold(named["CODEBOOK"], 2.0)  # ends at -3/2 and 3/2
     x = torch.tensor([1.5, -1.5, 1.5001, -1.5001, 0.0, torch.nan, torch.inf])
-    assert int(grid_manifold.out_of_range(manifold, x)) == 4
+    assert int(grid_manifold.invariants(manifold, x)["out_of_range"]) == 4
 
 
 def test_the_optimizer_reports_the_counts_of_all_its_weights_on_a_grid(make, table):
@@ -369,15 +369,47 @@ def test_a_step_below_half_a_spacing_is_lost_in_a_retraction_on_the_grid(make, t
         assert weight.tolist() == ([1.125, 1.375] if moved else [1.0, 1.25])
 
 
-@pytest.mark.parametrize("options", [{}, {"retraction": "grid"}, {"stiffness": "uniform", "lr": 0.05}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"retraction": "grid"},
+        {"stiffness": "uniform", "lr": 0.05},
+        {"stiffness": {"plugin": "grid", "refresh": "never"}},
+    ],
+)
 def test_it_keeps_the_contract(make, options):
     check_optimizer(lambda groups: make(groups, **({"lr": 2.0, "other_lr": 0.05} | options)))
 
 
-def test_a_geometry_that_is_no_metric_of_the_weights_own_grid_is_refused(make, table):
-    for options in ({"refresh": "never"}, {"of_format": table("E5M2")}):
-        with pytest.raises(ValueError, match='not of_format or refresh = "never"; ManifoldAdamW with'):
-            make([nn.Parameter(torch.ones(2))], stiffness=Geometry(grid_stiffness, **options))
+@pytest.mark.parametrize("options", [{"refresh": "never"}, {"of_format": True}, {"of_format": None}])
+@pytest.mark.parametrize("format", ["E4M3", None])
+def test_under_the_options_of_every_formula_it_is_manifold_adamws_both(make, table, format, options):
+    if options == {"of_format": True}:
+        options = {"of_format": table("E5M2")}
+    stiffness, weights = Geometry(grid_stiffness, **options), (random_weight(), random_weight())
+    own = {} if format is None else {"format": table(format), "scale": SCALE}
+    groups = [{"params": [weight], "weight_decay": 0.1, **own} for weight in weights]
+    optimizer = make(groups[:1], lr=1.0, stiffness=stiffness)
+    other = ManifoldAdamW(groups[1:], lr=1.0, stiffness=stiffness, placement="both", normalize="none")
+    stepped(weights[:1], optimizer), stepped(weights[1:], other)
+    assert (weights[0] - weights[1]).abs().max() < 1e-12
+
+
+def test_a_weight_that_borrows_its_geometry_has_no_grid_to_land_on(make, table):
+    weight = random_weight()
+    stiffness = Geometry(grid_stiffness, of_format=table("E5M2"))
+    optimizer = make([weight], lr=0.25, retraction="grid", stiffness=stiffness)
+    stepped([weight], optimizer, 3)
+    scale = 2.0 ** math.floor(math.log2(57344 / weight.detach().abs().max()))
+    assert not torch.isin(weight.detach() * scale, table("E5M2").values).any()
+
+
+def test_half_precision_weights_take_steps_under_the_largest_stiffness_there_is(make, table):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    weight.grad = torch.ones_like(weight)
+    make([{"params": [weight], "format": table("E4M3")}], lr=1.0).step()  # max_stiffness 1e6 is past float16
+    assert weight.tolist() == [0.875, 0.875]
 
 
 def test_behind_grid_storage_every_weight_is_on_its_grid(make, table):
