@@ -106,7 +106,11 @@ class Step:
     This memory, and that of `before`, is written anew for the next step: clone what is to stay."""
     scales_before: Mapping[str, Tensor] = attrs.field(factory=dict)
     """The scales of the weights in `before` as the step began, before its forward pass: shaped as
-    `Weight.scale`. Of a weight whose format has changed since, the scale as of `before`."""
+    `Weight.scale`. Of a weight to which an action has given another format or scale since, that of `before`:
+    what an action does is not the optimizer's step."""
+    unrounded: Mapping[str, Tensor] = attrs.field(factory=dict)
+    """Weights that a monitor looks on at as they land (`Onlooking`), but was not told of: what they were
+    before they were rounded to their grids. Their scales then are among `scales_before`."""
     intended_in_rungs: bool = False
     """True where the optimizer moves whole rungs (GridOptim): `intended` is then in rungs."""
     counts: Mapping[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
@@ -125,13 +129,17 @@ class Monitor(Protocol):
     nothing else.
 
     Optional attributes: `every` (steps between observations, a whole number, default 1); `layers` (a regex
-    over module paths, default all: what `needs` lists is kept of these alone); `undefined_is_nan`
-    (True: a NaN metric means that the quantity is not defined in this step, and is not logged; where a
-    weight of its layer, or for any other name of the model, is not finite, NaN is logged as NaN); `provides`,
-    a mapping of every quantity the monitor may report to how an epoch sums it up: `sum` or `mean` over the
-    steps in which its `total` was observed and defined, unobserved steps counting for nothing, or an empty
-    string: not at all. By it the needs of policies are checked before a run begins; where it is empty, the
-    monitor reports nothing of its own.
+    over module paths, default all: what `needs` lists is kept of these alone); `undefined_is_nan` and
+    `may_be_infinite` (see below); `provides`, a mapping of every quantity the monitor may report to how an
+    epoch sums it up: `sum` or `mean` over the steps in which its `total` was observed and defined, unobserved
+    steps counting for nothing, or an empty string: not at all. By it the needs of policies are checked before
+    a run begins; where it is empty, the monitor reports nothing of its own.
+
+    Numbers that are not finite: where the model is not (a weight of the metric's layer, or for any other name
+    of the model, or the loss or the gradient of the step), they are logged as they are, and say so. Elsewhere
+    NaN of a monitor with `undefined_is_nan = True` means that the quantity is not defined in this step: it is
+    not logged. Infinity is logged of the quantities in `may_be_infinite`, a collection of names. Any other is
+    a fault: as the line of metrics is written it costs the monitor its place.
 
     What an observation leaves out is not defined in that step: the summary holds what the last one said.
     A monitor that has nothing to report of the first step it sees is warned of.
@@ -141,7 +149,12 @@ class Monitor(Protocol):
 
     @property
     def needs(self) -> Collection[str]:
-        """Any of `before`, `intended`: what `Step` must carry for this monitor."""
+        """Any of `before`, `intended`: what `Step` must carry for this monitor.
+
+        Or `landing`: the monitor has an attribute `landing`, an `Onlooking`. It is asked in runs whose
+        weights land on their grids after the optimizer's step and leave no residual
+        (`GridStorage.rounds_at_once`).
+        """
         ...
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
@@ -149,6 +162,21 @@ class Monitor(Protocol):
 
         `<layer>` is a `Weight.layer`, or `total` for the whole model. Keep tensors on their device:
         the loop moves them to the host at the log interval, all monitors' in one transfer.
+        """
+        ...
+
+
+class Onlooking(Protocol):
+    """Wants to be told of weights while they land on their grids, and are in the processor's cache.
+
+    What can be counted there costs no copy of the weights before the step, nor of their updates.
+    """
+
+    def onlookers(self, gradients: Mapping[str, Tensor]) -> Mapping[str, tuple[int, int] | None]:
+        """Return, by parameter name, a C function of the type Look in loops.h and its context: addresses.
+
+        Before the optimizer's step; gradients: of the weights on a grid, by name. Of a weight for which there
+        is no function (None), and one that is not rounded in C, nobody is told: it is in `Step.unrounded`.
         """
         ...
 
@@ -268,6 +296,8 @@ class OptimizerInputs:
     bound: float = 0.0
     """Limit on |w| as a multiple of the tensor's initial rms; 0: none."""
     scale_mode: str = "adaptive"
+    covers: bool = True
+    """Whether anything says which weights `lr` is for, trained or frozen: there is a [quantize]."""
 
 
 class Stiffness(Protocol):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from altgrad_core.format import Format, bounded
+from altgrad_core.elementwise import bounded
+from altgrad_core.format import Format
 from altgrad_core.kernels import kernel
 from altgrad_core.random_bits import uniform_like
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,10 @@ from altgrad_core.random_bits import stream_state
 
 _SOURCE = Path(__file__).with_name("landing.c")
 
-_BEFORE, _INTENDED = 1, 2  # columns of a row, the struct Weight
+_BEFORE, _INTENDED, _ONLOOKERS = 1, 2, 8  # columns of a row, the struct Weight
+
+Onlooker = tuple[int, int]
+"""Addresses of a C function of the type Look in loops.h, and of its context, for one weight."""
 
 
 @functools.cache
@@ -27,7 +31,7 @@ def _loops() -> ctypes.CDLL | None:
     loops = native.library(_SOURCE)
     if loops is not None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        loops.land.argtypes = [count, pointer, pointer, pointer, ctypes.c_int32, pointer]
+        loops.land.argtypes = [count, pointer, pointer, pointer, count, ctypes.c_int32, pointer]
         loops.land.restype = None
     return loops
 
@@ -38,7 +42,7 @@ class _Tables:
 
     places: list[int]
     """Of the weights that the loop can take; the others are not in the tables."""
-    rows: Tensor  # (n, 8) int64, the struct Weight
+    rows: Tensor  # (n, 9) int64, the struct Weight
     ranges: Tensor  # (n, 4) float64, the struct Range
     done: Tensor  # (n,) int64
     split: bool
@@ -56,11 +60,13 @@ def land(
     scales: GridScales,
     stream: tuple[int, int] | None,
     watched: Mapping[Tensor, Tensor],
+    onlookers: Sequence[Mapping[Tensor, Onlooker]] = (),
 ) -> tuple[set[int], dict[Tensor, Tensor]]:
     """Round the weights in place where their scales surely stay.
 
     stream: (seed, step) of stochastic rounding, whose third part is a weight's place; None: to nearest even.
-    watched: weights to what they were before the step.
+    watched: weights to what they were before the step. onlookers: who is told of weights, while they are in
+    the cache, what they were before their rounding and what they are.
     Returns the places of those rounded, and of those watched among them the updates before rounding.
     """
     loops = None if native.recording() else _loops()
@@ -71,7 +77,10 @@ def land(
     intended = _watch(tables, weights, watched)
     inputs = native.address(tables.rows), native.address(tables.ranges)
     state = None if stream is None else ctypes.byref(ctypes.c_uint64(stream_state(*stream)))
-    loops.land(len(tables.places), *inputs, state, tables.split, native.address(tables.done))
+    told = _tell(tables, weights, onlookers)
+    how = state, len(onlookers), tables.split, native.address(tables.done)
+    loops.land(len(tables.places), *inputs, *how)
+    del told  # which the loop has read
     landed = {place for place, one in zip(tables.places, tables.done.tolist(), strict=True) if one}
     return landed, {weights[place]: one for place, one in intended.items() if place in landed}
 
@@ -95,6 +104,20 @@ def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, 
     return intended
 
 
+def _tell(
+    tables: _Tables, weights: Sequence[Tensor], onlookers: Sequence[Mapping[Tensor, Onlooker]]
+) -> array.array[int]:
+    """Have the onlookers of each weight among the tables; return the memory that they are written to."""
+    nobody = 0, 0
+    pairs = [one.get(weights[place], nobody) for place in tables.places for one in onlookers]
+    written = array.array("q", [address for pair in pairs for address in pair])
+    if pairs:
+        size = written.itemsize * 2 * len(onlookers)
+        first = written.buffer_info()[0]
+        tables.rows[:, _ONLOOKERS] = torch.arange(len(tables.places), device="cpu") * size + first
+    return written
+
+
 def _tables_of(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables | None:
     """Return the tables, made anew when something has changed or moved; None: no weight is for the loop."""
     where = native.whereabouts(weights), native.whereabouts(scales.scales)
@@ -109,7 +132,7 @@ def _made(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScal
         loops = blocks.of(format) if native.readable(weight) else None
         if loops is not None:
             scale, on_host = scales.scales[place].data_ptr(), scales.on_host()[place]
-            where = [weight.data_ptr(), 0, 0, loops.quantize, loops.context, scale, place, weight.numel()]
+            where = [weight.data_ptr(), 0, 0, loops.quantize, loops.context, scale, place, weight.numel(), 0]
             rows[place] = where
             ranges.append([*on_host.limits, *on_host.quiet])
             owners.append(loops)

@@ -9,44 +9,69 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core.hookspecs import Step
-from altgrad_core.quantizer import WeightQuantizer, quantizer_of
+from altgrad_core.native_landing import Onlooker
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.record import now
-from altgrad_core.run_state import Run, Watched, scale_seen
+from altgrad_core.run_state import Run
 from altgrad_core.untouched import together
 from altgrad_core.updates import Updates
+from altgrad_core.watched import Watched
+from altgrad_core.weights_seen import scale_seen
 
-STEP_EXTRAS = ("before", "intended")
+COPIES = ("before", "intended")
+"""What is kept of the moment before a step: copies, and updates before rounding."""
+
+STEP_EXTRAS = (*COPIES, "landing")
 """What a monitor's `needs` may ask of a step."""
 
 
 def keep_scales(run: Run, due: Collection[Watched]) -> None:
     """Keep the weights' scales as a step begins, where a monitor that is due needs what was before it."""
-    begun, run.scales_before = now(), {}
+    begun, run.scales_before, run.regridded = now(), {}, set()
     due = [watched for watched in due if "before" in watched.needs()]
     if due:
-        _keep_scales(run, _chosen(run, due), anew=True)
+        _keep_scales(run, _chosen(run, due))
         charge(due, now() - begun)
 
 
 def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     """Keep what the due monitors need of the moment before the step: quantised weights, by name."""
     begun, needs = now(), needs_of(due)
-    before = _copied(run, _chosen(run, due)) if needs else {}
+    before = _copied(run, _chosen(run, due)) if needs.intersection(COPIES) else {}
     if run.storage is not None:
+        run.storage.onlookers = _onlookers(run, due) if "landing" in needs else []
         recorded = before if "intended" in needs else {}
         on_grid = set(run.storage.weights) if recorded else ()
         weights = {run.trained[name]: copy for name, copy in recorded.items()}
         run.storage.watched = {weight: copy for weight, copy in weights.items() if weight in on_grid}
     if hasattr(run.optimizer, "watch"):
         run.optimizer.watch = "intended" in needs
-    _keep_scales(run, before, anew=False)
+    _keep_scales(run, before)
     charge([watched for watched in due if watched.needs()], now() - begun)
     return before
 
 
+def _onlookers(run: Run, due: Collection[Watched]) -> list[dict[Tensor, Onlooker | None]]:
+    """Return what the due monitors that look on as weights land want these to be told to."""
+    looking = {id(one.plugin.landing): one for one in due if "landing" in one.needs()}
+    gradients = {
+        name: parameter.grad
+        for name, parameter in run.quantized.items()
+        if parameter.grad is not None and (quantizer := quantizer_of(parameter)) and quantizer.stored
+    }
+    found: list[dict[Tensor, Onlooker | None]] = []
+    for watched in looking.values():
+        try:
+            wanted = watched.plugin.landing.onlookers(gradients)
+            found.append({run.trained[name]: one for name, one in wanted.items()})
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
+            run.drop(watched, "onlookers", error)
+    return found
+
+
 def _chosen(run: Run, due: Collection[Watched]) -> dict[str, nn.Parameter]:
     """Return the quantised weights of the layers that those monitors look at which need what was before."""
-    patterns = {watched.layers for watched in due if watched.needs()}
+    patterns = {watched.layers for watched in due if not {*COPIES}.isdisjoint(watched.needs())}
     return {
         name: parameter
         for name, parameter in run.quantized.items()
@@ -66,26 +91,18 @@ def _copied(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tenso
     return copies
 
 
-def _keep_scales(run: Run, names: Collection[str], *, anew: bool) -> None:
-    """Keep scales beside their formats; unless anew, of weights alone whose format has changed since."""
-    quantizers = {name: quantizer_of(run.trained[name]) for name in names}
-    wanted = {
-        name: quantizer
-        for name, quantizer in quantizers.items()
-        if quantizer is not None and (anew or not _as_kept(run, name, quantizer))
-    }
-    copies = together([quantizer.scale for quantizer in wanted.values()])
-    for (name, quantizer), scale in zip(wanted.items(), copies, strict=True):
-        run.scales_before[name] = quantizer.format, scale
+def _keep_scales(run: Run, names: Collection[str]) -> None:
+    """Keep the scales of those of these weights of which none is kept, or is not what it was any more."""
+    missing = [name for name in names if name not in run.scales_before or name in run.regridded]
+    quantizers = {name: quantizer_of(run.trained[name]) for name in missing}
+    scales = {name: one.scale for name, one in quantizers.items() if one is not None}
+    run.scales_before |= zip(scales, together([*scales.values()]), strict=True)
 
 
-def _as_kept(run: Run, name: str, quantizer: WeightQuantizer) -> bool:
-    """Whether a weight has the format, and the shape of scale, that it had when its scale was kept."""
-    if name not in run.scales_before:
-        return False
-    format, scale = run.scales_before[name]
-    same = format is quantizer.format or format == quantizer.format
-    return same and scale.shape == quantizer.scale.shape
+def _untold(run: Run) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the weights that landed with nobody told of it, as they were, and their scales then."""
+    found = {} if run.storage is None else run.storage.unrounded
+    return {name: found[weight] for name, weight in run.trained.items() if weight in found} if found else {}
 
 
 def needs_of(due: Collection[Watched]) -> set[str]:
@@ -111,7 +128,9 @@ def seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) 
             counts[name] = own_counts[parameter]
     recorded = {name: stored[run.trained[name]] for name in before if run.trained[name] in stored}
     intended = Updates(recorded, run.trained, before) if "intended" in needs else {}
-    scales = {name: scale_seen(run.scales_before[name][1], run.trained[name]) for name in before}
+    scales_then = {name: scale_seen(run.scales_before[name], run.trained[name]) for name in before}
+    untold = _untold(run)
+    scales = (scales_then if "before" in needs else {}) | {name: scale for name, (_, scale) in untold.items()}
     return Step(
         index=run.step,
         loss=loss,
@@ -119,7 +138,8 @@ def seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) 
         gradients=gradients,
         before=before if "before" in needs else {},
         intended=intended,
-        scales_before=scales if "before" in needs else {},
+        scales_before=scales,
+        unrounded={name: one for name, (one, _) in untold.items()},
         intended_in_rungs=bool(getattr(run.optimizer, "intended_in_rungs", False)),
         counts=counts,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ from altgrad_core.recipe import refuse_off_grid
 from altgrad_core.rows import Row, among, in_rows
 
 if TYPE_CHECKING:
+    from altgrad_core.native_landing import Onlooker
     from altgrad_core.range_counts import LandingCounts
 
 STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
@@ -64,6 +65,10 @@ class GridStorage:
         scales: their `GridScales`; `scales.rescales` counts changes of scale.
         watched: set to a mapping from Parameter to its value before the step, and the next step leaves the
             update before rounding in `intended`, keyed alike. Residuals are no part of an update.
+        onlookers: set to whom the next step is to tell of weights while they land, one mapping from Parameter
+            to `Onlooker` for each that looks on; None for a weight of which none can be told.
+        unrounded: weights of these of which nobody was told in the step, to copies of what they were before
+            the rounding, with their scales then.
         feedback: the residuals that `error_feedback` keeps; None under other roundings.
         ranges: what counts what landing cuts off, while a monitor asks for it; None otherwise.
     """
@@ -84,6 +89,8 @@ class GridStorage:
         self.counter = 0
         self.watched: dict[Tensor, Tensor] = {}
         self.intended: dict[Tensor, Tensor] = {}
+        self.onlookers: Sequence[Mapping[Tensor, Onlooker | None]] = ()
+        self.unrounded: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.ranges: LandingCounts | None = None
         self._bound, self._scale_mode, self._residual_format = bound, scale_mode, residual_format
         self._groups = len(optimizer.param_groups)
@@ -207,24 +214,51 @@ class GridStorage:
             self.ranges.add(unrounded, self.weights, self.scales)
         self.counter += 1
 
+    @property
+    def rounds_at_once(self) -> bool:
+        """Whether rounding leaves nothing behind, so that who looks on is told of weights as they land."""
+        return self.feedback is None and self._compensation is None
+
     def _land(self, rounding: str) -> None:
         """Scale, round, bound: in C where it can be and no residual is asked for, else in torch."""
         landed: set[int] = set()
-        self.intended = {}
-        if self.feedback is None and self._compensation is None:
+        self.intended, self.unrounded = {}, {}
+        onlookers, self.onlookers = self.onlookers, ()  # their memory is there for this step
+        if self.rounds_at_once:
             stream = (self.seed, self.counter) if rounding == "stochastic" else None
             landed, self.intended = native_landing.land(
-                self.weights, self._formats, self.scales, stream, self.watched
+                self.weights, self._formats, self.scales, stream, self.watched, self._told(onlookers)
             )
         unseen = [weight for weight in self.watched if weight not in self.intended]
         if unseen:
             moved = torch._foreach_sub(unseen, [self.watched[weight] for weight in unseen])
             self.intended |= dict(zip(unseen, moved, strict=True))
         left = [index for index in range(len(self.weights)) if index not in landed]
+        looked_at = {weight for one in onlookers for weight in one} if left else ()
+        self._keep_unrounded(index for index in left if self.weights[index] in looked_at)
         if left and self.scales.may_move:
             found = scaling.amax([self.weights[index].detach() for index in left]).unbind()
             self.scales.adapt(among(len(self.weights), dict(zip(left, found, strict=True))))
         self._round(rounding, left, self.feedback or self._compensation)
+
+    def _told(self, onlookers: Sequence[Mapping[Tensor, Onlooker | None]]) -> list[dict[Tensor, Onlooker]]:
+        """Return who is told of weights as they land: all who want it, or nobody; then the weight is kept."""
+        untold = {weight for one in onlookers for weight, found in one.items() if found is None}
+        self._keep_unrounded(place for place, one in enumerate(self.weights) if untold and one in untold)
+        return [
+            {
+                weight: found
+                for weight, found in one.items()
+                if found is not None and not (untold and weight in untold)
+            }
+            for one in onlookers
+        ]
+
+    def _keep_unrounded(self, places: Iterable[int]) -> None:
+        """Keep copies of weights that are about to be rounded, and of their scales."""
+        for place in places:
+            weight = self.weights[place]
+            self.unrounded[weight] = weight.detach().clone(), self.scales.scales[place].clone()
 
     def _rows(self, places: Collection[int]) -> Iterator[tuple[list[int], list[nn.Parameter], Row, Tensor]]:
         """Yield weights that are treated at once: their places, themselves, their row, and its scale."""

@@ -7,6 +7,7 @@ pass through the model fits them anew, and gives them back.
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -29,24 +30,26 @@ class Untouched:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._tensors = [tensor for parameter in run.trained.values() for tensor in _of(run, parameter)]
+        self._tensors = _all_of(run)
         self._versions = [tensor._version for tensor in self._tensors]
-        found = ((name, quantizer_of(parameter)) for name, parameter in run.trained.items())
-        self._quantizers = [(name, quantizer) for name, quantizer in found if quantizer is not None]
-        self._scales = [(one.scale, one.scale._version) for _, one in self._quantizers]
-        self._values = together([scale for scale, _ in self._scales])
+        found = {name: quantizer_of(parameter) for name, parameter in run.trained.items()}
+        self._quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+        self._scales = [quantizer.scale for quantizer in self._quantizers.values()]
+        self._scale_versions = [scale._version for scale in self._scales]
+        self._values = together(self._scales)
 
     def written(self) -> str | None:
         """Return what has been written in place since, None where nothing has."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             return self._first_written()
-        for index, (name, quantizer) in enumerate(self._quantizers):
-            scale, version = self._scales[index]
-            if quantizer.scale is scale and scale._version == version:
-                continue
-            if not _same_bits(quantizer.scale, self._values[index]):
+        scales = [quantizer.scale for quantizer in self._quantizers.values()]
+        versions = [scale._version for scale in scales]
+        if versions == self._scale_versions and all(map(operator.is_, scales, self._scales)):
+            return None
+        for name, scale, value in zip(self._quantizers, scales, self._values, strict=True):
+            if not _same_bits(scale, value):
                 return f"the scale of {name}"
-            self._scales[index] = quantizer.scale, quantizer.scale._version
+        self._scales, self._scale_versions = scales, versions
         return None
 
     def _first_written(self) -> str:
@@ -58,6 +61,14 @@ class Untouched:
                 if versions.get(id(tensor)) != tensor._version:
                     return _called(self._run, name, parameter, tensor)
         return "a tensor of the step"
+
+
+def _all_of(run: Run) -> list[Tensor]:
+    """Return the parameters, their gradients, and what the optimizer keeps of any."""
+    parameters = list(run.trained.values())
+    gradients = [parameter.grad for parameter in parameters]
+    states = [value for state in run.optimizer.state.values() for value in state.values()]
+    return [one for one in (*parameters, *gradients, *states) if isinstance(one, Tensor)]
 
 
 def _of(run: Run, parameter: nn.Parameter) -> Iterator[Tensor]:
@@ -80,7 +91,7 @@ def _called(run: Run, name: str, parameter: nn.Parameter, tensor: Tensor) -> str
 
 def together(scales: list[Tensor]) -> list[Tensor]:
     """Return copies of tensors, by one operation on the device where all of them are 0-d."""
-    if scales and not any(scale.dim() for scale in scales):
+    if scales and not any([scale.dim() for scale in scales]):  # noqa: C419 - sooner than one by one
         return list(torch.stack(scales).unbind())
     return [scale.clone() for scale in scales]
 

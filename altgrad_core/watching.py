@@ -16,9 +16,10 @@ from torch import Tensor
 
 from altgrad_core.record import now
 from altgrad_core.registry import UsageError
-from altgrad_core.run_state import ALL_LAYERS, PluginFailure, Run, Watched
+from altgrad_core.run_state import Run
 from altgrad_core.step_seen import charge, needs_of, seen
 from altgrad_core.untouched import Untouched, streams_kept
+from altgrad_core.watched import ALL_LAYERS, PluginFailure, Watched
 
 EPOCH_SUMMARIES = ("sum", "mean", "")
 """How a monitor's `provides` may have an epoch sum up a quantity; empty: not at all."""
@@ -71,7 +72,7 @@ def _observe(run: Run, due: list[Watched], method: str, loss: Tensor, before: Ma
                 watched.looked |= method == "observe"
             except PluginFailure:
                 raise
-            except Exception as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
                 run.drop(watched, method, error)
             watched.seconds += now() - begun
     _warn_of_silent(run, first)
@@ -96,6 +97,8 @@ def _keep(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> 
     run.observed.update(metrics)
     run.unlogged.update(metrics)
     run.fresh.update(metrics)
+    if metrics:
+        watched.reported = run.step
     _keep_totals(run, watched, metrics)
 
 
@@ -124,14 +127,20 @@ def _looking_only(watched: Watched, held: Untouched) -> Iterator[None]:
 
 def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
     """Return the metrics. Raises ValueError or TypeError where one is not as the contract says."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"it must return a table of metrics, not {type(metrics).__name__}")
+    for name in metrics.keys() - watched.known:
+        _check_name(watched, name)
     for name, value in metrics.items():
-        if name not in watched.known:
-            _check_name(watched, name)
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"the metric {name!r} must be one number, its shape is {tuple(value.shape)}")
+            if value.is_complex() or value.is_meta:
+                raise TypeError(f"the metric {name!r} must be a real number, it is {value!r}")
         elif not isinstance(value, (float, int)):
             raise TypeError(f"the metric {name!r} must be a number, it is {value!r}")
+        else:
+            float(value)  # raises for an int beyond all floats
     watched.known.update(metrics)
     return metrics
 
@@ -158,7 +167,7 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
                 call(*arguments)
         except (PluginFailure, UsageError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if watched not in run.monitors:
                 raise PluginFailure(watched.error(method, error)) from error
             run.drop(watched, method, error)

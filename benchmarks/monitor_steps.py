@@ -21,8 +21,9 @@ from torch import Tensor
 import altgrad_core as altgrad
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import discover
-from altgrad_core.run_state import Run, Watched
+from altgrad_core.run_state import Run
 from altgrad_core.step_seen import watch
+from altgrad_core.watched import Watched
 from altgrad_core.watching import call_each, observe_after
 
 TARGETS = {"cpu": 1.0, "cuda": 0.5}  # flip + stall, at most so many times torch.optim.AdamW(fused=True)

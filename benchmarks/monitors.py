@@ -5,8 +5,9 @@
 Training steps: the 10 M model of the [model] table, weights on the grid, tokens of a Markov chain. A run with
 one monitor and a run without any take the same steps, in turns whose order alternates, and the monitor is due
 in each of them. What its step takes longer, divided by the monitor's default interval and by the other run's
-step, is its share. Every installed monitor is tried; one that cannot start is a row that says so. The sum
-over all of them counts for each what several share: the weights before the step, and their codes.
+step, is its share. Every installed monitor is tried; one that cannot start is a row that says so. Last comes
+a run with all of them that could be measured, each at its default interval: what its steps take longer, by
+which of them are due, in the shares that such steps have.
 
 The rows of optimizer steps are told of in monitor_steps.py.
 """
@@ -14,12 +15,14 @@ The rows of optimizer steps are told of in monitor_steps.py.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,9 @@ from altgrad_core.cells import placed
 from altgrad_core.hookspecs import Component
 from altgrad_core.record import RunFolder
 from altgrad_core.registry import PluginError, Registry, UsageError, discover
-from altgrad_core.run_state import PluginFailure, Run
+from altgrad_core.run_state import Run
 from altgrad_core.terminal import Terminal
+from altgrad_core.watched import PluginFailure
 from altgrad_core.watching import call_each
 
 STEPS = 10_000  # of the run that is taken a few steps of: kernels compile where so many are worth it
@@ -93,13 +97,15 @@ def toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else json.dumps(value)
 
 
-def text_of(component: Component | None, arguments: argparse.Namespace) -> str:
-    """Return the experiment with one monitor, or none."""
-    needed = getattr(component.options, "optimizer_options", {}) if component else {}
+def text_of(components: Sequence[Component], arguments: argparse.Namespace) -> str:
+    """Return the experiment with these monitors."""
+    needed: dict[str, Any] = {}
+    for component in components:
+        needed |= getattr(component.options, "optimizer_options", {})
     return EXPERIMENT.format(
         steps=STEPS,
         options="\n".join(f"{name} = {toml(value)}" for name, value in needed.items()),
-        monitors=f'[[monitor]]\nplugin = "{component.name}"' if component else "",
+        monitors="\n".join(f'[[monitor]]\nplugin = "{component.name}"' for component in components),
         **{name: getattr(arguments, name) for name in SIZES},
         device=arguments.device,
         format=arguments.format,
@@ -108,12 +114,12 @@ def text_of(component: Component | None, arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def assembled(
-    component: Component | None, arguments: argparse.Namespace, registry: Registry
+    components: Sequence[Component], arguments: argparse.Namespace, registry: Registry
 ) -> Iterator[Run]:
     """Yield a run that has started. Raises UsageError or PluginError where it cannot."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "experiment.toml")
-        path.write_text(text_of(component, arguments))
+        path.write_text(text_of(components, arguments))
         ((cell, device),) = placed(altgrad.load_experiment(path, registry=registry), arguments.device)
         terminal = Terminal(quiet=True, console=Console(stderr=True))  # stdout is for the results
         run = assemble(cell, registry, RunFolder(Path(scratch, "run")), terminal, device)
@@ -143,48 +149,68 @@ def share_of(plain: Run, watched: Run, turns: int, device: str) -> tuple[float, 
     if every > STEPS:
         raise UsageError("it observes no step")
     index = max(every, -(-plain.step // every) * every) + every
-    added, shares = [], []
-    for turn in range(WARM_UP_STEPS + turns):
-        pair = [step_of(run, index + turn * every) for run in (plain, watched)]
+    indices = [index + turn * every for turn in range(WARM_UP_STEPS + turns)]
+    pairs = both(plain, watched, indices, device)[WARM_UP_STEPS:]
+    shares = [(longer - shorter) / shorter / every for shorter, longer in pairs]
+    return statistics.median(longer - shorter for shorter, longer in pairs), shares, every
+
+
+def both(plain: Run, watched: Run, indices: Sequence[int], device: str) -> list[tuple[float, float]]:
+    """Return the seconds of these steps in the run without monitors and in that with them, in turns."""
+    found, count = [], len(watched.monitors)
+    for turn, index in enumerate(indices):
+        pair = [step_of(run, index) for run in (plain, watched)]
         times = {run: wall_seconds(pair[run], device) for run in ((0, 1) if turn % 2 else (1, 0))}
-        if not watched.monitors:
+        if len(watched.monitors) < count:
             raise UsageError("it was dropped in its first step: run it in an experiment, which says why")
-        if turn >= WARM_UP_STEPS:
-            added.append(times[1] - times[0])
-            shares.append((times[1] - times[0]) / times[0] / every)
-    return statistics.median(added), shares, every
+        found.append((times[0], times[1]))
+    return found
 
 
-def shares(arguments: argparse.Namespace, registry: Registry) -> list[Share]:
-    """Measure every installed monitor, in turns with a run that has none."""
-    found = []
-    with assembled(None, arguments, registry) as plain:
+def all_together(plain: Run, watched: Run, turns: int, device: str) -> float:
+    """Return the share of a run's steps that its monitors take, each at its interval."""
+    intervals = {getattr(monitor.plugin, "every", 1) for monitor in watched.monitors}
+    period = math.lcm(*intervals)
+    due = [frozenset(every for every in intervals if index % every == 0) for index in range(1, period + 1)]
+    shorter = longer = 0.0
+    for kind, steps in collections.Counter(due).items():
+        index = due.index(kind) + 1
+        indices = [index + (turn + 1) * period for turn in range(WARM_UP_STEPS + turns)]
+        pairs = both(plain, watched, indices, device)[WARM_UP_STEPS:]
+        shorter += steps * statistics.median(one for one, _ in pairs)
+        longer += steps * statistics.median(one for _, one in pairs)
+    return longer / shorter - 1
+
+
+def shares(arguments: argparse.Namespace, registry: Registry) -> tuple[list[Share], float]:
+    """Measure every installed monitor, in turns with a run that has none; and all of them together."""
+    found, measured = [], []
+    with assembled([], arguments, registry) as plain:
         for registered in registry.of_kind("monitor"):
             component = registered.component
             if arguments.only and component.name not in arguments.only:
                 continue
             try:
-                with assembled(component, arguments, registry) as watched:
+                with assembled([component], arguments, registry) as watched:
                     seconds, each, every = share_of(plain, watched, arguments.turns, arguments.device)
                 low, middle, high = ratios(each, [1.0] * len(each))
                 facts = {"milliseconds": 1000 * seconds, "share": middle, "quartiles": (low, high)}
                 found.append(Share(monitor=component.name, every=every, **facts))
+                measured.append(component)
             except (UsageError, PluginError, PluginFailure) as error:
                 nothing = {"every": 0, "milliseconds": None, "share": None, "quartiles": None}
                 reason = str(error).strip().splitlines()[-1]
                 found.append(Share(monitor=component.name, **nothing, missing=reason))
-    return found
+        if not measured:
+            return found, 0.0
+        with assembled(measured, arguments, registry) as watched:
+            return found, all_together(plain, watched, arguments.turns, arguments.device)
 
 
 # --- the command -------------------------------------------------------------------------------------
 
 
-def total(found: list[Share]) -> float:
-    """Return the shares of all monitors together."""
-    return sum(one.share for one in found if one.share is not None)
-
-
-def show(machine: dict[str, Any], found: list[Share], raced: list[Ratio]) -> None:
+def show(machine: dict[str, Any], found: list[Share], together: float, raced: list[Ratio]) -> None:
     console = Console(width=130, markup=False, highlight=False)
     table = Table("monitor", "every", "ms when due", "share of a training step", "quartiles", box=box.SIMPLE)
     for one in found:
@@ -194,7 +220,7 @@ def show(machine: dict[str, Any], found: list[Share], raced: list[Ratio]) -> Non
         low, high = one.quartiles
         numbers = f"{one.milliseconds:.1f}", f"{one.share:.2%}", f"{low:.2%} to {high:.2%}"
         table.add_row(one.monitor, str(one.every), *numbers)
-    table.add_row("all, by sum", "", "", f"{total(found):.2%}", f"target {TARGET_SHARE:.0%}")
+    table.add_row("all together", "", "", f"{together:.2%}", f"target {TARGET_SHARE:.0%}")
     console.print(table)
     table = Table(
         "added to AdamW's step", "weights", "times AdamW", "quartiles", "ms", "target", box=box.SIMPLE
@@ -235,15 +261,15 @@ def main() -> None:
     raced = multiples(arguments) if arguments.step_turns else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a monitor that cannot start says is its row
-        found = shares(arguments, discover()) if arguments.turns else []
+        found, together = shares(arguments, discover()) if arguments.turns else ([], 0.0)
     if arguments.json:
         rows = {
             "shares": [attrs.asdict(one) for one in found],
             "multiples": [attrs.asdict(one) for one in raced],
         }
-        print(json.dumps({"machine": machine, **rows, "sum_of_shares": total(found)}))
+        print(json.dumps({"machine": machine, **rows, "share_together": together}))
     else:
-        show(machine, found, raced)
+        show(machine, found, together, raced)
 
 
 if __name__ == "__main__":

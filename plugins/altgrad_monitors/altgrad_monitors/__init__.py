@@ -73,6 +73,17 @@ class AttentionEntropyOptions(MonitorOptions):
 class WandbOptions:
     """Weights & Biases, beside the run folder; needs altgrad-monitors[wandb]."""
 
+    every: int = option(
+        "mirror the lines of metrics of steps that this divides",
+        unit="steps",
+        default=1,
+        validator=at_least(1),
+    )
+    layers: str = option(
+        "regex over full module paths: layers whose metrics are mirrored, beside those of no single layer",
+        default=".*",
+        validator=regexes,
+    )
     mode: Literal["offline", "online", "disabled"] = option(
         "offline: into the run folder, for `wandb sync`; online: to the server as well; disabled: nothing",
         default="offline",
@@ -86,6 +97,8 @@ class WandbOptions:
 
 @attrs.frozen(kw_only=True)
 class RankOptions(MonitorOptions):
+    """How often ranks are looked at, and what they are held against."""
+
     every: int = option("interval between checks", unit="steps", default=100, validator=at_least(1))
     baseline: str | None = option(
         "folder of a run whose rank averages are the reference for warnings; left out: this run's own after "
@@ -102,6 +115,8 @@ class RankOptions(MonitorOptions):
 
 @attrs.frozen(kw_only=True)
 class GradientOptions(MonitorOptions):
+    """How often gradients are looked at, and when an element counts as dead."""
+
     every: int = option("interval between checks", unit="steps", default=10, validator=at_least(1))
     window: int = option(
         "an element is dead after so many checks in a row without a gradient",
@@ -118,6 +133,8 @@ def _follows_the_weights(_: Any, field: Any, value: StiffnessChoice) -> None:
 
 @attrs.frozen(kw_only=True)
 class StiffnessOptions(MonitorOptions):
+    """How often, and of which formula, the field is looked at."""
+
     every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
     formula: StiffnessChoice = option(
         "a stiffness formula, or a table with options",
@@ -155,6 +172,8 @@ class PositionOptions(MonitorOptions):
 
 @attrs.frozen(kw_only=True)
 class RangeOptions(MonitorOptions):
+    """How often roundings are counted, and how the averages of amax forget."""
+
     every: int = option("interval between observations", unit="steps", default=10, validator=at_least(1))
     alpha: float = option(
         "weight of the newest amax in its average over the observed steps",

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
@@ -107,9 +108,10 @@ def aligned(weight: Weight) -> Aligned:
     """Return how a quantised weight sits on its grid."""
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
     value, scale, format = flat(weight.value), row_of(weight.scale), weight.format
-    value = value if value.dtype == torch.float64 else value.float()
+    value = wide(value)
     nearest = format.fake_quantize(value, scale)
-    distance = (value - nearest).abs() * scale / format.spacing(value * scale)
+    inside = (value * scale).clamp(lowest(format), format.largest)  # the product may have overflowed
+    distance = (value - nearest).abs().double() / format.spacing(inside) * scale
     whole = value.new_full((), value.numel(), dtype=torch.float64)
     counts = code_counts(value, format, scale)
     shares = counts.cumsum(0) / counts.sum().double()
@@ -133,6 +135,11 @@ def code_counts(value: Tensor, format: Format, scale: Tensor) -> Tensor:
         (rungs + negative_values(format)).clamp_(min=-1).add_(1)
     )  # of NaN: its rung is the lowest integer
     return binned(nan_first, len(format.values) + 1)[1:]
+
+
+@functools.lru_cache(maxsize=64)
+def lowest(format: Format) -> float:
+    return float(format.values[0])
 
 
 @functools.lru_cache(maxsize=64)

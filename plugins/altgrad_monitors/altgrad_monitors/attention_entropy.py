@@ -10,8 +10,8 @@ entropy  the mean, in nats; `total` is the mean of the layers'
 alert    1 where it is below the option `alert`, or not a number, else 0; `total` is 1 where a layer's is
 
 Attention is causal: query i, counted from 0, sees i + 1 positions, and its entropy is ln(i + 1) at most. All
-queries count, so that the mean over T of them is at most ln(T!)/T: 1.92 for T = 16, 4.56 for T = 256. At
-T <= 4 it lies below 1 whatever the weights do.
+queries count, but those of padding past a document's end; the mean over T of them is at most ln(T!)/T: 1.92
+for T = 16, 4.56 for T = 256. At T <= 4 it lies below 1 whatever the weights do.
 
 One extra forward pass, in evaluation mode (no dropout), on the coming step's first micro-batch. The softmax
 is worked out in float32, one sequence at a time, which takes heads * T^2 numbers of memory.
@@ -39,6 +39,7 @@ class AttentionEntropy:
 
     needs = ()
     provides: Mapping[str, str] = {"entropy": "mean", "alert": "sum"}
+    undefined_is_nan = True
 
     def __init__(self, options: AttentionEntropyOptions) -> None:
         self.every = options.every
@@ -58,10 +59,12 @@ class AttentionEntropy:
         projections: dict[str, nn.Module] = {layer: module.c_attn for layer, module in attention.items()}
         entropies: dict[str, Tensor] = {}
 
-        def seen(layer: str, _: Tensor, qkv: Tensor) -> None:
-            entropies[layer] = mean_entropy(qkv, attention[layer].n_head)
-
         batch = next(micro_batches(self._run, step.index, 1))
+
+        def seen(layer: str, _: Tensor, qkv: Tensor) -> None:
+            there = self._run.task.there(batch[0], qkv.shape[:-1])
+            entropies[layer] = mean_entropy(qkv, attention[layer].n_head, there)
+
         with extra_passes(self._run) as loss_of, torch.no_grad(), watched(projections, seen):
             loss_of(*batch)
         alerts = {layer: (~(one >= self._options.alert)).float() for layer, one in entropies.items()}
@@ -71,15 +74,20 @@ class AttentionEntropy:
         }
 
 
-def mean_entropy(qkv: Tensor, heads: int) -> Tensor:
+def mean_entropy(qkv: Tensor, heads: int, there: Tensor | None = None) -> Tensor:
     """Return the mean entropy of causal attention, 0-d float64.
 
     qkv: (B, T, 3C), what `c_attn` puts out: queries, keys and values of all heads side by side.
+    there: (B, T) bool, which queries count; None: all.
     """
+    there = torch.ones(qkv.shape[:-1], dtype=torch.bool, device=qkv.device) if there is None else there
     q, k, _ = (part.transpose(1, 2).float() for part in qkv.unflatten(2, (3, heads, -1)).unbind(2))
     unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    sums = [_entropies(*pair, unseen).sum(dtype=torch.float64) for pair in zip(q, k, strict=True)]
-    return torch.stack(sums).sum() / math.prod(q.shape[:3])
+    sums = [
+        torch.where(row, _entropies(*pair, unseen), 0.0).sum(dtype=torch.float64)
+        for *pair, row in zip(q, k, there, strict=True)
+    ]
+    return torch.stack(sums).sum() / (heads * there.sum())
 
 
 def _entropies(q: Tensor, k: Tensor, unseen: Tensor) -> Tensor:

@@ -3,15 +3,19 @@
 A weight's code is its rung under the quantiser's scale. The codes before a step are those with which the one
 before it ended, under the scale of then: a change of scale re-codes a whole tensor, and its elements count as
 flipped, as they do in the stored bytes. That is so whatever steps are looked at: where the one before was
-not, its codes are taken from `before` and `scales_before`. Only of a weight that has been given another
-format, the codes before are those in the new one, of the values that it was given with it.
+not, its codes are taken from `before` and `scales_before`. What an action does to a weight before the
+optimizer steps (another format, an adjusted scale, and the rounding to the new grid) is not the step's: the
+codes before are then those of the values, in the format and under the scale, that the optimizer found.
 
 What the monitors count of a step is counted once however many of them ask, and on a CPU by one pass over each
 weight, which writes its codes over those of the step before. Who needs both asks for them when it starts.
 
-What updates are compared with, the weights before the step, is kept in the same way, and written in the same
-pass, where somebody asks for it in every step and nothing is rounded after the optimizer. It takes four bytes
-a weight, as a copy of them does, and not the copying. Elsewhere the step carries it.
+What updates are compared with, the weights before the step, need not be carried by the step either, where
+somebody asks for them in every step. Weights that are rounded to their grids after the optimizer are counted
+while they land (`hookspecs.Onlooking`): their codes say what they were before, and what they were meant to
+become is at hand there. Of others, which nothing rounds, the values are kept as the codes are, and written in
+the same pass: four bytes a weight, as a copy of them takes, and not the copying. Elsewhere, under error
+feedback or optimizers that land on the grid by themselves, the step carries copies and intended updates.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
 from altgrad_core.updates import Updates
 from altgrad_monitors import native_tally, tally
-from altgrad_monitors.tally import Asked, Tally, recorded, scale_then
+from altgrad_monitors.landings import Landings
+from altgrad_monitors.tally import Asked, Tally, decodable, decoded, recorded, scale_then
 from altgrad_monitors.tally import codes as codes
 from altgrad_monitors.tally import row_of as row_of
 
@@ -59,8 +64,8 @@ class CodeBook:
 
     def __init__(self, run: Any) -> None:
         self.wanted: set[str] = set()
-        self.both_codes = self.keeps_values = False
-        self._index, self._switches = run.step, _switches(run)
+        self.both_codes = self.follows_updates = False
+        self._index = run.step
         self._run = weakref.ref(run)
         self._tally: Tally | None = None
         self._before: dict[str, Tensor] = {}
@@ -69,16 +74,36 @@ class CodeBook:
         self._formats: dict[str, Format | None] = {}
         self._scales: dict[str, Tensor] = {}
         self._scales_before: dict[str, Tensor] = {}
-        self._follow(_quantised(run.weights()))
+        self._seen: Mapping[str, Weight] | None = None
+        self._weights: dict[str, Weight] = {}
+        self._landing: set[str] = set()
+        self._landings = Landings()
+        self._table = native_tally.Table()
+        self._layers: dict[str, tuple[Collection[str], dict[str, str]]] = {}
+        self._follow(run.weights())
 
     def needs(self, *, updates: bool = False) -> tuple[str, ...]:
         """Return what the next step must carry for its flips, or its updates too: nothing that is kept."""
-        if updates and not self.keeps_values:
+        if updates and not self.follows_updates:
             return "before", "intended"
         run = self._run()
-        kept = run is None or (run.step == self._index and _switches(run) == self._switches)
-        kept &= not updates or self._values.keys() == self._codes.keys()
-        return () if kept else ("before",)
+        kept = run is None or (run.step == self._index and not _regridded(run))
+        if kept and not (updates and self._carried()):
+            return ("landing",) if updates and self._landing else ()
+        return (
+            ("before", "intended") if updates and any(map(_on_grid, self._weights.values())) else ("before",)
+        )
+
+    def _carried(self) -> bool:
+        """Whether there are weights whose values are not kept, nor to be told when they land."""
+        return self._codes.keys() - self._landing != self._values.keys()
+
+    def onlookers(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[int, int] | None]:
+        """Return what tallies weights while they land, by name; see `hookspecs.Onlooking`."""
+        wanted = self.wanted if self.follows_updates else set()
+        before = {name: self._codes[name] for name in gradients if name in self._landing}
+        now = {name: torch.empty_like(one) for name, one in before.items()} if self.both_codes else before
+        return self._landings.begin(self._index + 1, wanted, self._weights, gradients, before, now)
 
     def tally(self, step: Step) -> Tally:
         """Return what is wanted of this step's weights that have a gradient; computed once.
@@ -88,19 +113,30 @@ class CodeBook:
         counts as flipped.
         """
         if self._tally is None or step.index != self._index:
-            weights = _quantised(step.weights)
             left_out = step.index != self._index + 1
-            stale = {name for name, weight in weights.items() if left_out or not self._knows(name, weight)}
-            self._follow(weights)
-            step = self._with_values(step, stale)
+            changed = _regridded(self._run())
+            self._follow(step.weights)
+            landed, overwritten = self._landings.landed(step, self.wanted)
+            stale = {*self._weights} if left_out else self._weights.keys() & {*changed, *overwritten}
+            step = self._with_values(step, stale, landed)
             asked = {
                 name: tally.asked(step, name, self.wanted, name in stale)
-                for name in weights
-                if name in step.gradients
+                for name in self._weights
+                if name in step.gradients and name not in landed
             }
-            self._tally, self._index = self._tallied(asked, step), step.index
-            self._switches = _switches(self._run())
+            self._tally, self._index = self._tallied(asked, landed, step), step.index
         return self._tally
+
+    def looked_at(self, pattern: str, step: Step) -> tuple[Tally, list[str]]:
+        """Return the tally of the weights whose layer the pattern matches, and their layers."""
+        found = self.tally(step)
+        names, layers = self._layers.get(pattern, ((), {}))
+        if names is not found.names:
+            layers = {
+                name: layer for name in found.names if _matches(pattern, layer := step.weights[name].layer)
+            }
+            self._layers[pattern] = found.names, layers
+        return found.of(list(layers)), list(layers.values())
 
     def flips(self, step: Step) -> dict[str, Flips]:
         """Return the flips of this step by parameter name, with the codes before and after it.
@@ -123,14 +159,25 @@ class CodeBook:
             for name, flips, updates, both in zip(found.names, *columns, strict=True)
         }
 
-    def _with_values(self, step: Step, stale: Collection[str]) -> Step:
-        """Return the step with the weights before it and the updates, where they are kept here."""
-        if not self.keeps_values:
+    def _with_values(self, step: Step, stale: Collection[str], landed: Collection[str]) -> Step:
+        """Return the step with the weights before it and the updates, where they are known here."""
+        if not self.follows_updates:
             return step
-        kept = {name: value for name, value in self._values.items() if name not in stale}
-        before, after = kept | step.before, {name: weight.value for name, weight in step.weights.items()}
+        untold = {
+            name: one for name, one in step.unrounded.items() if name not in landed and name in self._landing
+        }
+        known = {name: self._decoded(name, step) for name in untold if name not in step.before}
+        known |= {name: value for name, value in self._values.items() if name not in stale}
+        before, after = known | step.before, {name: weight.value for name, weight in step.weights.items()}
         given = {name: update for name in step.intended if (update := recorded(step, name)) is not None}
+        given |= {name: one - before[name] for name, one in untold.items() if name not in given}
         return attrs.evolve(step, before=before, intended=Updates(given, after, before))
+
+    def _decoded(self, name: str, step: Step) -> Tensor:
+        """Return what a weight on its grid was before the step, by its codes."""
+        weight, scale = self._weights[name], scale_then(step, name)
+        assert weight.format is not None and scale is not None  # noqa: PT018 - for the type checker
+        return decoded(self._codes[name], weight.format, scale).view(weight.value.shape)
 
     def keep_both(self, run: Any) -> None:
         """Keep codes and scales of both sides of a step from here on."""
@@ -145,52 +192,70 @@ class CodeBook:
 
     def _follow(self, weights: Mapping[str, Weight]) -> None:
         """Take up weights that have been quantised since, or in another format; forget those that are not."""
-        for name in self._codes.keys() - weights.keys():
+        if weights is self._seen:
+            return
+        self._seen, self._weights = weights, _quantised(weights)
+        for name in self._codes.keys() - self._weights.keys():
             del self._codes[name], self._formats[name]
             self._values.pop(name, None)
-        for name, weight in weights.items():
+        for name, weight in self._weights.items():
             if not self._knows(name, weight):
                 self._codes[name], self._formats[name] = _codes(weight), weight.format
                 self._scales.pop(name, None)
+        self._landing = _told_of(self._run(), self._weights)
+        self._values = {name: one for name, one in self._values.items() if name not in self._landing}
 
-    def _tallied(self, asked: dict[str, Asked], step: Step) -> Tally:
-        """Tally a step, and take up codes and values after it: in one pass where there is a loop for it."""
+    def _tallied(self, asked: dict[str, Asked], landed: Collection[str], step: Step) -> Tally:
+        """Tally a step, and take up codes and values after it: in one pass where there is a loop for it.
+
+        landed: of these the tally is there already.
+        """
         before = {name: self._codes[name] for name in asked}
         now = {name: torch.empty_like(one) for name, one in before.items()} if self.both_codes else before
         values = self._places_of_values(asked, step)
-        taken = native_tally.tallied(asked, step, before, now, values)
+        taken = self._table.tallied(asked, step, before, now, values)
         done = set() if taken is None else set(taken.names)
         others = {name: ask for name, ask in asked.items() if name not in done}
-        now = {name: now[name] if name in done else _codes(step.weights[name]) for name in asked}
+        if others:
+            now = {name: now[name] if name in done else _codes(step.weights[name]) for name in asked}
         for name in (name for name, ask in others.items() if ask.recode):
             before[name] = _codes(step.weights[name], step.before[name], scale_then(step, name))
-        parts = [] if taken is None else [taken]
+        parts = [self._landings.tally(landed)] if landed else []
+        parts += [] if taken is None else [taken]
         if others:
             parts.append(tally.tallied(others, step, before, now))
         for name in values.keys() - done:
             values[name].copy_(step.weights[name].value)
-        self._codes |= now
         self._values |= values
+        self._take_up(asked, step, before | self._landings.before(landed), now | self._landings.now(landed))
+        return tally.joined(parts, [name for name in self._weights if name in asked or name in landed])
+
+    def _take_up(
+        self, asked: Mapping[str, Asked], step: Step, before: dict[str, Tensor], now: dict[str, Tensor]
+    ) -> None:
+        """Take up the codes after a step; and those before it, with the scales, where somebody wants both."""
+        self._codes |= now
         if self.both_codes:
             self._before = before
-            self._scales_before = {name: self._scale_before(name, step, ask) for name, ask in asked.items()}
-            self._scales |= {name: _scale(step.weights[name]) for name in asked}
-        return tally.joined(parts, list(asked))
+            recoded = {name for name, ask in asked.items() if ask.recode}
+            self._scales_before = {name: self._scale_before(name, step, name in recoded) for name in now}
+            self._scales |= {name: _scale(step.weights[name]) for name in now}
 
     def _places_of_values(self, names: Collection[str], step: Step) -> dict[str, Tensor]:
         """Return where the values of these weights are kept: what is there already, of others new memory."""
-        if not self.keeps_values:
+        if not self.follows_updates:
             return {}
         return {
             name: torch.empty_like(step.weights[name].value) if found is None else found
             for name in names
+            if name not in self._landing
             for found in [self._values.get(name)]
         }
 
-    def _scale_before(self, name: str, step: Step, ask: Asked) -> Tensor:
+    def _scale_before(self, name: str, step: Step, recoded: bool) -> Tensor:
         """Return the scale under which the codes before a step are."""
         weight = step.weights[name]
-        kept = None if ask.recode else self._scales.get(name)
+        kept = None if recoded else self._scales.get(name)
         return _scale(weight, scale_then(step, name)) if kept is None else kept
 
 
@@ -208,9 +273,10 @@ def _scale(weight: Weight, scale: Tensor | None = None) -> Tensor:
     return row_of(scale).clone()
 
 
-def _switches(run: Any) -> int:
-    """Return how often formats have been switched in a run."""
-    return len(getattr(run, "switches", ()))
+def _regridded(run: Any) -> Collection[str]:
+    """Return the weights to which an action has given another format or scale since the step began."""
+    found: Collection[str] = getattr(run, "regridded", ())
+    return found
 
 
 _BOOKS: weakref.WeakKeyDictionary[Any, CodeBook] = weakref.WeakKeyDictionary()
@@ -229,13 +295,33 @@ def book_of(run: Any, *wanted: str, every: int = 0) -> CodeBook:
     if not wanted:
         book.keep_both(run)
     if every == 1:
-        book.keeps_values = not _rounds_updates(run)
+        book.follows_updates = not _leaves_residuals(run)
     return book
 
 
-def _rounds_updates(run: Any) -> bool:
-    """Whether updates are rounded after they are made, so that there are others than the actual ones."""
-    return getattr(run, "storage", None) is not None or hasattr(getattr(run, "optimizer", None), "watch")
+def _leaves_residuals(run: Any) -> bool:
+    """Whether updates are rounded by who does not tell of it: the step carries what they were meant to be."""
+    storage = getattr(run, "storage", None)
+    tells = storage is None or getattr(storage, "rounds_at_once", False)
+    return not tells or hasattr(getattr(run, "optimizer", None), "watch")
+
+
+def _told_of(run: Any, weights: Mapping[str, Weight]) -> set[str]:
+    """Return the weights that the book is told of when they land: all on a grid, or none."""
+    on_grid = {name: weight for name, weight in weights.items() if _on_grid(weight)}
+    if _leaves_residuals(run) or not all(map(_has_values_by_code, on_grid.values())):
+        return set()
+    return {*on_grid}
+
+
+def _on_grid(weight: Weight) -> bool:
+    return weight.storage == "grid"
+
+
+def _has_values_by_code(weight: Weight) -> bool:
+    """Whether a weight on a grid has the values that its codes say."""
+    assert weight.format is not None  # of one on a grid
+    return weight.value.dtype == torch.float32 and decodable(weight.format)
 
 
 def chosen(pattern: str, step: Step) -> dict[str, Weight]:
@@ -248,11 +334,6 @@ def chosen(pattern: str, step: Step) -> dict[str, Weight]:
 @functools.cache
 def _matches(pattern: str, layer: str) -> bool:
     return re.fullmatch(pattern, layer) is not None
-
-
-def layers_of(pattern: str, step: Step, names: Collection[str]) -> dict[str, str]:
-    """Return the layers of those of these weights that are `chosen`, by parameter name."""
-    return {name: one.layer for name, one in chosen(pattern, step).items() if name in names}
 
 
 def _quantised(weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -25,7 +25,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step
 from altgrad_core.storage import COMPENSATED
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.codes import CodeBook, book_of
 from altgrad_monitors.tally import shares
 
 
@@ -46,21 +46,23 @@ class Descent:
         """The weights before the step, and the updates, where the code book does not keep them."""
         return () if self._book is None else self._book.needs(updates=True)
 
+    @property
+    def landing(self) -> CodeBook | None:
+        """Who is told of weights while they land on their grids."""
+        return self._book
+
     def start(self, run: Any) -> None:
         self._book, self._run = book_of(run, "descent", every=self.every), run
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return `descent/quality/<layer>` and `descent/delivered/<layer>`; NaN: no update was intended."""
         assert self._book is not None
-        tally = self._book.tally(step)
-        layers = layers_of(self.layers, step, tally.names)
-        tally, names, per = tally.of(list(layers)), list(layers.values()), self._options.per
+        tally, layers = self._book.looked_at(self.layers, step)
+        per = self._options.per
         product, square = tally.column("product"), tally.column("square")
-        delivered = self._with_kept(step, list(layers), product)
-        return {
-            **shares("descent/quality", names, product, square, per),
-            **shares("descent/delivered", names, delivered, square, per),
-        }
+        delivered = self._with_kept(step, tally.names, product)
+        ratios = {"descent/quality": (product, square), "descent/delivered": (delivered, square)}
+        return shares(ratios, layers, per)
 
     def _with_kept(self, step: Step, names: Sequence[str], product: Tensor) -> Tensor:
         """Return <intended, actual> of these weights with what is kept of their updates: (n,) float64."""

@@ -42,6 +42,7 @@ class Fidelity:
     needs = ()
     provides: Mapping[str, str] = {"cosine": "mean", "snr_db": "mean"}
     undefined_is_nan = True
+    may_be_infinite = ("snr_db",)
 
     def __init__(self, options: FidelityOptions) -> None:
         self.every = options.every

@@ -48,6 +48,7 @@ class Fisher:
     needs = ()
     provides: Mapping[str, str] = {"correlation": "mean", "trace": "mean"}
     undefined_is_nan = True
+    may_be_infinite = ("trace",)  # of a model whose coming gradient overflows
 
     def __init__(self, options: FisherOptions) -> None:
         self.every = options.every

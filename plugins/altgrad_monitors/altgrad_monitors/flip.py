@@ -14,7 +14,7 @@ from torch import Tensor
 
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.codes import CodeBook, book_of
 from altgrad_monitors.tally import added_up
 
 _COLUMNS = {"flip_count": "flips", "update_count": "updates", "flips_of_updated": "flips_of_updated"}
@@ -35,17 +35,17 @@ class Flip:
         """`before` in steps whose codes before are not kept: after others that were left out."""
         return () if self._book is None else self._book.needs()
 
+    @property
+    def landing(self) -> CodeBook | None:
+        """Who is told of weights while they land on their grids."""
+        return self._book
+
     def start(self, run: Any) -> None:
         self._book = book_of(run, "flips")
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the three counts of each layer and in total."""
         assert self._book is not None
-        tally = self._book.tally(step)
-        layers = layers_of(self.layers, step, tally.names)
-        tally = tally.of(list(layers))
-        metrics: dict[str, Tensor | float] = {}
-        for quantity, column in _COLUMNS.items():
-            counts = tally.column(column)
-            metrics |= added_up(f"flip/{quantity}", list(layers.values()), counts, self._options.per)
-        return metrics
+        tally, layers = self._book.looked_at(self.layers, step)
+        columns = {f"flip/{quantity}": tally.column(column) for quantity, column in _COLUMNS.items()}
+        return added_up(columns, layers, self._options.per)

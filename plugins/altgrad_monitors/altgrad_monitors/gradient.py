@@ -3,7 +3,8 @@
 l2                    Euclidean norm of the layer's gradients, after clipping
 linf                  their largest magnitude
 snr                   |mean| / standard deviation over the layer's elements (the deviation divides by their
-                      number): near 0 where signs cancel out; inf where all are equal, NaN where all are 0
+                      number): near 0 where signs cancel out, inf where all are equal, undefined where all
+                      are 0
 dead_fraction         share of elements with |g| < 1e-8 in `window` consecutive checks; not reported before
                       so many checks were made. A NaN is not dead
 zero_update_fraction  share of the elements of quantised weights that this step left exactly as they were,
@@ -51,6 +52,8 @@ class Gradient:
     provides: Mapping[str, str] = dict.fromkeys(
         ("l2", "linf", "snr", "dead_fraction", "zero_update_fraction"), "mean"
     )
+    undefined_is_nan = True
+    may_be_infinite = ("snr",)
 
     def __init__(self, options: GradientOptions) -> None:
         self.every = options.every

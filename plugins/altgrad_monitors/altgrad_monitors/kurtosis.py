@@ -4,12 +4,13 @@ Excess kurtosis of the inputs of each Linear, m4 / m2^2 - 3 with m_k the k-th ce
 elements: 0 for a normal distribution, -1.2 for a uniform one, n^2/(n - 1) - 6 where one of n numbers differs
 from the others. A few large elements that take the scale from all others show here before the loss diverges.
 
-excess  the excess kurtosis; `total` is the largest of the layers'; NaN for inputs that are all the same, or
-        not finite
+excess  the excess kurtosis; `total` is the largest of the layers'; not defined, NaN, for inputs that are all
+        the same, or not finite
 alert   1 where it is above the option `alert`, or the inputs are not finite, else 0
 
 The inputs are those before any quantisation, in evaluation mode (no dropout), of one micro-batch of the
-coming step: one extra forward pass. Moments are taken in float64, biased as scipy.stats.kurtosis takes them.
+coming step: one extra forward pass. Padding past a document's end does not count. Moments are taken in
+float64, biased as scipy.stats.kurtosis takes them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Kurtosis:
 
     needs = ()
     provides: Mapping[str, str] = {"excess": "mean", "alert": "sum"}
+    undefined_is_nan = True
 
     def __init__(self, options: KurtosisOptions) -> None:
         self.every = options.every
@@ -51,11 +53,13 @@ class Kurtosis:
         excesses: dict[str, Tensor] = {}
         alerts: dict[str, Tensor] = {}
 
-        def seen(layer: str, inputs: Tensor, _: Tensor) -> None:
-            excesses[layer] = excess_kurtosis(inputs)
-            alerts[layer] = alert(inputs, excesses[layer], self._options.alert)
-
         batch = next(micro_batches(self._run, step.index, 1))
+
+        def seen(layer: str, inputs: Tensor, _: Tensor) -> None:
+            there = self._run.task.there(batch[0], inputs.shape[:-1])
+            excesses[layer] = excess_kurtosis(inputs, there)
+            alerts[layer] = alert(inputs, excesses[layer], self._options.alert, there)
+
         with extra_passes(self._run) as loss_of, torch.no_grad(), watched(linears, seen):
             loss_of(*batch)
         return {
@@ -64,16 +68,25 @@ class Kurtosis:
         }
 
 
-def excess_kurtosis(x: Tensor) -> Tensor:
+def excess_kurtosis(x: Tensor, there: Tensor | None = None) -> Tensor:
     """Return m4 / m2^2 - 3 over all elements, 0-d float64.
 
     NaN where they are all the same: float64 adds up equal float32 numbers without rounding, so that m2 is 0.
+
+    there: which positions count, bool of the shape of x but for its last dimension; None: all.
     """
     centered = x.double()
-    squares = (centered - centered.mean()).square_()
-    return squares.square().mean() / squares.mean().square() - 3
+    squares = (centered - _mean(centered, there)).square_()
+    return _mean(squares.square(), there) / _mean(squares, there).square() - 3
 
 
-def alert(x: Tensor, excess: Tensor, limit: float) -> Tensor:
+def _mean(x: Tensor, there: Tensor | None) -> Tensor:
+    if there is None:
+        return x.mean()
+    return torch.where(there.unsqueeze(-1), x, 0.0).sum() / (there.sum() * x.shape[-1])
+
+
+def alert(x: Tensor, excess: Tensor, limit: float, there: Tensor | None = None) -> Tensor:
     """Return 1 where the excess is above the limit or x is not finite, else 0: 0-d float32."""
-    return ((excess > limit) | ~x.isfinite().all()).float()
+    finite = x.isfinite() if there is None else x.isfinite() | ~there.unsqueeze(-1)
+    return ((excess > limit) | ~finite.all()).float()

@@ -45,7 +45,7 @@ class Magnitude:
         for name, weight in run.weights().items():
             if name in self._initial:
                 self._initial[name] = self._initial[name].to(weight.value.device)
-            elif weight.format is not None:
+            elif weight.format is not None and weight.value.any():  # the host may wait: no step runs
                 self._initial[name] = weight.value.double().square().mean().sqrt()
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:

@@ -80,6 +80,11 @@ class Oscillation:
         """`before` in steps whose codes before are not kept: after others that were left out."""
         return () if self._book is None else self._book.needs()
 
+    @property
+    def landing(self) -> CodeBook | None:
+        """Who is told of weights while they land on their grids."""
+        return self._book
+
     def start(self, run: Any) -> None:
         self._book = book_of(run)
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from altgrad_core.hookspecs import Step
 from altgrad_core.quantized_linear import Quantized
-from altgrad_core.quantizer import WeightQuantizer, quantizer_of
+from altgrad_core.quantizer import WeightQuantizer, count_ranges, quantizer_of
 from altgrad_core.range_counts import (
     AMAX,
     ELEMENTS,
@@ -97,7 +97,6 @@ class Range:
         self._averages = self._scales = torch.empty(0)
         self._saved: Mapping[str, Any] | None = None
         self._rungs: RungCounts | None = None
-        self._hook: Any = None
 
     # --- on the run ------------------------------------------------------------------------------------
 
@@ -112,8 +111,6 @@ class Range:
         if self._saved is not None:
             self._take_up(self._saved)
         self._attach()
-        if run.optimizer is not None:  # a switch of format comes just before its step
-            self._hook = run.optimizer.register_step_pre_hook(self._follow_switches)
         if run.storage is None and getattr(run.optimizer, "intended_in_rungs", False):
             self.needs = RungCounts.needs
             self._rungs = RungCounts(run, self._table, self._landing())
@@ -138,21 +135,16 @@ class Range:
         """Whether this monitor will be shown the step: by its interval, or because a policy reads it."""
         return any(watched.plugin is self for watched in due_monitors(self._run, index))
 
-    def _follow_switches(self, *_: Any) -> None:
-        if len(self._run.switches) != self._switches:
-            self._attach()
-
     def _attach(self) -> None:
-        """Have the quantisers and the storage count; a change of format may put others there."""
-        self._switches = len(self._run.switches)
+        """Have whatever rounds in these places count; what an action changes there counts as well."""
         flows = quantized_flows(self._run.model)
         for place, row in zip(self._places, self._rows, strict=True):
             if place.weight is None:
                 flows[f"{place.layer}.{place.kind}"].ranges = row
-            elif place.kind == "weights" and (quantizer := place.quantizer) is not None:
-                quantizer.ranges = row
+            elif place.kind == "weights":
+                count_ranges(place.weight, row)
         storage = self._run.storage
-        if storage is not None and storage.ranges is None:
+        if storage is not None:
             storage.ranges = LandingCounts(self._landing(), storage.rounding)
 
     def _landing(self) -> dict[Tensor, RangeCounts]:
@@ -172,12 +164,10 @@ class Range:
         for flow in quantized_flows(run.model).values():
             flow.ranges = None
         for place in self._places:
-            if (quantizer := place.quantizer) is not None:
-                quantizer.ranges = None
+            if place.weight is not None:
+                count_ranges(place.weight, None)
         if run.storage is not None:
             run.storage.ranges = None
-        if self._hook is not None:
-            self._hook.remove()
         if self._rungs is not None:
             self._rungs.remove()
 
@@ -188,7 +178,6 @@ class Range:
         table = self._table
         if table is None:
             return {}
-        self._attach()
         if not table.on or table.index != step.index:
             return {}
         if self._rungs is not None:

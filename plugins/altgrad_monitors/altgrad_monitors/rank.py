@@ -25,7 +25,8 @@ smaller side is the same are decomposed together. (On a GPU each such batch wait
 looks whether the decomposition has converged.)
 
 A matrix with a NaN or an inf has NaN everywhere, its warning included, and its average and a reference taken
-from it stay NaN. A matrix of zeros has rank and norm 0.
+from it stay NaN. Beside a baseline whose average is NaN there is no warning, neither 0 nor 1. A matrix of
+zeros has rank and norm 0.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Rank:
         "stable_rank_ema": "",
         "warning": "sum",
     }
+    undefined_is_nan = True  # beside a weight that is NaN it is logged as NaN, whoever says so
 
     def __init__(self, options: RankOptions) -> None:
         self.every = options.every

@@ -1,28 +1,13 @@
 /* What weights that move in whole rungs lose at the ends of their format, in one pass; rung_counts.py says what. */
 
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 #define PIECE 1024 /* elements of a block: what is made of them stays in a core's first cache */
-
-typedef void (*Rungs)(const float *, int32_t *, int32_t, const void *);
 
 typedef struct {
     int64_t overflow, underflow, undefined;
     uint32_t largest, smallest; /* bits of magnitudes, finite and not 0; the smallest less 1 */
 } Lost;
-
-static inline uint32_t magnitude_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits & 0x7FFFFFFFu;
-}
-
-static inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
 
 static Lost lost_in(const float *before, const float *intended, const float *after, int32_t n, float scale, float low,
                     float high, Rungs rungs, const void *context) {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
-from altgrad_monitors.codes import CodeBook, book_of, layers_of
+from altgrad_monitors.codes import CodeBook, book_of
 from altgrad_monitors.tally import Tally, shares
 
 
@@ -40,26 +40,26 @@ class Stall:
         """The weights before the step, and the updates, where the code book does not keep them."""
         return () if self._book is None else self._book.needs(updates=True)
 
+    @property
+    def landing(self) -> CodeBook | None:
+        """Who is told of weights while they land on their grids."""
+        return self._book
+
     def start(self, run: Any) -> None:
         self._book = book_of(run, "stall", every=self.every)
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the ratios of each layer and in total; NaN where a ratio is undefined."""
         assert self._book is not None
-        tally = self._book.tally(step)
-        layers = layers_of(self.layers, step, tally.names)
-        tally = tally.of(list(layers))
+        tally, layers = self._book.looked_at(self.layers, step)
         flips, updates = _arrived(tally, step)
         moved = tally.column("moved").double()
         ratios = {
-            "stall_ratio": (updates - flips, updates),
-            "bit_stall": (tally.column("stayed").double(), moved),
-            "expected_stall": (tally.column("lost"), tally.column("updates").double()),
+            "stall/stall_ratio": (updates - flips, updates),
+            "stall/bit_stall": (tally.column("stayed").double(), moved),
+            "stall/expected_stall": (tally.column("lost"), tally.column("updates").double()),
         }
-        metrics: dict[str, Tensor | float] = {}
-        for quantity, (parts, wholes) in ratios.items():
-            metrics |= shares(f"stall/{quantity}", list(layers.values()), parts, wholes, self._options.per)
-        return metrics
+        return shares(ratios, layers, self._options.per)
 
 
 def _arrived(tally: Tally, step: Step) -> tuple[Tensor, Tensor]:

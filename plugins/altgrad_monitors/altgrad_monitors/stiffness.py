@@ -7,11 +7,14 @@ octave_plus_3          whose S lies so many octaves above it; the ends hold what
 correlation            Pearson correlation of log|g| with log S over weights and gradients that are not 0.
                        NaN, and not logged, where either does not vary: in E0M7, where S is constant, or
                        under the formula `uniform`
+metric_violations      how many weights have no positive and finite metric 1/S^2 in their dtype
+out_of_range           how many lie beyond their grid's ends after the step
 
 S is that of the weight's own format unless the formula says `of_format`; it is taken at the weights before
 the step, to which the gradients belong, under the scale after it. Only quantised weights have a stiffness.
-Over layers, the histograms add up and the correlation is that of all their elements. A layer with a NaN
-weight has NaN quantiles, shares and correlation, and they are not logged.
+Over layers, the histograms and the counts add up, and the correlation is that of all their elements. A layer
+with a NaN weight has NaN quantiles, shares and correlation, and they are not logged; the NaN counts as both
+violations.
 
 The bins are the leading bits of the float32 pattern of S: its exponent and three bits of its mantissa, so
 that counting needs no logarithm.
@@ -26,13 +29,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Stiffness, Weight
 from altgrad_core.kernels import flat
 from altgrad_core.registry import discover
+from altgrad_core.stiffness import metric_violations, out_of_range
 from altgrad_monitors import StiffnessOptions
 from altgrad_monitors.codes import chosen
 from altgrad_monitors.histogram import binned, quantile_bin
-from altgrad_monitors.reporting import reported
+from altgrad_monitors.reporting import reported, summed
 
 QUANTILES = {"log2_p05": 0.05, "log2_p25": 0.25, "log2_p50": 0.5, "log2_p75": 0.75, "log2_p95": 0.95}
 """Quantity to the share of the weights whose S is at most that."""
@@ -42,6 +47,9 @@ OCTAVES = {
     for octave in range(-3, 4)
 }
 """Quantity to octaves above the median's."""
+
+VIOLATIONS = ("metric_violations", "out_of_range")
+"""What a manifold with the metric 1/S^2 promises, counted where it does not hold."""
 
 _DROPPED_BITS = 20  # of float32's 23 mantissa bits
 _BINS = 2**11  # 8 exponent bits and 3 of the mantissa; S has no sign
@@ -66,7 +74,7 @@ class StiffnessField:
     """Reports the distribution of S and its correlation with the gradients; see the module's text."""
 
     needs = ("before",)
-    provides: Mapping[str, str] = dict.fromkeys((*QUANTILES, *OCTAVES, "correlation"), "mean")
+    provides: Mapping[str, str] = dict.fromkeys((*QUANTILES, *OCTAVES, "correlation", *VIOLATIONS), "mean")
     undefined_is_nan = True
 
     def __init__(self, options: StiffnessOptions) -> None:
@@ -77,9 +85,12 @@ class StiffnessField:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the quantities of each layer, and of all of them."""
         counts, pairs = {}, {}
+        violations: dict[str, dict[str, Tensor]] = {name: {} for name in VIOLATIONS}
         for name, weight in chosen(self.layers, step).items():
             stiffness = self._at(step.before[name], weight)
             counts[weight.layer] = histogram(stiffness)
+            violations["metric_violations"][weight.layer] = metric_violations(stiffness)
+            violations["out_of_range"][weight.layer] = out_of_range(weight.value, *_grid(weight))
             if name in step.gradients:
                 pairs[weight.layer] = in_octaves(step.gradients[name], step.before[name], stiffness)
 
@@ -93,12 +104,18 @@ class StiffnessField:
             metrics |= quantity(metric, counts, functools.partial(quantile, share=share))
         for metric, octave in OCTAVES.items():
             metrics |= quantity(metric, counts, functools.partial(within, octave=octave))
+        for metric in VIOLATIONS:
+            metrics |= quantity(metric, violations[metric], summed)
         return metrics
 
     def _at(self, value: Tensor, weight: Weight) -> Tensor:
         """Return S at a weight's values."""
-        assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-        return self._formula(value, weight.format, weight.scale)
+        return self._formula(value, *_grid(weight))
+
+
+def _grid(weight: Weight) -> tuple[Format, Tensor]:
+    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
+    return weight.format, weight.scale
 
 
 def histogram(stiffness: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
@@ -109,7 +110,7 @@ class Ulp:
 def moves(name: str, weight: Weight, step: Step, every: int = 1) -> Moves:
     """Measure one weight's step; of every so many weights for the medians."""
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    value, before, asked = (_wide(x) for x in (weight.value, step.before[name], step.intended[name]))
+    value, before, asked = (wide(flat(x)) for x in (weight.value, step.before[name], step.intended[name]))
     scale = row_of(weight.scale)
     ulp = weight.format.spacing(before * scale).div_(scale)
     change = value - before
@@ -186,8 +187,3 @@ QUANTITIES: Mapping[str, tuple[Callable[[Moves], Any], Callable[[list[Any]], Ten
     "median_rung": (lambda one: one.rung, median),
 }
 """What is read from one weight's moves, and how several weights' become one number."""
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return a tensor as one row, float64 where it is that, else float32."""
-    return flat(x) if x.dtype == torch.float64 else flat(x).float()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import queue
+import re
 import secrets
 import sys
 import threading
@@ -48,6 +49,7 @@ class Wandb:
 
     def __init__(self, options: WandbOptions) -> None:
         self._options = options
+        self._left_out: set[str] = set()
         self._id = secrets.token_hex(8)
         self._run: Any = None
         self._mirror: Mirror | None = None
@@ -58,6 +60,7 @@ class Wandb:
         self._run = run
         if self._options.mode == "disabled":
             return
+        self._left_out = {one for one in run.layers.values() if not re.fullmatch(self._options.layers, one)}
         if not _installed():
             run.warn(NO_PACKAGE)
             return
@@ -70,8 +73,8 @@ class Wandb:
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand one line over."""
-        if self._mirror is not None and not self._mirror.trouble:
-            self._mirror.add(step, dict(metrics))
+        if self._mirror is not None and not self._mirror.trouble and step % self._options.every == 0:
+            self._mirror.add(step, self._chosen(metrics))
         self._report()
 
     def end(self, run: Any, outcome: str) -> None:
@@ -85,6 +88,10 @@ class Wandb:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._id = state["id"]
+
+    def _chosen(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics but for those of layers that are left out."""
+        return {name: one for name, one in metrics.items() if name.rpartition("/")[2] not in self._left_out}
 
     def _report(self) -> None:
         """Say what went wrong, once."""

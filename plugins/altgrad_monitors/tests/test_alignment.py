@@ -151,6 +151,11 @@ def test_an_infinite_weight_is_infinitely_far_and_has_the_code_at_the_end():
     assert seen["octave_0/total"] == 1
 
 
+def test_a_weight_far_beyond_the_range_of_its_scale_is_finitely_far():
+    """2^100 under a scale of 2^60: their product is no float32; the last gap of POWERS is 4."""
+    assert observed([2.0**100], format=POWERS, scale=2.0**60)["distance_max/total"] == 2.0**100 / 4 * 2.0**60
+
+
 def test_over_layers_shares_are_of_all_elements_and_extremes_the_largest():
     seen = observed({"a": [0.125, 0.125, 0.125], "b": [0.1875]})
     assert seen["on_grid_fraction/total"] == 0.75

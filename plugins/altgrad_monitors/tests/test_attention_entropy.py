@@ -66,6 +66,12 @@ def test_it_agrees_with_a_softmax_written_out(size):
     assert float(mean_entropy(qkv, 3)) == pytest.approx(explicit(qkv, 3), rel=1e-4)
 
 
+def test_queries_that_are_not_there_do_not_count():
+    qkv = torch.randn(2, 7, 3 * 12, generator=torch.Generator().manual_seed(0))
+    there = torch.arange(7) < torch.tensor([[4], [0]])
+    assert float(mean_entropy(qkv, 3, there)) == pytest.approx(explicit(qkv[:1, :4], 3), rel=1e-4)
+
+
 def test_small_initial_weights_attend_nearly_uniformly(run_of, observed):
     seen = observed(AttentionEntropy(AttentionEntropyOptions()), run_of("E4M3"))
     assert len(seen) == 6

@@ -115,3 +115,11 @@ def test_no_hook_stays(run_of, observed):
     run = run_of()
     observed(Kurtosis(KurtosisOptions()), run)
     assert not any(module._forward_hooks for module in run.model.modules() if isinstance(module, nn.Linear))
+
+
+def test_positions_that_are_not_there_do_not_count():
+    x = torch.tensor([[[-1.0, 1.0], [100.0, math.nan]], [[-1.0, 1.0], [1.0, -1.0]]])
+    there = torch.tensor([[True, False], [True, True]])
+    assert float(excess_kurtosis(x.nan_to_num(7.0), there)) == -2.0
+    assert alert(x, torch.tensor(0.0), 10.0, there) == 0
+    assert alert(x, torch.tensor(0.0), 10.0) == 1

@@ -64,9 +64,10 @@ def test_after_a_resume_the_start_is_that_of_the_first_run():
 
 
 def test_a_weight_of_zeros_has_no_logarithm_and_no_ratio():
-    found = seen(started(a=[0.0]), a=[0.0])
+    found = seen(started(a=[0.0], b=[2.0]), a=[0.0], b=[6.0])
     assert math.isnan(found["log2_mean/a"])
-    assert math.isnan(found["max_over_initial_rms/a"])
+    assert "max_over_initial_rms/a" not in found
+    assert found["max_over_initial_rms/total"] == 3.0
 
 
 def test_nan_is_never_a_number():

@@ -3,7 +3,7 @@
 import pytest
 
 import altgrad_core as altgrad
-from altgrad_core import loop
+from altgrad_core import loop, native_landing, step_seen
 from altgrad_core.hookspecs import SkipStep, SwitchFormat
 from altgrad_core.record import read_lines
 
@@ -105,6 +105,40 @@ def test_flips_and_stalls_are_the_same_whatever_steps_are_looked_at(trained, arm
     sometimes = of(trained(text + monitors(flip=3, stall=3), "sometimes"), "flip", "stall")
     assert {*sometimes} == {3, 6, 9, 12}
     assert sometimes == {step: always[step] for step in sometimes}
+
+
+def test_flips_and_stalls_of_weights_that_land_in_torch_are_those_of_the_loop(trained, monkeypatch):
+    text = TINY + ARMS["grid"] + monitors(flip=1, stall=1, descent=1)
+    in_c = of(trained(text, "in_c"), *CODES, "descent")
+    monkeypatch.setattr(native_landing, "land", lambda *_: (set(), {}))
+    in_torch = of(trained(text, "in_torch"), *CODES, "descent")
+    assert {*in_c} == {*in_torch}
+    for step, found in in_c.items():
+        assert in_torch[step] == pytest.approx(found, rel=1e-6, abs=1e-6)
+        counts = {name: one for name, one in found.items() if name.startswith("flip/")}
+        assert counts == {name: in_torch[step][name] for name in counts}
+
+
+@pytest.mark.parametrize("every", [{"stall": 3}, {"stall": 3, "descent": 1}], ids=["flip", "flip+descent"])
+def test_who_looks_now_and_then_finds_what_others_were_told_of(trained, every):
+    text = TINY + ARMS["grid"]
+    always = of(trained(text + monitors(flip=1, stall=1, descent=1), "always"), "flip", "stall", "descent")
+    lines = of(trained(text + monitors(flip=1, **every), "mixed"), "flip", "stall", "descent")
+    assert all(found.items() <= always[step].items() for step, found in lines.items())
+    assert [step for step, found in lines.items() if any(name.startswith("stall/") for name in found)] == [
+        3,
+        6,
+        9,
+        12,
+    ]
+
+
+def test_weights_that_land_are_not_copied_for_who_is_told_of_them(trained, monkeypatch):
+    copied = []
+    copy = step_seen._copied
+    monkeypatch.setattr(step_seen, "_copied", lambda run, one: copied.append(run.step) or copy(run, one))
+    trained(TINY + ARMS["grid"] + monitors(flip=1, stall=1, descent=1), "told")
+    assert copied == [4, 5, 7]  # after the step that was skipped, and where formats are switched
 
 
 @pytest.mark.parametrize("arm", ["master", "grid"])

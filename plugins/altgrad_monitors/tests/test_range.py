@@ -11,10 +11,11 @@ import altgrad_core as altgrad
 from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.quantizer import quantizer_of
+from altgrad_core.layer_recipes import LayerRecipes
+from altgrad_core.quantizer import quantizer_of, ranges_of
 from altgrad_core.range_counts import RangeCounts, RangeTable
-from altgrad_core.run_state import Watched
-from altgrad_core.surgery import held_weights, quantized_flows, quantized_layers
+from altgrad_core.surgery import held_weights, quantized_flows, quantized_layers, requantize
+from altgrad_core.watched import Watched
 from altgrad_monitors import RangeOptions
 from altgrad_monitors import rung_counts as rung_counts_of
 from altgrad_monitors.range import Range
@@ -275,7 +276,16 @@ def test_at_the_end_the_quantisers_count_no_more(range_in, after):
     after(run, monitor)
     monitor.end(run, "finished")
     assert all(flow.ranges is None for flow in quantized_flows(run.model).values())
-    assert all(quantizer.ranges is None for quantizer in quantized_layers(run.model).values())
+    assert all(ranges_of(weight) is None for weight in run.model.parameters())
+
+
+def test_a_weight_that_gets_another_quantiser_is_counted_from_its_first_forward_pass_on(range_in, after):
+    run, monitor = range_in()
+    recipe = quantizer_of(layer(run, MLP).weight).recipe
+    requantize([layer(run, MLP)], LayerRecipes())
+    assert f"range/amax_weights/{MLP}" not in after(run, monitor)
+    requantize([layer(run, MLP)], LayerRecipes(weights=recipe))
+    assert f"range/amax_weights/{MLP}" in after(run, monitor)
 
 
 def test_a_model_that_is_not_quantised_reports_nothing(range_in, after, run_of):

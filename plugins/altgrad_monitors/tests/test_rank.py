@@ -130,10 +130,6 @@ def test_what_was_not_finite_once_is_never_healthy_again():
     assert np.isnan(seen[f"rank/warning/{PLAIN}"])
 
 
-def test_a_nan_is_shown_and_not_taken_for_undefined():
-    assert not getattr(Rank(RankOptions()), "undefined_is_nan", False)
-
-
 def test_the_moving_average_gives_a_tenth_to_the_newest_check():
     rank = Rank(RankOptions())
     assert observed(rank, 100, of_rank(10))[f"rank/stable_rank_ema/{PLAIN}"] == pytest.approx(10)

@@ -10,7 +10,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.options import FormatChoice, GeometryOptions, StiffnessChoice
 from altgrad_monitors import StiffnessOptions
-from altgrad_monitors.stiffness import OCTAVES, QUANTILES, StiffnessField
+from altgrad_monitors.stiffness import OCTAVES, QUANTILES, VIOLATIONS, StiffnessField
 
 LAYER = "h.0.mlp.c_fc"
 NAN = math.nan
@@ -175,8 +175,16 @@ def test_types_of_layers_are_summed_up_like_all_of_them():
 
 def test_a_nan_weight_leaves_its_layer_undefined():
     seen = observed({"a": [1.0, NAN], "b": [1.0, 2.0]}, {"a": [1.0, 1.0], "b": [1.0, 2.0]})
-    assert all(math.isnan(value) for name, value in seen.items() if not name.endswith("/b"))
-    assert not any(math.isnan(value) for name, value in seen.items() if name.endswith("/b"))
+    field = {name: value for name, value in seen.items() if not name.startswith(VIOLATIONS)}
+    assert all(math.isnan(value) for name, value in field.items() if not name.endswith("/b"))
+    assert not any(math.isnan(value) for name, value in field.items() if name.endswith("/b"))
+    assert [seen[f"{name}/{of}"] for name in VIOLATIONS for of in ("a", "b", "total")] == [1, 0, 1] * 2
+
+
+def test_a_metric_that_float32_does_not_hold_and_a_weight_beyond_the_end_are_counted():
+    seen = observed([1.0, 2.0, 128.0], after=[1.0, 128.0, -129.0])
+    assert [seen[f"{name}/total"] for name in VIOLATIONS] == [0, 1]  # the largest is 2^7
+    assert observed([1.0, 1.0], scale=2.0**80)["metric_violations/total"] == 2  # S = 2^-73, 1/S^2 = 2^146
 
 
 def test_unquantised_weights_have_no_stiffness():

@@ -97,6 +97,7 @@ class Run(types.SimpleNamespace):
             folder=types.SimpleNamespace(path=folder),
             cell="lr=1e-3",
             experiment=Experiment(name="study", steps=7),
+            layers={"h.0.weight": "h.0", "h.1.weight": "h.1"},
             warnings=[],
         )
         self.warn = self.warnings.append
@@ -132,6 +133,15 @@ def test_every_line_arrives_under_its_own_step(package, run):
         ("log", 5, {"train/loss": 2.5, "flip/flip_count/total": 7.0}),
     ]
     assert run.warnings == []
+
+
+def test_steps_and_layers_can_be_chosen(package, run):
+    package()
+    metrics = {"train/loss": 2.5, **dict.fromkeys(("rank/stable_rank/h.0", "rank/stable_rank/h.1"), 4.0)}
+    metrics |= {"rank/stable_rank/total": 4.0, "rank/stable_rank/mlp": 4.0, "epoch/rank/stable_rank": 4.0}
+    mirrored(run, [(step, metrics) for step in (0, 5, 10, 15)], every=10, layers=r"h\.1")
+    del metrics["rank/stable_rank/h.0"]
+    assert calls("log") == [("log", 0, metrics), ("log", 10, metrics)]
 
 
 def test_numbers_that_are_not_finite_arrive_too(package, run):
