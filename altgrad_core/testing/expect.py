@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -47,6 +48,28 @@ def expect_error(
     except kind:
         return
     fail(name, rule, given=given, expected=f"a {kind.__name__}", seen=repr(seen), fix=fix)
+
+
+@contextlib.contextmanager
+def checking(name: str, check: Callable[..., None], fix: str) -> Iterator[None]:
+    """Have a check run inside, which completes "check that ..."; whatever else it raises fails it too."""
+    try:
+        yield
+    except ConformanceError:
+        raise
+    except Exception as error:
+        seen = f"{type(error).__name__}: {error}"
+        message = f"{name}: while checking that {check.__doc__}\n  seen: {seen}\n  fix: {fix}"
+        raise ConformanceError(message) from error
+
+
+@contextlib.contextmanager
+def no_random_trace(name: str, rule: str, fix: str) -> Iterator[None]:
+    """Fail where what runs inside advances a global generator."""
+    before = global_random_states()
+    yield
+    if global_random_states() != before:
+        fail(name, rule, given="", expected="no trace", seen="a global generator advanced", fix=fix)
 
 
 def global_random_states() -> tuple[object, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from altgrad_core.format import NAN_RUNG, Format
 from altgrad_core.random_bits import stream_key_tensor, uniform_like
 from altgrad_core.testing import ConformanceError
-from altgrad_core.testing.expect import expect, expect_error, fail, global_random_states
+from altgrad_core.testing.expect import checking, expect, expect_error, fail, no_random_trace
 from altgrad_core.testing.rounding import ROUNDING_CHECKS, Intervals
 from altgrad_core.value_table import FEWEST_BITS, MOST_BITS
 
@@ -35,22 +35,14 @@ def check_format(format: Format, *, seed: int = 0) -> None:
     """
     _table_is_well_formed(format)  # the others trust it
     case = Intervals.of(format, seed)
+    random = "take random numbers from `generator` or `uniform` only"
     for check in (*ROUNDING_CHECKS, *_CHECKS):
-        before = global_random_states()
         rule = f"while checking that {check.__doc__}"
-        try:
+        with (
+            no_random_trace(format.name, rule, random),
+            checking(format.name, check, "raise for wrong arguments only"),
+        ):
             check(case)
-        except ConformanceError:
-            raise
-        except Exception as error:
-            fix = "raise for wrong arguments only"
-            message = f"{format.name}: {rule}\n  seen: {type(error).__name__}: {error}\n  fix: {fix}"
-            raise ConformanceError(message) from error
-        if global_random_states() != before:
-            fix = "take random numbers from `generator` or `uniform` only"
-            fail(
-                format.name, rule, given="", expected="no trace", seen="a global generator advanced", fix=fix
-            )
 
 
 # --- the checks: each docstring completes "check that ..." ---------------------------------------------

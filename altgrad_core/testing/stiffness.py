@@ -21,8 +21,7 @@ from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Stiffness
-from altgrad_core.testing import ConformanceError
-from altgrad_core.testing.expect import expect, fail, global_random_states
+from altgrad_core.testing.expect import checking, expect, fail, no_random_trace
 
 WeightUnits = Literal["everywhere", "off zero", "nowhere"]
 
@@ -61,21 +60,10 @@ def check_stiffness(
 
 
 def _run(check: Callable[[_Case], None], case: _Case) -> None:
-    before = global_random_states()
-    rule = f"while checking that {check.__doc__}"
-    try:
+    rule, random = f"while checking that {check.__doc__}", "draw from a torch.Generator with a fixed seed"
+    fix = "a formula serves any floating-point weight; for other formats than the kit's give formats=[...]"
+    with no_random_trace(case.name, rule, random), checking(case.name, check, fix):
         check(case)
-    except ConformanceError:
-        raise
-    except Exception as error:
-        fix = (
-            "a formula serves any floating-point weight; for other formats than the kit's give formats=[...]"
-        )
-        message = f"{case.name}: {rule}\n  seen: {type(error).__name__}: {error}\n  fix: {fix}"
-        raise ConformanceError(message) from error
-    if global_random_states() != before:
-        fix = "draw from a torch.Generator with a fixed seed"
-        fail(case.name, rule, given="", expected="no trace", seen="a global generator advanced", fix=fix)
 
 
 @attrs.frozen

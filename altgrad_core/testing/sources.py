@@ -1,0 +1,79 @@
+"""Data sets and executors as they must be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from altgrad_core.hookspecs import CellResult, Document, Executor, TextSource
+from altgrad_core.registry import REFUSALS, Registered, Registry
+from altgrad_core.testing.components import NotCheckedError, built
+from altgrad_core.testing.expect import checking, fail
+from altgrad_core.testing.small_runs import SPLITS
+
+FIRST_DOCUMENTS = 100
+"""How many documents of a split are looked at."""
+
+CELLS = ("a", "b", "fails", "c")
+
+
+def check_dataset(entry: Registered, registry: Registry) -> None:
+    """a data set says the same each time."""
+    source, again = built(entry, registry), built(entry, registry)
+    try:
+        content = _documents if isinstance(source, TextSource) else _tokens
+        for split in SPLITS:
+            first, second = content(entry, source, split), content(entry, again, split)
+            if list(first) != list(second):
+                fix = "seed what is drawn; sort what is listed"
+                fail(entry.name, "splits never change", given=split, expected="", seen="another", fix=fix)
+        if source.fingerprint() != again.fingerprint() or not isinstance(source.fingerprint(), str):
+            rule, seen = "fingerprint() must be the same text each time", source.fingerprint()
+            fail(entry.name, rule, given="", expected=again.fingerprint(), seen=seen, fix="hash the content")
+    except REFUSALS["dataset"] as error:
+        raise NotCheckedError(str(error)) from error
+
+
+def _documents(entry: Registered, source: Any, split: str) -> Sequence[Document]:
+    found = list(itertools.islice(source.documents(split), FIRST_DOCUMENTS))
+    if not found or not all(isinstance(one, Document) for one in found):
+        expected, fix = "one Document or more", "yield altgrad_core.hookspecs.Document(text=...)"
+        fail(entry.name, "a split has documents", given=split, expected=expected, seen=found[:1], fix=fix)
+    return found
+
+
+def _tokens(entry: Registered, source: Any, split: str) -> Sequence[int]:
+    found = numpy.asarray(source.tokens(split))
+    if found.ndim != 1 or found.dtype.kind != "u" or not found.size or found.max() >= source.vocab_size:
+        expected = f"1-d, unsigned, below {source.vocab_size}, one at least"
+        fix = "tokens.astype(numpy.uint16), and the vocab_size that they need"
+        seen = f"{found.dtype} of shape {found.shape}"
+        fail(
+            entry.name,
+            "tokens are numbers of the vocabulary",
+            given=split,
+            expected=expected,
+            seen=seen,
+            fix=fix,
+        )
+    return [int(one) for one in found]
+
+
+def run_cell(cell: str) -> CellResult:
+    """Stand for a run."""
+    return CellResult(cell=cell, outcome="failed" if cell == "fails" else "finished")
+
+
+def check_executor(entry: Registered, registry: Registry) -> None:
+    """an executor returns a result for each cell."""
+    executor: Executor = built(entry, registry)
+    with checking(entry.name, check_executor, "see altgrad_core.hookspecs.Executor"):
+        for jobs in (1, 2):
+            seen = {one.cell: one.outcome for one in executor.run(CELLS, run_cell, jobs)}
+            expected = {cell: run_cell(cell).outcome for cell in CELLS}
+            if seen != expected:
+                rule, fix = "every cell has one result, and one that fails stops no other", "see Executor"
+                fail(entry.name, rule, given=f"jobs={jobs}", expected=expected, seen=seen, fix=fix)

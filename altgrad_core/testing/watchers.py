@@ -1,0 +1,70 @@
+"""Monitors and policies as they must be in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from altgrad_core.cells import FAILED
+from altgrad_core.hookspecs import Monitor, Policy
+from altgrad_core.registry import Registered, Registry, UsageError
+from altgrad_core.step_seen import STEP_EXTRAS
+from altgrad_core.testing.components import built, table_of
+from altgrad_core.testing.expect import fail
+from altgrad_core.testing.small_runs import SmallRun, in_file, trained
+from altgrad_core.watched import Watched
+
+RUN = "a run of 4 steps"
+
+
+def check_monitor(entry: Registered, registry: Registry) -> None:
+    """a monitor stays in a small run to its end, and leaves its weights alone."""
+    watched = _watched(entry, registry, Monitor, "needs and observe")
+    if unknown := sorted(set(watched.needs()) - {*STEP_EXTRAS}):
+        expected, fix = f"any of {', '.join(STEP_EXTRAS)}", "see altgrad_core.hookspecs.Step"
+        fail(entry.name, "needs must be known", given="needs", expected=expected, seen=unknown, fix=fix)
+    seen, alone = (
+        _trained(entry, registry, tables) for tables in (in_file("[[monitor]]", table_of(entry)), "")
+    )
+    if dropped := [one for one in seen.warnings if one.startswith(f"{entry.name} of {entry.owner}")]:
+        rule, fix = "a monitor must stay in the run", "what is seen names the method"
+        fail(entry.name, rule, given=RUN, expected="no reason to drop it", seen=dropped[0], fix=fix)
+    if not all(torch.equal(value, alone.weights[name]) for name, value in seen.weights.items()):
+        rule, fix = (
+            "a monitor must leave the run alone",
+            "clone what you change; draw from your own generator",
+        )
+        fail(entry.name, rule, given=RUN, expected="the weights without it", seen="others", fix=fix)
+
+
+def check_fallback(entry: Registered, registry: Registry) -> None:
+    """a policy lets a healthy run come to its end."""
+    watched = _watched(entry, registry, Policy, "needs and decide")
+    monitors = sorted({need.partition("/")[0] for need in watched.needs()})
+    tables = [in_file("[[monitor]]", {"plugin": one}) for one in monitors]
+    run = _trained(entry, registry, "".join([*tables, in_file("[[fallback]]", table_of(entry))]))
+    if run.outcome != "finished":
+        rule, fix = "a healthy run must come to its end", "act on what is wrong only, or raise the defaults"
+        fail(entry.name, rule, given=RUN, expected="finished", seen=run.outcome, fix=fix)
+
+
+def _watched(entry: Registered, registry: Registry, protocol: Any, methods: str) -> Watched:
+    """Return a monitor or policy that has what the core asks of it before a run."""
+    plugin, fix = built(entry, registry), f"see altgrad_core.hookspecs.{protocol.__name__}"
+    if not isinstance(plugin, protocol):
+        seen = type(plugin).__name__
+        fail(entry.name, f"it must have {methods}", given="", expected=methods, seen=seen, fix=fix)
+    try:
+        return Watched(entry.name, entry.owner, plugin)
+    except UsageError as error:
+        rule = "every and needs must be what the contract says"
+        fail(entry.name, rule, given="", expected="a whole number; names", seen=error, fix=fix)
+
+
+def _trained(entry: Registered, registry: Registry, tables: str) -> SmallRun:
+    try:
+        return trained(registry, tables)
+    except FAILED as error:
+        rule, fix = "nothing that a run calls may fail in a healthy one", "what is seen names the method"
+        fail(entry.name, rule, given=RUN, expected="a run to its end", seen=error, fix=fix)
