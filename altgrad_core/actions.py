@@ -164,6 +164,8 @@ def _can_store(run: Run) -> bool:
 @contextlib.contextmanager
 def _regridding(run: Run, weights: Collection[Tensor]) -> Iterator[None]:
     """Have formats and scales of weights changed inside; whatever keeps weights on grids then takes it up."""
+    changed = {id(weight) for weight in weights}
+    run.regridded |= {name for name, weight in run.trained.items() if id(weight) in changed}
     stored = run.storage.regridding(weights) if run.storage is not None else contextlib.nullcontext()
     with stored:
         yield

@@ -13,6 +13,7 @@ import attrs
 from altgrad_core.compare import CompareOptions
 from altgrad_core.options import Path
 from altgrad_core.overrides import Override, spelled, split
+from altgrad_core.partial import UNKNOWN, known
 from altgrad_core.registry import listed, suggestion
 from altgrad_core.structuring import Problem
 
@@ -22,6 +23,8 @@ STEP_OF = "step_of"
 
 @attrs.frozen
 class Arm:
+    """One value of the axis that is compared: a table of options, as `[grid]` lists it."""
+
     given: Override
     """As the file has it."""
     own: Override
@@ -30,12 +33,14 @@ class Arm:
 
 
 def arm_axis(options: CompareOptions, axes: Sequence[Sequence[Override]]) -> tuple[int | None, list[Problem]]:
-    """Return which of the axes holds the arms."""
+    """Return which of the axes holds the arms, None: none does; and what is wrong."""
     problems = [
         Problem(axis[0].origin.path[:-1], "[compare] gives the seeds: set compare.seeds, remove the axis")
         for axis in axes
         if axis[0].path == ("seed",)
     ]
+    if options.arm is UNKNOWN:
+        return None, problems
     names = [spelled(axis[0].path) for axis in axes]
     try:
         arm = spelled(split(options.arm))
@@ -46,15 +51,15 @@ def arm_axis(options: CompareOptions, axes: Sequence[Sequence[Override]]) -> tup
         problems.append(Problem((*HERE, "arm"), f"{options.arm!r} is no axis of [grid]{hint}"))
         return None, problems
     position = names.index(arm)
-    count = len(axes[position])
+    return position, [*problems, *known(_count_problems(options, len(axes[position])))]
+
+
+def _count_problems(options: CompareOptions, count: int) -> Iterator[Problem]:
     if count < 2:
-        problems.append(
-            Problem((*HERE, "arm"), f"{options.arm!r} has one value, nothing to compare; add one")
-        )
+        yield Problem((*HERE, "arm"), f"{options.arm!r} has one value, nothing to compare; add one")
     elif options.baseline >= count:
         message = f"there are {count} arms, counted from 0; got {options.baseline}"
-        problems.append(Problem((*HERE, "baseline"), message))
-    return (None if problems else position), problems
+        yield Problem((*HERE, "baseline"), message)
 
 
 def arm_of(value: Override) -> Arm:

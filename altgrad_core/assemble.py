@@ -5,35 +5,29 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
-import attrs
 import torch
 from torch import nn
 
-from altgrad_core import data, initial_weights, kernels, rules, shapes
+from altgrad_core import data, initial_weights, kernels, rules, shapes, watchers
 from altgrad_core.actions import formats_of
-from altgrad_core.deciding import READ_IN_EVERY_STEP
-from altgrad_core.experiment import Experiment
-from altgrad_core.experiment_file import Cell
+from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
-from altgrad_core.layer_recipes import LayerRecipes
-from altgrad_core.layer_recipes import refuse_inexact as _refuse_inexact
+from altgrad_core.layer_recipes import LayerRecipes, refuse_inexact
 from altgrad_core.lookup import format_or_none
 from altgrad_core.master_bound import MasterBound
-from altgrad_core.options import Choice
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import RunFolder
-from altgrad_core.registry import PluginError, Registry, UsageError, listed, suggestion
-from altgrad_core.run_state import Run, Watched
-from altgrad_core.step_seen import STEP_EXTRAS
+from altgrad_core.registry import PluginError, Registry, UsageError
+from altgrad_core.run_state import Run
 from altgrad_core.storage import GridStorage, store_on_grid
 from altgrad_core.surgery import quantize_layers, quantizer_of
 from altgrad_core.tasks import task_for
 from altgrad_core.terminal import Terminal
-from altgrad_core.watching import EPOCH_SUMMARIES
 
 
 def device_for(experiment: Experiment, asked: str = "auto") -> str:
@@ -69,9 +63,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     kernels.enable(experiment.steps * sum(one.numel() for one in model.parameters() if quantizer_of(one)))
     optimizer = _optimizer(model, experiment, registry, covered)
     storage = _storage(model, optimizer, experiment, registry)
-    monitors = [_watched(choice, registry, _or_dropped) for choice in experiment.monitor]
-    policies = [_watched(choice, registry, Choice.build) for choice in experiment.fallback]
-    _check_needs(monitors, policies, dict(model.named_modules()), _grouped(experiment))
+    monitors, policies = watchers.built(experiment, registry, dict(model.named_modules()))
     return Run(
         experiment=experiment,
         cell=cell.name,
@@ -106,10 +98,13 @@ def _tokens(experiment: Experiment, registry: Registry, terminal: Terminal) -> d
         tokens = data.prepare(choice.build(registry), choice.plugin, tokenizer, cache, terminal.say)
     except (ValueError, OSError) as error:
         raise UsageError(f"the data set {choice.plugin!r} cannot be prepared: {error}") from error
+    except Exception as error:
+        error.add_note(f"while the tokens of {choice.title(registry)} were prepared")
+        raise
     if tokens.vocab_size != experiment.data.vocab_size:
         raise UsageError(
             f"the data set {choice.plugin!r} has {tokens.vocab_size} tokens, its options say "
-            f"{experiment.data.vocab_size}"
+            f"{experiment.data.vocab_size}; make its vocab_size that"
         )
     return tokens
 
@@ -132,11 +127,14 @@ def _autocast(experiment: Experiment, device: str) -> bool:
 
 def _quantize(
     model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool
-) -> list[nn.Parameter]:
-    """Quantise what [quantize] says; returns the weights that it covers, those with a format of FP32 too."""
+) -> Mapping[nn.Parameter, Format | None]:
+    """Quantise what [quantize] says; returns the weights that it covers, those with a format of FP32 too.
+
+    With each, the format whose geometry it takes where it has none, as far as a rule says so.
+    """
     quantize = experiment.quantize
     if quantize is None:
-        return []
+        return {}
     linears, tied = shapes.linear_shapes(experiment.architecture), rules.tied_layers(experiment.architecture)
     planned = rules.plan(quantize, linears, tied, registry)
     chosen = {
@@ -152,14 +150,20 @@ def _quantize(
     if autocast:
         for layer in chosen.values():
             for recipe in (layer.weights, layer.activations, layer.gradients):
-                _refuse_inexact(recipe)
+                refuse_inexact(recipe)
     quantize_layers(model, chosen, derived_seed(experiment.seed, "gradients"))
-    covered = rules.covered(quantize, linears, tied, registry)
-    return [model.get_submodule(layer).get_parameter("weight") for layer in covered]
+    geometries = rules.geometries(quantize, linears)
+    return {
+        model.get_submodule(layer).get_parameter("weight"): format_or_none(geometries.get(layer), registry)
+        for layer in rules.covered(quantize, linears, tied, registry)
+    }
 
 
 def _optimizer(
-    model: nn.Module, experiment: Experiment, registry: Registry, covered: Collection[nn.Parameter]
+    model: nn.Module,
+    experiment: Experiment,
+    registry: Registry,
+    covered: Mapping[nn.Parameter, Format | None],
 ) -> torch.optim.Optimizer:
     quantize = experiment.quantize
     inputs = OptimizerInputs(
@@ -170,11 +174,23 @@ def _optimizer(
         storage_rounding=quantize.storage_rounding if quantize else "nearest_even",
         bound=quantize.bound if quantize else 0.0,
         scale_mode=_scale_mode(experiment),
+        covers=quantize is not None,
     )
-    optimizer: torch.optim.Optimizer = experiment.optimizer.build(registry, inputs)
+    optimizer = experiment.optimizer.build(registry, inputs)
+    if (lacking := _lacking(optimizer)) is not None:
+        raise PluginError(f"{experiment.optimizer.title(registry)} {lacking}: mend its plugin")
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    return optimizer
+    return cast(torch.optim.Optimizer, optimizer)
+
+
+def _lacking(optimizer: Any) -> str | None:
+    """Return what keeps a thing from being an optimizer that a run can use, None where nothing does."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return f"is no torch.optim.Optimizer but {type(optimizer).__name__}"
+    if not all("lr" in group for group in optimizer.param_groups):
+        return "has a parameter group without lr, which the schedule sets"
+    return None
 
 
 def _scale_mode(experiment: Experiment) -> str:
@@ -182,7 +198,7 @@ def _scale_mode(experiment: Experiment) -> str:
     quantize = experiment.quantize
     if quantize is None or "grid" not in (quantize.storage, *(rule.storage for rule in quantize.rule)):
         return "initial"
-    return "adaptive" if quantize.grid_mode == "adaptive" else "initial"
+    return "adaptive" if quantize.mode_in("grid") == "adaptive" else "initial"
 
 
 def _storage(
@@ -254,81 +270,3 @@ def _layer_names(model: nn.Module) -> dict[str, str]:
         id(module.weight): path for path, module in model.named_modules() if isinstance(module, nn.Linear)
     }
     return {name: heads.get(id(model.get_parameter(name)), path) for name, path in names.items()}
-
-
-def _watched(choice: Choice, registry: Registry, build: Callable[[Choice, Registry], Any]) -> Watched:
-    owner = registry.find(choice.kind, choice.plugin).owner
-    return Watched(choice.plugin.rpartition(":")[2], owner, build(choice, registry))
-
-
-def _or_dropped(choice: Choice, registry: Registry) -> Any:
-    """Return a monitor, or in the place of one that cannot be had what is dropped as the training begins."""
-    try:
-        return choice.build(registry)
-    except PluginError as error:
-        return _Unbuilt(error)
-
-
-@attrs.frozen
-class _Unbuilt:
-    """A monitor that cannot be loaded or built, so that it fails where it can be told of and dropped."""
-
-    error: PluginError
-    needs: tuple[str, ...] = ()
-
-    def start(self, run: Run) -> None:
-        raise self.error
-
-
-def _grouped(experiment: Experiment) -> set[str]:
-    """Return the monitors that were told to report by groups of layers."""
-    return {
-        choice.plugin.rpartition(":")[2]
-        for choice in experiment.monitor
-        if getattr(choice.options, "per", "layer") != "layer"
-    }
-
-
-def _check_needs(
-    monitors: list[Watched], policies: list[Watched], layers: Collection[str], grouped: Collection[str]
-) -> None:
-    """Refuse a monitor that asks for what a step does not have, and a policy that no monitor serves.
-
-    layers: the module paths that metrics may name. grouped: monitors that report by groups of layers, under
-    names of their own.
-    """
-    for watched in monitors:
-        if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
-            raise UsageError(
-                f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
-                f"a step can carry: {', '.join(STEP_EXTRAS)}"
-            )
-        for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
-            if how not in EPOCH_SUMMARIES:
-                raise UsageError(
-                    f"the monitor {watched.name!r} of {watched.owner} has an epoch sum up {quantity!r} by "
-                    f"{how!r}; there are: {', '.join(map(repr, EPOCH_SUMMARIES))}"
-                )
-    served = {watched.name: watched.plugin for watched in monitors}
-    for watched in policies:
-        for need in watched.plugin.needs:
-            if need not in READ_IN_EVERY_STEP and (problem := _unserved(need, served, layers, grouped)):
-                raise UsageError(f"the policy {watched.name!r} needs the metric {need!r}; {problem}")
-
-
-def _unserved(
-    need: str, served: Mapping[str, Any], layers: Collection[str], grouped: Collection[str]
-) -> str | None:
-    """Return why no installed monitor reports a metric, and the way out; None where one does."""
-    monitor, quantity, layer, *rest = [*need.split("/"), "", ""]
-    if monitor not in served:
-        return f"add [[monitor]] plugin = {monitor!r}"
-    if rest != ["", ""] or not layer:
-        return "a metric is named <monitor>/<quantity>/<layer>, with total for the whole model"
-    provides = getattr(served[monitor], "provides", None)
-    if provides is not None and quantity not in provides:
-        hint = suggestion(quantity, provides)
-        return f"{monitor!r} provides: {listed(provides)}{hint}"
-    if layer != "total" and monitor not in grouped and layer not in layers:
-        return f"the model has no layer {layer!r}{suggestion(layer, layers) or '; or ask for total'}"
-    return None

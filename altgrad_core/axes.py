@@ -22,7 +22,7 @@ SINGLE = "run"
 """The name of the only cell of a file without a grid."""
 
 MOST_CELLS = 10_000
-"""Checking that many takes some ten seconds; running them takes years."""
+"""Checking that many takes some seconds; running them takes years."""
 
 _LONGEST_NAME = 120
 """Characters; file systems take 255 bytes."""

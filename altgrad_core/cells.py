@@ -11,16 +11,18 @@ from typing import Any
 
 import attrs
 
-from altgrad_core import baseline, checkpoint, describe, memory
-from altgrad_core.experiment import Experiment
-from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core import baseline, checkpoint, describe, memory, run_checkpoint
+from altgrad_core.axes import SINGLE
+from altgrad_core.durable import WriteError
+from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.experiment_file import ExperimentFile
 from altgrad_core.memory import OutOfMemoryError
-from altgrad_core.record import EVENTS, RunFolder, WriteError, resolved
+from altgrad_core.record import EVENTS, RunFolder, components_in_use, resolved
 from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
-from altgrad_core.run_state import PluginFailure
 from altgrad_core.step_folders import of_steps
 from altgrad_core.terminal import Terminal
 from altgrad_core.validation_metrics import METRICS
+from altgrad_core.watched import PluginFailure
 
 FAILED = (PluginError, PluginFailure, WriteError, OutOfMemoryError)
 """Errors that end a run, and say all there is to say."""
@@ -36,6 +38,8 @@ class RunResult:
     folder: Path
     outcome: str
     summary: dict[str, Any]
+    asked: str = ""
+    """The outcome that a signal asked for; where it came too late for this run, it is for what follows."""
 
 
 def placed(file: ExperimentFile, asked: str = "auto") -> list[tuple[Cell, str]]:
@@ -78,7 +82,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
             run.summary["baseline"] = baseline.compared(run.summary["final"], compared_with)
         folder.finish(run.summary)
         _report(run, file, compared_with)
-        return RunResult(folder=path, outcome=outcome, summary=run.summary)
+        return RunResult(folder=path, outcome=outcome, summary=run.summary, asked=run.asked)
     finally:
         terminal.log = lambda line: None
         folder.close()
@@ -91,9 +95,12 @@ def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Term
     try:
         with memory.told(cell.experiment):
             return assemble(cell, registry, folder, terminal, device)
-    except FAILED as error:
+    except UsageError:
+        raise
+    except Exception as error:
+        _blame(error, cell.experiment, registry)
         known = folder.summary or {"step": 0, "final": {}, "best": {}}
-        ended = {"outcome": "failed", "message": f"{type(error).__name__}: {error}"}
+        ended = {"outcome": "failed", "message": _message(error)}
         with contextlib.suppress(WriteError):
             folder.finish({**_what(cell.name, cell.experiment, device), **known, **ended})
         raise
@@ -114,26 +121,38 @@ def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
 
 def _record_failure(run: Any, error: Exception, device: str) -> None:
     """Leave an event and a summary, as far as the disk takes them; the error itself goes on its way."""
-    if not isinstance(error, EXPECTED):
-        _blame(error, run.registry)
-    run.message = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    _blame(error, run.experiment, run.registry)
+    run.message = _message(error)
     with contextlib.suppress(WriteError):
         run.folder.event(run.step, "failed", run.message)
         run.folder.finish(_summary(run, "failed", device))
 
 
-def _blame(error: Exception, registry: Registry) -> None:
-    """Add to an error in which plugin's code it was raised, if it was: the innermost frame counts."""
+def _message(error: Exception) -> str:
+    return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+
+
+def _blame(error: Exception, experiment: Experiment, registry: Registry) -> None:
+    """Add to a bug in which plugin's code it was raised, if it was: the innermost frame counts."""
+    if isinstance(error, EXPECTED):
+        return
     owners = {
         entry.component.target.partition(":")[0].partition(".")[0]: entry.owner
         for entry in registry.registered
         if entry.distribution != CORE_DISTRIBUTION
     }
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for module in reversed(modules):
-        if (owner := owners.get(module.partition(".")[0])) is not None:
-            error.add_note(f"raised in {module} of {owner}")
-            return
+    module = next((one for one in reversed(modules) if one.partition(".")[0] in owners), None)
+    if module is None:
+        return
+    owner = owners[module.partition(".")[0]]
+    used = [entry for entry in components_in_use(experiment, registry) if entry.owner == owner]
+    here = dict.fromkeys(f"{entry.kind} {entry.name!r}" for entry in used)
+    error.add_note(
+        f"raised in {module} of {owner}, here for {', '.join(here)}"
+        if here
+        else f"raised in {module} of {owner}"
+    )
 
 
 def _resume(run: Any) -> None:
@@ -146,7 +165,7 @@ def _resume(run: Any) -> None:
         run.warn(reason)
     if saved is None:
         raise UsageError(f"{run.folder.path}: no whole checkpoint is left; start anew with --out")
-    run.load(saved)
+    run_checkpoint.load(run, saved)
     checkpoint.set_aside(run.folder.checkpoints, run.step)
     run.folder.rewind(run.step)
     run.terminal.say(f"resuming {run.folder.path} at step {run.step}")
@@ -163,6 +182,7 @@ def _header(run: Any, file: ExperimentFile, cell: Cell, device: str) -> None:
             ("folder", str(run.folder.path)),
             *([("frozen", f"{run.frozen:,} numbers do not train")] if run.frozen else []),
             *([("overrides", "; ".join(cell.in_force))] if cell.in_force else []),
+            *([("price", f"{price:g} an hour")] if (price := describe.price_per_hour()) else []),
         ]
     )
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from altgrad_core.durable import sync
-from altgrad_core.record import WriteError
+from altgrad_core import interrupts
+from altgrad_core.durable import WriteError, sync
 from altgrad_core.registry import UsageError
 from altgrad_core.state_tree import pack, unpack
 from altgrad_core.step_folders import PREFIX, of_steps
@@ -76,9 +76,9 @@ def save(folder: Path, name: str, model: Mapping[str, Tensor], state: Mapping[st
 def _write(scratch: Path, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     tree, tensors = pack(state)
     for file, content in ((MODEL, model), (TENSORS, tensors)):
-        save_file(
-            {key: value.detach().contiguous().clone() for key, value in content.items()}, scratch / file
-        )
+        own = {key: value.detach().contiguous().clone() for key, value in content.items()}
+        with interrupts.held():  # safetensors calls torch, and takes a KeyboardInterrupt there for bad data
+            save_file(own, scratch / file)
     (scratch / TREE).write_text(json.dumps(tree))
     manifest = {file: _digest(scratch / file) for file in (MODEL, TENSORS, TREE)}
     text = json.dumps(manifest, separators=(",", ":"))  # no byte of it is without meaning
@@ -100,10 +100,14 @@ def load(path: Path) -> Checkpoint:
         if not (path / file).is_file() or _digest(path / file) != manifest.get(file):
             raise CheckpointError(f"{path}: {file} is not what its manifest says; the file is damaged")
     try:
-        state = unpack(json.loads((path / TREE).read_text()), load_file(path / TENSORS))
-        return Checkpoint(model=load_file(path / MODEL), state=state)
-    except (SafetensorError, ValueError, KeyError) as error:
+        with interrupts.held():  # see `_write`
+            model, tensors = load_file(path / MODEL), load_file(path / TENSORS)
+        state = unpack(json.loads((path / TREE).read_text()), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: cannot be read: its {TREE} is no table")
+    return Checkpoint(model=model, state=state)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

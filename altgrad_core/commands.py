@@ -9,10 +9,11 @@ from pathlib import Path
 from altgrad_core.assemble import device_for
 from altgrad_core.cells import FAILED, RunResult, folder_of, placed, run_one
 from altgrad_core.comparing import Comparing, run_named
-from altgrad_core.experiment_file import SINGLE, Cell, ExperimentFile
+from altgrad_core.experiment import Cell
+from altgrad_core.experiment_file import ExperimentFile
 from altgrad_core.grids import Request, is_local, requested, run_grid
 from altgrad_core.hookspecs import CellResult
-from altgrad_core.record import RESOLVED, SUMMARY, begun, read_json
+from altgrad_core.record import EXPERIMENT, RESOLVED, SUMMARY, begun, read_json
 from altgrad_core.registry import UsageError
 from altgrad_core.run_state import EXIT_CODES
 from altgrad_core.terminal import Terminal
@@ -59,7 +60,9 @@ def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Cell, str
     """Return the one cell that a run folder holds, its device and the folder. Raises UsageError."""
     asked = begun(folder)
     if asked is None:
-        raise UsageError(f"--resume {folder}: is no run folder, it has no {RESOLVED}")
+        raise UsageError(
+            f"--resume {folder}: is no run folder, it has no {RESOLVED}; name a cell's own, OUT/NAME/CELL"
+        )
     if (compared := run_named(file, asked["cell"])) is not None:
         on = device_for(compared["cpu"].experiment, device)
         found = [(compared[on], on)]
@@ -67,7 +70,8 @@ def _resumed(file: ExperimentFile, folder: Path, device: str) -> tuple[Cell, str
         found = [pair for pair in placed(file, device) if pair[0].name == asked["cell"]]
     if not found or asked["options"]["name"] != file.name:
         raise UsageError(
-            f"--resume {folder}: holds {asked['options']['name']}/{asked['cell']}, not a cell of {file.path}"
+            f"--resume {folder}: holds {asked['options']['name']}/{asked['cell']}, not a cell of {file.path};"
+            f" give the file that began it: a copy is {folder / EXPERIMENT}"
         )
     return *found[0], folder
 
@@ -125,18 +129,18 @@ def run_all(
 ) -> list[RunResult]:
     """Run every cell of an experiment, one after another, and return their results.
 
-    Raises UsageError for a file with a [compare].
+    SIGINT or SIGTERM ends the cell that it finds, and no other is begun. Raises UsageError for a file with a
+    [compare].
     """
     _refuse_comparison(file)
-    return [
-        run_one(file, cell, folder_of(file, cell, Path(out)), on, Terminal(quiet=quiet))
-        for cell, on in placed(file, device)
-    ]
+    results: list[RunResult] = []
+    for cell, on in placed(file, device):
+        results.append(run_one(file, cell, folder_of(file, cell, Path(out)), on, Terminal(quiet=quiet)))
+        if results[-1].asked:
+            break
+    return results
 
 
 def _refuse_comparison(file: ExperimentFile) -> None:
     if file.comparison is not None:
         raise UsageError(f"{file.path} has a [compare], whose runs follow from others: use altgrad-run")
-
-
-__all__ = ["SINGLE", "run", "run_all", "run_file"]

@@ -6,11 +6,12 @@ The runs of a comparison come in groups, which differ inside in seed and step si
 - a reference has one in each combination of the axes that it leaves open, with the baseline's optimizer;
 - an arm with a stiffness has one per format on float32 weights, with `of_format`. What the arm does there it
   does as an optimizer, not by geometry: a report takes it away. The weights that [quantize] covers, and their
-  bound, stay what they are, so that only how they are stored differs.
+  bound, stay what they are, so that only how they are stored differs: where a rule has a format of its own,
+  its weights take that one's geometry. An optimizer that takes no `of_format` has none: `notes` say so.
 
 A group's name says its values alone, so that the same run is never two groups: a reference `fp32` of the file
-is the baseline's group at "FP32" of a grid that has this value, and where nothing is quantised no other
-options of [quantize] tell groups apart than which weights it covers and their bound.
+is the baseline's group at "FP32" of a grid that has this value, and on float32 weights no options of
+[quantize] tell groups apart that are about how the weights it covers are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from typing import Any, Literal
 import attrs
 
 from altgrad_core.experiment import Cell, Experiment
-from altgrad_core.options import Choice, FieldError, StiffnessChoice, at_least, option, plain
+from altgrad_core.options import (
+    Choice,
+    FieldError,
+    FormatChoice,
+    OptimizerChoice,
+    Path,
+    StiffnessChoice,
+    at_least,
+    option,
+    plain,
+)
 from altgrad_core.quantize_options import UNQUANTISED, QuantizeOptions, RuleOptions
 from altgrad_core.registry import Registry, listed, shown
 from altgrad_core.rules import covers
@@ -76,7 +87,9 @@ class CompareOptions:
         "what is compared, at the end of a run; less is better, but of an F1", default="validation/loss"
     )
     smallest_effect: float = option(
-        "smaller differences count as none", unit="nats", default=0.005, validator=at_least(0)
+        "smaller differences count as none, in the metric's own unit: nats for a loss",
+        default=0.005,
+        validator=at_least(0),
     )
     references: dict[str, dict[str, Any]] = option(
         "runs beside the arms, on every seed: name to what is different", default=attrs.Factory(dict)
@@ -144,6 +157,8 @@ class Comparison:
     arms: tuple[str, ...]
     """The values of the axis, as a person would name them."""
     groups: tuple[Group, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader should know of the groups: what they lack, what tells them apart beside their names."""
 
     @functools.cached_property
     def positions(self) -> dict[str, int]:
@@ -178,6 +193,8 @@ class Comparison:
             seeds = len(options.seeds)
             why = " (of_format on float32 weights)" if kind == "intrinsic" else ""
             yield label, f"{len(of_kind) * seeds} runs: {len(of_kind)} x {seeds} seeds{why}"
+        for note in self.notes:
+            yield "note", note
         yield "hash", options.digest
 
 
@@ -221,32 +238,67 @@ def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) ->
     return Cell(name=group.run(seed, factor), experiment=changed, in_force=in_force)
 
 
-def unquantised(quantize: QuantizeOptions) -> bool:
-    """Whether a [quantize] table quantises nothing."""
-    formats = [quantize.format, quantize.activations.format, quantize.gradients.format]
-    formats += [
-        one
-        for rule in quantize.rule
-        for one in (rule.format, rule.activations, rule.gradients)
-        if one is not None
-    ]
-    return all(one.unquantised for one in formats)
+def is_on_float32(quantize: QuantizeOptions, registry: Registry) -> bool:
+    """Whether the weights that a [quantize] table covers are all unquantised."""
+    own = [rule for rule in quantize.rule if rule.format is not None and covers(rule, registry)]
+    return quantize.format.unquantised and not own
 
 
-ON_FLOAT32 = ("bound", "rule")
-"""Options of [quantize] that matter where nothing is quantised: rules say which weights are covered."""
+_OF_OTHER_WEIGHTS = (
+    *("granularity", "block", "block_scale", "scale_rule", "scale_mode", "amax", "margin"),
+    *("rounding", "overflow", "clip_gradient"),
+)
 
 
-def on_float32(experiment: Experiment, quantize: QuantizeOptions, registry: Registry) -> Experiment:
-    """Return the experiment with nothing quantised; `quantize` covers the weights that it did."""
-    rule = tuple(
-        RuleOptions(layers=one.layers, format=None if covers(one, registry) else UNQUANTISED)
-        for one in quantize.rule
-    )
-    if all(one.format is None for one in rule):
+def matter_on_float32(quantize: QuantizeOptions) -> tuple[str, ...]:
+    """Return the options of [quantize] that matter where the weights that it covers are on float32.
+
+    Rules say which these are. What is no matter of theirs stays: flows, and weights that a rule puts into a
+    wide format, such as a head in BF16.
+    """
+    others = any(rule.format is not None and not rule.format.unquantised for rule in quantize.rule)
+    return ("bound", "rule", "activations", "gradients", *(_OF_OTHER_WEIGHTS if others else ()))
+
+
+def on_float32(
+    experiment: Experiment, quantize: QuantizeOptions, registry: Registry, *, own_geometry: bool = False
+) -> Experiment:
+    """Return the experiment with the weights that `quantize` covers on float32, and else as it is.
+
+    own_geometry: whether weights with another format by a rule take the geometry of that format, instead of
+        the one that the optimizer's stiffness names.
+    """
+    rule = tuple(_rule_on_float32(one, quantize, registry, own_geometry) for one in quantize.rule)
+    if all(one == RuleOptions(layers=one.layers) for one in rule):
         rule = ()
-    float32 = QuantizeOptions(format=UNQUANTISED, bound=quantize.bound, rule=rule)
-    return attrs.evolve(experiment, quantize=float32)
+    table = attrs.evolve(quantize, rule=rule, scale_mode=quantize.mode_in("master"))
+    kept = {name: getattr(table, name) for name in matter_on_float32(table)}
+    return attrs.evolve(experiment, quantize=QuantizeOptions(format=UNQUANTISED, **kept))
+
+
+def _rule_on_float32(
+    rule: RuleOptions, quantize: QuantizeOptions, registry: Registry, own_geometry: bool
+) -> RuleOptions:
+    if not covers(rule, registry):
+        return rule
+    other = rule.format if own_geometry and rule.format != quantize.format else None
+    return attrs.evolve(rule, format=None, storage=None, of_format=rule.of_format or other)
+
+
+def with_geometry(choice: OptimizerChoice, format: FormatChoice) -> tuple[OptimizerChoice, Path]:
+    """Return the optimizer with this `of_format`, and where that stands; as it is where that is so already.
+
+    Raises ValueError where the optimizer takes no other geometry than that of its weights' own format.
+    """
+    name = stiffness_option(choice)
+    if name is None:
+        return choice, ()
+    stiffness = getattr(choice.options, name)
+    if stiffness.geometry.of_format is not None:
+        return choice, ()
+    geometry = attrs.evolve(stiffness.geometry, of_format=format)
+    options = attrs.evolve(choice.options, **{name: attrs.evolve(stiffness, geometry=geometry)})
+    return attrs.evolve(choice, options=options), ("optimizer", name, "of_format")
 
 
 def stiffness_option(choice: Choice) -> str | None:

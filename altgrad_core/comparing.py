@@ -18,7 +18,8 @@ import attrs
 from altgrad_core import compare
 from altgrad_core.compare import Comparison, Group
 from altgrad_core.comparison_record import COMPARE, ComparisonRecord
-from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
+from altgrad_core.experiment import Cell
+from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.grids import Request, over, run_grid
 from altgrad_core.hookspecs import CellResult
 from altgrad_core.options import plain
@@ -186,6 +187,7 @@ class Comparing:
             edge = "; still the first or last: no verdict" if self.tunings[group.name].on_the_edge else ""
             factor = f"x {chosen[group.name]:g}" if group.name in chosen else "none: a tuning run failed"
             yield f"  {factor:>8}  {group.name}{edge}"
+        yield from (f"note: {note}" for note in self.comparison.notes)
 
     # --- what a report is told ------------------------------------------------------------------------
 
@@ -205,6 +207,7 @@ class Comparing:
             "compare": plain(options),
             "arms": list(self.comparison.arms),
             "groups": [self._group(group) for group in self.comparison.groups],
+            "notes": list(self.comparison.notes),
         }
 
     def _group(self, group: Group) -> dict[str, Any]:

@@ -15,22 +15,24 @@ import attrs
 from altgrad_core.arms import HERE, STEP_OF, Arm, arm_axis, arm_of, arm_problems
 from altgrad_core.axes import cell_name, short
 from altgrad_core.compare import (
-    ON_FLOAT32,
     CompareOptions,
     Comparison,
     Group,
     Role,
+    is_on_float32,
+    matter_on_float32,
     on_float32,
     step_option,
     step_size,
     stepped,
     stiffness_option,
-    unquantised,
+    with_geometry,
 )
 from altgrad_core.contradictions import contradictions
 from altgrad_core.experiment import Cell, Experiment
-from altgrad_core.options import Path, plain, written
+from altgrad_core.options import Path, default_of, plain, written
 from altgrad_core.overrides import Origin, Override, from_table, spelled
+from altgrad_core.partial import is_whole, known
 from altgrad_core.quantize_options import QuantizeOptions
 from altgrad_core.registry import Registry, listed, suggestion
 from altgrad_core.structuring import Problem
@@ -45,20 +47,24 @@ Build = Callable[[Sequence[Override], Sequence[Override]], Cell | None]
 def expanded(
     options: CompareOptions, axes: Sequence[Sequence[Override]], build: Build, registry: Registry
 ) -> tuple[Comparison | None, tuple[Cell, ...], list[Problem]]:
-    """Return the groups of runs that a comparison takes, each with a cell of the file's own seed and step."""
+    """Return the groups of runs that a comparison takes, each with a cell of the file's own seed and step.
+
+    Where its table has mistakes, that is none; `build` is told all the same of what the runs would be.
+    """
     position, problems = arm_axis(options, axes)
-    if position is None:
-        return None, (), problems
-    arms = [arm_of(value) for value in axes[position]]
-    if problems := list(arm_problems(options, arms)):
-        return None, (), problems
+    arms = [] if position is None else [arm_of(value) for value in axes[position]]
+    problems += known(arm_problems(options, arms))
+    if position is None or problems or not is_whole(options):
+        made = [build([arm_of(one).own for one in values], ()) for values in itertools.product(*axes)]
+        built = [cell for cell in made if cell is not None]
+        return None, (), [*problems, *known(_metric_problems(options, built))]
     making = _Making(options, arms, position, axes, build, registry)
     making.make()
     groups = tuple(group for group, _ in making.found.values())
     cells = tuple(cell for _, cell in making.found.values())
     names = tuple(short(arm.given.value) for arm in arms)
-    comparison = Comparison(options=options, arms=names, groups=groups)
-    return comparison, cells, [*making.problems, *_metric_problems(options, cells)]
+    comparison = Comparison(options=options, arms=names, groups=groups, notes=tuple(making.notes))
+    return comparison, cells, [*making.problems, *known(_metric_problems(options, cells))]
 
 
 @attrs.define
@@ -73,6 +79,8 @@ class _Making:
     registry: Registry
     found: dict[str, tuple[Group, Cell]] = attrs.field(factory=dict)
     problems: list[Problem] = attrs.field(factory=list)
+    notes: dict[str, None] = attrs.field(factory=dict)
+    """What a reader of the comparison should know, each once."""
     built: dict[tuple[Path, ...], Cell | None] = attrs.field(factory=dict)
 
     def make(self) -> None:
@@ -117,7 +125,7 @@ class _Making:
             return
         if not self._takes_steps(arm, cell.experiment, cell.experiment):
             return
-        left = _open(others, changes, cell.experiment)
+        left = self._open(others, changes, cell.experiment.quantize)
         role = Role(kind="reference", arm=self.options.baseline, at=_shown(left), reference=name)
         self._add(role, cell, _substituted(values, changes))
 
@@ -130,35 +138,49 @@ class _Making:
         if quantize is None or quantize.format.unquantised:
             return
         of = "" if arm.step_of is None else self._on_float32(arm.step_of, others)
-        self._on_float32(index, others, of)
+        if of or arm.step_of is None:
+            self._on_float32(index, others, of)
 
     def _on_float32(self, index: int, others: Sequence[Override], step_of: str = "") -> str:
         arm, cell = self.arms[index], self._cell(index, others)
         if cell is None or cell.experiment.quantize is None:
             return ""
-        values = self._with(arm.given, others)
         format = cell.experiment.quantize.format
-        experiment = on_float32(cell.experiment, cell.experiment.quantize, self.registry)
-        choice = experiment.optimizer
-        changes = [f"{spelled(_FLOAT32.path)} = FP32 ([compare])"]
-        if (name := stiffness_option(choice)) is not None:
-            stiffness = getattr(choice.options, name)
-            if stiffness.geometry.of_format is None:
-                place = Override(("optimizer", name, "of_format"), format.plain(), Origin(HERE))
-                changes.append(f"{spelled(place.path)} = {written(format)} ([compare])")
-                values.append(place)
-                geometry = attrs.evolve(stiffness.geometry, of_format=format)
-                options = attrs.evolve(choice.options, **{name: attrs.evolve(stiffness, geometry=geometry)})
-                experiment = attrs.evolve(experiment, optimizer=attrs.evolve(choice, options=options))
+        try:
+            choice, place = with_geometry(cell.experiment.optimizer, format)
+        except ValueError as error:
+            self._note(f"{short(arm.given.value)} has no run on float32 weights: {error}")
+            return ""
+        experiment = on_float32(
+            cell.experiment, cell.experiment.quantize, self.registry, own_geometry=bool(place)
+        )
+        experiment = attrs.evolve(experiment, optimizer=choice)
         self._refuse(arm, experiment)
-        at = _shown(_without_formats(others))
+        changes = [_FLOAT32, *([Override(place, format.plain(), Origin(HERE))] if place else [])]
+        shown = (f"{spelled(one.path)} = {written(one.value)} ([compare])" for one in changes)
+        made = attrs.evolve(cell, experiment=experiment, in_force=(*cell.in_force, *shown))
+        at = _shown(_mattering(others, experiment.quantize))
         role = Role(kind="intrinsic", arm=index, at=at, format=format.plain())
-        made = attrs.evolve(cell, experiment=experiment, in_force=(*cell.in_force, *changes))
-        return self._add(role, made, values, step_of)
+        return self._add(role, made, [*self._with(arm.given, others), *changes[1:]], step_of)
+
+    def _open(
+        self, values: Sequence[Override], changes: Sequence[Override], quantize: QuantizeOptions | None
+    ) -> list[Override]:
+        """Return the values that a reference leaves as they are."""
+        left = [
+            value
+            for value in values
+            if not any(value.path[: len(change.path)] == change.path for change in changes)
+        ]
+        on_float32 = quantize is not None and is_on_float32(quantize, self.registry)
+        return _mattering(left, quantize) if on_float32 else left
+
+    def _note(self, text: str) -> None:
+        self.notes[text] = None
 
     def _add(self, role: Role, cell: Cell, values: Sequence[Override], step_of: str = "") -> str:
         experiment, quantize = cell.experiment, cell.experiment.quantize
-        if quantize is not None and unquantised(quantize):
+        if quantize is not None and is_on_float32(quantize, self.registry):
             experiment = on_float32(experiment, quantize, self.registry)
             values = _float32_values(values, experiment)
         name = cell_name(values)
@@ -171,6 +193,9 @@ class _Making:
         )
         if role not in group.roles:
             group = attrs.evolve(group, roles=(*group.roles, role))
+        if cell.experiment != experiment:
+            message = f"its runs called {name} would be two different ones; vary less, or compare them apart"
+            self.problems.append(Problem(HERE, message))
         self.found[name] = group, cell
         return name
 
@@ -224,8 +249,7 @@ class _Making:
 
     def _refuse(self, arm: Arm, experiment: Experiment) -> None:
         """Note what contradicts float32 weights in an experiment."""
-        sections = {field.name: getattr(experiment, field.name) for field in attrs.fields(Experiment)}
-        for problem in contradictions(sections):
+        for problem in contradictions(attrs.asdict(experiment, recurse=False)):
             message = f"on float32 weights, as [compare] runs it: {spelled(problem.path)}: {problem.message}"
             self.problems.append(Problem(arm.given.origin.path, message))
 
@@ -234,20 +258,10 @@ def _shown(values: Sequence[Override]) -> dict[str, Any]:
     return {spelled(value.path): value.value for value in values}
 
 
-def _open(values: Sequence[Override], changes: Sequence[Override], experiment: Experiment) -> list[Override]:
-    """Return the values that a reference leaves as they are."""
-    left = [
-        value
-        for value in values
-        if not any(value.path[: len(change.path)] == change.path for change in changes)
-    ]
-    quantize = experiment.quantize
-    return _without_formats(left) if quantize is not None and unquantised(quantize) else left
-
-
-def _without_formats(values: Sequence[Override]) -> list[Override]:
-    """Return the values that tell runs with nothing quantised apart."""
-    return [one for one in values if one.path[0] != "quantize" or set(one.path[1:2]) & set(ON_FLOAT32)]
+def _mattering(values: Sequence[Override], quantize: QuantizeOptions | None) -> list[Override]:
+    """Return the values that tell runs on float32 weights apart."""
+    matter = () if quantize is None else matter_on_float32(quantize)
+    return [one for one in values if one.path[0] != "quantize" or set(one.path[1:2]) & set(matter)]
 
 
 def _substituted(values: Sequence[Override], changes: Sequence[Override]) -> list[Override]:
@@ -262,15 +276,15 @@ def _substituted(values: Sequence[Override], changes: Sequence[Override]) -> lis
 
 
 def _float32_values(values: Sequence[Override], experiment: Experiment) -> list[Override]:
-    """Return values that name every run with nothing quantised in the same way.
+    """Return values that name every run on float32 weights in the same way.
 
     Of what a value of [quantize] may have changed, they have what still matters and is no default.
     """
-    named = [_FLOAT32]
-    for name in ON_FLOAT32:
-        value = getattr(experiment.quantize, name)
+    named, quantize = [_FLOAT32], experiment.quantize
+    for name in matter_on_float32(quantize) if quantize is not None else ():
+        value, field = getattr(quantize, name), getattr(attrs.fields(QuantizeOptions), name)
         varied = any(one.path[:2] in (("quantize",), ("quantize", name)) for one in values)
-        if varied and value != getattr(attrs.fields(QuantizeOptions), name).default:
+        if varied and value != default_of(field, quantize):
             named.append(Override(("quantize", name), plain(value), Origin(HERE)))
     return [*named, *(one for one in values if one.path[0] != "quantize")]
 

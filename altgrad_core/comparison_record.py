@@ -16,8 +16,8 @@ from typing import Any
 
 import attrs
 
-from altgrad_core.durable import write_whole
-from altgrad_core.record import WriteError, read_json
+from altgrad_core.durable import WriteError, write_whole
+from altgrad_core.record import read_json
 
 COMPARE, LOCK = "compare.json", ".compare.lock"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import attrs
 
-from altgrad_core.options import Choice, GeometryOptions, StiffnessChoice, written
+from altgrad_core.options import Choice, GeometryOptions, StiffnessChoice, fixed_default, written
 from altgrad_core.registry import ConflictError, Registered, Registry
 
 _HEADINGS = {
@@ -53,16 +53,8 @@ def _option(field: attrs.Attribute[Any]) -> tuple[str, str, str, str]:
     if field.default is attrs.NOTHING:
         default = "required"
     else:
-        default = "left out" if _default(field) is None else written(_default(field))
+        default = "left out" if fixed_default(field) is None else written(fixed_default(field))
     return field.name, type_name(field.type), default, field.metadata.get("help", "") + unit
-
-
-def _default(field: attrs.Attribute[Any]) -> Any:
-    """Return a field's default; None where there is none, or none before the object is there."""
-    default: Any = field.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        return None if default.takes_self else default.factory()
-    return None if default is attrs.NOTHING else default
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
@@ -141,7 +133,7 @@ def _example(field: attrs.Attribute[Any]) -> Any:
     """Return a value to paste, None for an option that is better left out."""
     example = field.metadata.get("example")
     if example is not None or field.default is not attrs.NOTHING:
-        return example if example is not None else _default(field)
+        return example if example is not None else fixed_default(field)
     if get_origin(field.type) is Literal:
         return get_args(field.type)[0]
     return _EXAMPLES.get(field.type)  # type: ignore[arg-type]

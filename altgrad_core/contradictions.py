@@ -6,54 +6,70 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from altgrad_core import rules, shapes
+from altgrad_core import patterns, rules, shapes
 from altgrad_core.experiment import CLASSIFICATION
 from altgrad_core.format_uses import inexact_in_bfloat16
-from altgrad_core.options import written
+from altgrad_core.options import Path, written
+from altgrad_core.partial import known
+from altgrad_core.quantize_options import ON_GRID
 from altgrad_core.shapes import Architecture
 from altgrad_core.structuring import Problem
 
+COMPARED = ("task", "data", "model", "train", "quantize", "optimizer", "monitor", "fallback")
+"""The sections that may contradict one another."""
+
 
 def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield the problems between the sections of an experiment that are right by themselves."""
-    yield from _listed_twice(sections)
-    yield from _quantize(sections)
-    yield from _storage_rounding(sections)
-    yield from _optimizer_options(sections)
-    if not {"task", "data"} <= sections.keys():
+    """Yield the problems between the sections of an experiment, as far as these are known."""
+    return known(
+        _listed_twice(sections),
+        _quantize(sections),
+        _storage_rounding(sections),
+        _scales_of_the_grid(sections),
+        _optimizer_options(sections),
+        _of_the_model(sections),
+    )
+
+
+def _of_the_model(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what contradicts the model, whose head follows from what is learnt."""
+    unfit = list(known(_labels(sections)))
+    if unfit:
+        yield from unfit
         return
-    unfit = list(_labels(sections))
-    yield from unfit
-    if "model" in sections and not unfit:
-        architecture = Architecture(
-            sections["model"], sections["data"].vocab_size, sections["data"].labels(sections["task"])
-        )
-        yield from _rules(sections, architecture)
-        yield from _freeze(sections, architecture)
-        yield from _monitored(sections, architecture)
-        yield from _inexact(sections, architecture)
+    data = sections["data"]
+    architecture = Architecture(sections["model"], data.vocab_size, data.labels(sections["task"]))
+    if endless := list(_endless(sections, architecture)):
+        yield from endless
+        return
+    yield from known(
+        _rules(sections, architecture),
+        _freeze(sections, architecture),
+        _monitored(sections, architecture),
+        _inexact(sections, architecture),
+    )
 
 
 def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Two of one name, from whichever distribution: metrics and checkpoints go by the bare name."""
     for kind in ("monitor", "fallback"):
-        names = [choice.plugin.rpartition(":")[2] for choice in sections.get(kind, ())]
+        names = [choice.plugin.rpartition(":")[2] for choice in sections[kind]]
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield Problem((kind, index), f"{name!r} is listed twice; keep one")
 
 
 def _quantize(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    quantize = sections.get("quantize")
+    quantize = sections["quantize"]
     for problem in quantize.conflicts() if quantize is not None else ():
         yield Problem(("quantize", *problem.path), str(problem))
 
 
 def _storage_rounding(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """An optimizer whose options name `storage_roundings` rounds by itself, and by those alone."""
-    quantize, optimizer = sections.get("quantize"), sections.get("optimizer")
-    taken = getattr(getattr(optimizer, "options", None), "storage_roundings", None)
-    if quantize is None or optimizer is None or taken is None or quantize.storage_rounding in taken:
+    quantize, optimizer = sections["quantize"], sections["optimizer"]
+    taken = getattr(optimizer.options, "storage_roundings", None)
+    if quantize is None or taken is None or quantize.storage_rounding in taken:
         return
     yield Problem(
         ("quantize", "storage_rounding"),
@@ -62,12 +78,25 @@ def _storage_rounding(sections: Mapping[str, Any]) -> Iterator[Problem]:
     )
 
 
+def _scales_of_the_grid(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What lands on the grid by itself needs the scales of grid storage, whatever the storage."""
+    quantize, optimizer = sections["quantize"], sections["optimizer"]
+    if quantize is None or quantize.format.unquantised or quantize.storage == "grid":
+        return
+    for name in ("granularity", "scale_rule") if hasattr(optimizer.options, "storage_roundings") else ():
+        allowed, reason, way_out = ON_GRID[name]
+        if (value := getattr(quantize, name)) not in allowed:
+            yield Problem(
+                ("quantize", name),
+                f"{written(value)} does not go with {optimizer.plugin}, which lands on the grid by itself "
+                f"and {reason}; use {way_out}, or another optimizer",
+            )
+
+
 def _optimizer_options(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """A monitor whose options name `optimizer_options` reads what an optimizer keeps only under those."""
-    optimizer = sections.get("optimizer")
-    if optimizer is None:
-        return
-    for index, choice in enumerate(sections.get("monitor", ())):
+    optimizer = sections["optimizer"]
+    for index, choice in enumerate(sections["monitor"]):
         for name, value in getattr(choice.options, "optimizer_options", {}).items():
             known = hasattr(optimizer.options, name)
             if not known or getattr(optimizer.options, name) != value:
@@ -96,8 +125,32 @@ def _labels(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("data",), "classification needs to know how many labels there are; set label_count")
 
 
+def _endless(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
+    """Yield the patterns that take too long on the names of the model, with which all are matched."""
+    parameters = shapes.parameter_shapes(architecture)
+    names = [*parameters, *(name.rpartition(".")[0] for name in parameters), architecture.head]
+    for path, pattern in known(*(found(sections) for found in (_observed, _frozen, _ruled))):
+        if isinstance(pattern, str) and (problem := patterns.endless(pattern, names)):
+            yield Problem(path, f"{pattern!r} {problem}")
+
+
+def _observed(sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    for index, choice in enumerate(sections["monitor"]):
+        yield ("monitor", index, "layers"), getattr(choice.options, "layers", None)
+
+
+def _frozen(sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    for index, pattern in enumerate(sections["train"].freeze):
+        yield ("train", "freeze", index), pattern
+
+
+def _ruled(sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    for index, rule in enumerate(sections["quantize"].rule if sections["quantize"] is not None else ()):
+        yield ("quantize", "rule", index, "layers"), rule.layers
+
+
 def _rules(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
-    quantize = sections.get("quantize")
+    quantize = sections["quantize"]
     if quantize is None:
         return
     layers = shapes.linear_shapes(architecture)
@@ -110,8 +163,8 @@ def _inexact(sections: Mapping[str, Any], architecture: Architecture) -> Iterato
 
     Where the file asks for bfloat16 by name: "auto" is that on CUDA only, and the file is right elsewhere.
     """
-    quantize, train = sections.get("quantize"), sections.get("train")
-    if quantize is None or train is None or train.dtype != "bf16":
+    quantize, train = sections["quantize"], sections["train"]
+    if quantize is None or train.dtype != "bf16":
         return
     layers = shapes.linear_shapes(architecture)
     for problem in inexact_in_bfloat16(quantize, layers, rules.tied_layers(architecture)):
@@ -119,14 +172,12 @@ def _inexact(sections: Mapping[str, Any], architecture: Architecture) -> Iterato
 
 
 def _freeze(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
-    if "train" not in sections:
-        return
     names = shapes.parameter_shapes(architecture)
     frozen = set()
-    for index, pattern in enumerate(sections["train"].freeze):
+    for path, pattern in _frozen(sections):
         matched = {name for name in names if re.fullmatch(pattern, name)}
         if not matched:
-            yield Problem(("train", "freeze", index), rules.no_match(pattern, names, "parameter"))
+            yield Problem(path, rules.no_match(pattern, names, "parameter"))
         frozen |= matched
     if frozen == set(names):
         yield Problem(("train", "freeze"), "leaves nothing to train; narrow its patterns")
@@ -136,7 +187,6 @@ def _monitored(sections: Mapping[str, Any], architecture: Architecture) -> Itera
     """A monitor's `layers` must match a module path, as a rule's must."""
     names = shapes.parameter_shapes(architecture)
     layers = [name.rpartition(".")[0] for name in names] + [architecture.head]
-    for index, choice in enumerate(sections.get("monitor", ())):
-        pattern = getattr(choice.options, "layers", None)
+    for path, pattern in _observed(sections):
         if isinstance(pattern, str) and not any(re.fullmatch(pattern, layer) for layer in layers):
-            yield Problem(("monitor", index, "layers"), rules.no_match(pattern, layers, "layer"))
+            yield Problem(path, rules.no_match(pattern, layers, "layer"))

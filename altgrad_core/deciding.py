@@ -14,10 +14,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from altgrad_core import checkpoint
+from altgrad_core import checkpoint, run_checkpoint
 from altgrad_core.actions import carry_out
 from altgrad_core.hookspecs import Action, AdjustScale, SkipStep, Stop, SwitchFormat
-from altgrad_core.run_state import PluginFailure, Run, Watched
+from altgrad_core.run_state import Run
+from altgrad_core.watched import PluginFailure, Watched
 
 READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
 """What policies are always given."""
@@ -48,7 +49,7 @@ def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
     for watched in run.policies:
         try:
             action = watched.plugin.decide(run.step + 1, read)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginFailure(watched.error("decide", error)) from error
         if action is not None:
             _record_action(run, watched, action, read, _carried_out(run, watched, action))
@@ -85,7 +86,7 @@ def _keep_last_finite(run: Run) -> None:
     """Keep the state before the first step that is not finite, unless its weights are not finite either."""
     if all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
         message, details = "the last finite state is kept", {"checkpoint": checkpoint.LAST_FINITE}
-        run.save(checkpoint.LAST_FINITE)
+        run_checkpoint.save(run, checkpoint.LAST_FINITE)
     else:
         message, details = "the weights are not finite any more; an earlier checkpoint may be", {}
     run.folder.event(run.step + 1, "checkpoint", message, **details)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import attrs
 
 from altgrad_core import rules, shapes
-from altgrad_core.experiment import CLASSIFICATION, Experiment
-from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
+from altgrad_core.columns import aligned
+from altgrad_core.experiment import CLASSIFICATION, Cell, Experiment
+from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.format_uses import is_scaled, without_effect
 from altgrad_core.options import Choice, FormatChoice, plain
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, ScaleOptions
 from altgrad_core.record import SUMMARY, read_json
-from altgrad_core.registry import Registry
+from altgrad_core.registry import Registry, UsageError
 
 PRICE_VARIABLE = "ALTGRAD_PRICE_PER_HOUR"
 """Environment variable: what an hour of this machine costs, in any currency; unset: no cost is stated."""
@@ -24,20 +28,78 @@ PRICE_VARIABLE = "ALTGRAD_PRICE_PER_HOUR"
 
 def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
     """Return what a run is, as pairs of name and text."""
+    return _Words(registry).rows(experiment)
+
+
+@attrs.define
+class _Words:
+    """Runs in words; what several of them have in common is worked out once."""
+
+    registry: Registry
+    found: dict[tuple[object, ...], tuple[Experiment, Any]] = attrs.field(factory=dict)
+
+    def rows(self, experiment: Experiment) -> list[tuple[str, str]]:
+        return [
+            *self._once(_quantized, experiment, *_SHAPES),
+            *self._once(_read, experiment, "optimizer", *_SHAPES),
+            *_beginnings(experiment),
+            ("on the grid", f"{self.share(experiment):.1%} of the non-embedding parameters"),
+            ("training", _training(experiment)),
+            *self._once(_watched, experiment, "monitor", "fallback"),
+        ]
+
+    def share(self, experiment: Experiment) -> float:
+        return float(self._once(share_on_grid, experiment, *_SHAPES))
+
+    def cell(self, cell: Cell) -> tuple[str, ...]:
+        """Return what tells a cell apart, in columns."""
+        parameters = self._once(_parameters, cell.experiment, *_SHAPES)
+        return (
+            cell.name,
+            f"{count(cell.experiment.tokens)} tokens",
+            f"{count(parameters)} parameters",
+            f"{self.share(cell.experiment):.1%} on the grid",
+        )
+
+    def _once(self, make: Callable[[Experiment, Registry], Any], of: Experiment, *sections: str) -> Any:
+        """Return what is made of some sections of an experiment, which the cells of a grid share."""
+        key = (make, *(id(getattr(of, name)) for name in sections))
+        if key not in self.found:
+            self.found[key] = of, make(of, self.registry)  # kept, so that its sections keep their identities
+        return self.found[key][1]
+
+
+_SHAPES = ("task", "data", "model", "quantize")
+"""The sections that layers, and what becomes of them, follow from."""
+
+
+def _quantized(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
+    plan = _plan(experiment, registry)
     return [
-        ("format", _format(experiment, registry)),
-        *_flows(experiment, registry),
-        *_without_effect(experiment, registry),
+        ("format", _format(experiment.quantize, plan)),
+        *_flows(experiment.quantize, plan),
+        *_without_effect(experiment.quantize, plan),
+    ]
+
+
+def _read(experiment: Experiment, _: Registry) -> list[tuple[str, str]]:
+    return [
         ("optimizer", shown(experiment.optimizer)),
         ("task", _task(experiment)),
         ("data", f"{shown(experiment.data.source)}, tokenizer {experiment.data.tokenizer}"),
         ("model", _model(experiment)),
-        *_beginnings(experiment),
-        ("on the grid", f"{share_on_grid(experiment, registry):.1%} of the non-embedding parameters"),
-        ("training", _training(experiment)),
+    ]
+
+
+def _watched(experiment: Experiment, _: Registry) -> list[tuple[str, str]]:
+    return [
         ("monitors", ", ".join(map(shown, experiment.monitor)) or "none"),
         ("policies", ", ".join(map(shown, experiment.fallback)) or "none"),
     ]
+
+
+def _parameters(experiment: Experiment, _: Registry) -> int:
+    return shapes.parameter_count(experiment.architecture, embeddings=True)
 
 
 def shown(choice: Choice) -> str:
@@ -53,7 +115,10 @@ def _value(value: Any) -> str:
     return " ".join(map(_value, value)) if isinstance(value, list) else str(value)
 
 
-def _plan(experiment: Experiment, registry: Registry) -> dict[str, rules.LayerPlan]:
+_Plan: TypeAlias = Mapping[str, rules.LayerPlan]
+
+
+def _plan(experiment: Experiment, registry: Registry) -> _Plan:
     if experiment.quantize is None:
         return {}
     architecture = experiment.architecture
@@ -61,8 +126,7 @@ def _plan(experiment: Experiment, registry: Registry) -> dict[str, rules.LayerPl
     return rules.plan(experiment.quantize, linears, tied, registry)
 
 
-def _format(experiment: Experiment, registry: Registry) -> str:
-    plan, quantize = _plan(experiment, registry), experiment.quantize
+def _format(quantize: QuantizeOptions | None, plan: _Plan) -> str:
     kinds = collections.Counter(
         (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantised
     )
@@ -87,28 +151,26 @@ def _residuals(quantize: QuantizeOptions) -> str:
     return "" if isinstance(chosen, str) else f" in {shown(chosen)}"
 
 
-def _without_effect(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, str]]:
+def _without_effect(quantize: QuantizeOptions | None, plan: _Plan) -> Iterator[tuple[str, str]]:
     """Yield what is set and changes nothing, so that nobody takes it for a part of the experiment."""
-    if experiment.quantize is not None:
-        plan = _plan(experiment, registry).values()
-        for setting, reason in without_effect(experiment.quantize, plan):
+    if quantize is not None:
+        for setting, reason in without_effect(quantize, plan.values()):
             yield "no effect", f"quantize.{setting}: {reason}"
 
 
-def _flows(experiment: Experiment, registry: Registry) -> Iterator[tuple[str, str]]:
+def _flows(quantize: QuantizeOptions | None, plan: _Plan) -> Iterator[tuple[str, str]]:
     """Yield what activations and gradients become, where they are quantised."""
-    if experiment.quantize is None:
+    if quantize is None:
         return
-    plan = _plan(experiment, registry)
     for name in ("activations", "gradients"):
         choices = [getattr(layer, name) for layer in plan.values()]
         kinds = collections.Counter(shown(choice) for choice in choices if not choice.unquantised)
-        options: ActivationOptions | GradientOptions = getattr(experiment.quantize, name)
+        options: ActivationOptions | GradientOptions = getattr(quantize, name)
         if kinds:
             formats = ", ".join(f"{format} ({_layers(number)})" for format, number in kinds.items())
-            history = f" over {options.amax_history} steps" if options.mode == "delayed" else ""
+            history = f" over {options.amax_history} steps" if options.scale_mode == "delayed" else ""
             rounding = "" if options.rounding == "nearest_even" else f", rounded {options.rounding}"
-            yield name, f"{formats}{_scales(options, choices)}, scale {options.mode}{history}{rounding}"
+            yield name, f"{formats}{_scales(options, choices)}, scale {options.scale_mode}{history}{rounding}"
 
 
 def _layers(number: int) -> str:
@@ -194,14 +256,14 @@ def check(file: ExperimentFile, out: Path, device: str = "auto") -> Iterator[str
         yield ""
         yield f"{label}: {runs}{_forecast(planned, file, out, one)}"
         if file.comparison is not None:
-            yield from _aligned(list(file.comparison.plan()))
+            yield from aligned(list(file.comparison.plan()))
         yield from _checked(cells, file.registry, seeded=file.comparison is None)
 
 
-def _rows_of(cell: Cell, registry: Registry, *, seeded: bool) -> Iterator[tuple[str, str]]:
+def _rows_of(cell: Cell, words: _Words, *, seeded: bool) -> Iterator[tuple[str, str]]:
     """Yield the rows of a cell; a comparison gives its cells their seeds."""
     seed = f", seed {cell.experiment.seed}"
-    for name, text in rows(cell.experiment, registry):
+    for name, text in words.rows(cell.experiment):
         yield name, text if seeded or name != "training" else text.removesuffix(seed)
 
 
@@ -218,28 +280,12 @@ def _checked(cells: Sequence[Cell], registry: Registry, *, seeded: bool) -> Iter
     for overlay in cells[0].in_force:
         if all(overlay in cell.in_force for cell in cells):
             yield f"  with {overlay}"
-    described = [list(_rows_of(cell, registry, seeded=seeded)) for cell in cells]
+    words = _Words(registry)
+    described = [list(_rows_of(cell, words, seeded=seeded)) for cell in cells]
     shared = [row for row in described[0] if all(row in one for one in described)]
-    yield from _aligned(shared)
+    yield from aligned(shared)
     if len(cells) > 1:
-        yield from _aligned([_cell_row(cell, registry) for cell in cells])
-
-
-def _cell_row(cell: Cell, registry: Registry) -> tuple[str, ...]:
-    experiment = cell.experiment
-    parameters = shapes.parameter_count(experiment.architecture, embeddings=True)
-    return (
-        cell.name,
-        f"{count(experiment.tokens)} tokens",
-        f"{count(parameters)} parameters",
-        f"{share_on_grid(experiment, registry):.1%} on the grid",
-    )
-
-
-def _aligned(table: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield from aligned([words.cell(cell) for cell in cells])
 
 
 def _forecast(cells: Sequence[Cell], file: ExperimentFile, out: Path, device: str) -> str:
@@ -277,10 +323,15 @@ def cost(seconds: float) -> str:
 
 
 def price_per_hour() -> float:
+    """Return the price of $ALTGRAD_PRICE_PER_HOUR, 0 where none is set. Raises UsageError for no number."""
+    given = os.environ.get(PRICE_VARIABLE) or "0"
     try:
-        return float(os.environ.get(PRICE_VARIABLE, "0"))
+        price = float(given)
     except ValueError:
-        return 0.0
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise UsageError(f"${PRICE_VARIABLE} is {given!r}; set it to a number, 0 or more, or unset it")
+    return price
 
 
 def duration(seconds: float) -> str:

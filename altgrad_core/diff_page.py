@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from altgrad_core.columns import aligned
 from altgrad_core.diff import Comparison, MetricsDiff, Setting, TensorsDiff
 
 SHOWN = 8
@@ -27,7 +28,7 @@ def lines(found: Comparison) -> Iterator[str]:
 def _settings(title: str, rows: Sequence[Setting]) -> Iterator[str]:
     if rows:
         yield from ("", title)
-        yield from _aligned([("", *_SIDES), *((row.path, row.first, row.second) for row in rows)])
+        yield from aligned([("", *_SIDES), *((row.path, row.first, row.second) for row in rows)])
 
 
 def _metrics(found: MetricsDiff) -> Iterator[str]:
@@ -37,7 +38,7 @@ def _metrics(found: MetricsDiff) -> Iterator[str]:
     else:
         yield f"metrics: {_counted(found.common, 'step')} in both; the first that differs: step {found.step}"
         rows = [(name, repr(one), repr(other)) for name, (one, other) in found.values.items()]
-        yield from _aligned([("", *_SIDES), *rows[:SHOWN]])
+        yield from aligned([("", *_SIDES), *rows[:SHOWN]])
         if len(rows) > SHOWN:
             yield f"  and {_counted(len(rows) - SHOWN, 'more metric')}"
     for side, count in zip(_SIDES, found.alone, strict=True):
@@ -80,11 +81,3 @@ def _verdict(found: Comparison) -> str:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def _aligned(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    table = list(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        yield ("  " + "  ".join(cells)).rstrip()

@@ -10,6 +10,7 @@ import attrs
 from altgrad_core.compare import CompareOptions
 from altgrad_core.options import ExecutorChoice
 from altgrad_core.overrides import Override, Tree
+from altgrad_core.partial import as_far_as_right
 from altgrad_core.registry import Registry
 from altgrad_core.structuring import Problem, structure
 
@@ -24,7 +25,7 @@ def driver_tables(
 ) -> tuple[dict[str, Any], list[Problem], Tree]:
     """Return what the keys hold as instances of their types, the problems, and where each value was written.
 
-    What `--set` changes is in them; a key that is not there holds None.
+    What `--set` changes is in them; a key that is not there holds None, what is wrong is UNKNOWN.
     """
     tree = Tree({key: _as_table(key, raw[key]) for key in DRIVER_TABLES if key in raw})
     tree.apply(
@@ -35,8 +36,10 @@ def driver_tables(
     found: dict[str, Any] = dict.fromkeys(DRIVER_TABLES)
     problems = list(tree.problems)
     for key, value in tree.data.items():
-        found[key], wrong = structure(value, DRIVER_TABLES[key], registry, (key,))
-        problems += wrong
+        found[key], wrong = structure(value, DRIVER_TABLES[key], registry)
+        if wrong:
+            found[key], wrong = as_far_as_right(value, DRIVER_TABLES[key], wrong, registry)
+        problems += [attrs.evolve(one, path=(key, *one.path)) for one in wrong]
     return found, problems, tree
 
 

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 
+class WriteError(RuntimeError):
+    """The disk refuses: full, read-only or gone; the run ends."""
+
+
 def sync(path: Path) -> None:
     """Have the disk hold what was written to a file that is closed, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from altgrad_core import scaling
+from altgrad_core.elementwise import wide, wide_codes
 from altgrad_core.format import Format
 from altgrad_core.rows import Row
-from altgrad_core.table_rounding import wide
 
 HALF_SPACING = 0.5
 """The largest residual of nearest rounding, as a multiple of the spacing next to the weight."""
@@ -107,7 +107,8 @@ class ErrorFeedback:
         for mine, saved in zip(self.stored, state["stored"], strict=True):
             if mine.shape != saved.shape:
                 raise ValueError(
-                    f"a saved residual is of shape {tuple(saved.shape)}, its weight {tuple(mine.shape)}"
+                    f"a saved residual is of shape {tuple(saved.shape)}, its weight {tuple(mine.shape)};"
+                    " load what was saved with this model"
                 )
             mine.copy_(saved)
 
@@ -157,7 +158,7 @@ class ResidualCodes:
 
 
 def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    found: Tensor = table.index_select(0, wide(codes).flatten())
+    found: Tensor = table.index_select(0, wide_codes(codes).flatten())
     return found.reshape(codes.shape)
 
 
@@ -182,6 +183,6 @@ def gap_beside(format: Format, weight: Tensor, scale: Tensor, direction: Tensor)
     In weight units, positive, float32 or float64. At a power of two the gaps on the two sides differ; nearest
     rounding leaves at most half of this one. Beyond the format's end it is the last gap.
     """
-    scaled = (weight if weight.dtype == torch.float64 else weight.float()) * scale
+    scaled = wide(weight) * scale
     side = torch.full_like(scaled, math.inf).copysign_(direction)
     return format.spacing(scaled.nextafter(side)) / scale

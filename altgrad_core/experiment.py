@@ -85,6 +85,10 @@ class DataOptions:
             )
 
 
+DATA_KEYS = frozenset(field.name for field in attrs.fields(DataOptions)) - {"source"}
+"""Keys of [data] that are the core's own, whatever the plugin."""
+
+
 @attrs.frozen(kw_only=True)
 class ModelOptions:
     """`[model]`: nanoGPT."""
@@ -137,10 +141,10 @@ class TrainOptions:
     eval_batches: int = option(
         "batches per evaluation; 0: the whole split", default=20, validator=at_least(0)
     )
-    final_eval_batches: int | None = option(
-        "batches of the last evaluation; default: as of every other",
-        default=None,
-        validator=attrs.validators.optional(at_least(0)),
+    final_eval_batches: int = option(
+        "batches of the last evaluation; 0: the whole split; default: as of every other",
+        default=attrs.Factory(lambda table: table.eval_batches, takes_self=True),
+        validator=at_least(0),
     )
     log_every: int = option("logging interval", unit="steps", default=10, validator=at_least(1))
     checkpoint_every: int = option(
@@ -214,7 +218,6 @@ def data_options(table: Any) -> Any:
         return {"source": table}
     if not isinstance(table, dict):
         return table
-    own = {field.name for field in attrs.fields(DataOptions)} - {"source"}
-    core = {key: value for key, value in table.items() if key in own}
-    source = {key: value for key, value in table.items() if key not in own}
+    core = {key: value for key, value in table.items() if key in DATA_KEYS}
+    source = {key: value for key, value in table.items() if key not in DATA_KEYS}
     return {**core, "source": source}

@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-import tomli
 
-from altgrad_core import locator
-from altgrad_core.axes import SINGLE, axes, cell_name
+from altgrad_core import locator, toml_file
+from altgrad_core.axes import axes, cell_name
 from altgrad_core.compare import Comparison
 from altgrad_core.comparison_groups import expanded
-from altgrad_core.contradictions import contradictions
 from altgrad_core.driver_tables import DRIVER_KEYS, DRIVER_TABLES, driver_tables
-from altgrad_core.experiment import DEFAULT_PLUGINS, Cell, Experiment, data_options
+from altgrad_core.experiment import DEFAULT_PLUGINS, Cell, Experiment
+from altgrad_core.mistakes import ExperimentError, Mistakes, one_line
 from altgrad_core.options import ExecutorChoice, Path, written
-from altgrad_core.overrides import DEEPEST, Override, Tree, from_flag, from_table, is_deep, spelled
+from altgrad_core.overrides import Override, Tree, from_flag, from_table, spelled
 from altgrad_core.registry import Registry, UsageError, discover, listed, shown, suggestion
-from altgrad_core.structuring import Problem, structure
+from altgrad_core.sections import Sections
+from altgrad_core.structuring import Problem
 
 DEVICES = ("cpu", "cuda")
-
-
-class ExperimentError(UsageError):
-    """Everything that is wrong with an experiment file, one line each."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
 
 
 @attrs.frozen(kw_only=True)
@@ -64,9 +54,15 @@ def load_experiment(
     """Read an experiment file with `key=value` overrides. Raises ExperimentError with every problem."""
     path = pathlib.Path(path)
     flags, bad_flags = _flags(overrides)
-    text, raw = _read(path)
+    text, raw = toml_file.read(path)
     registry = registry or discover()
-    checked = _Checked(raw=raw, flags=flags, registry=registry, mistakes=_Mistakes(path, locator.lines(text)))
+    checked = _Checked(
+        raw=raw,
+        flags=flags,
+        registry=registry,
+        mistakes=Mistakes(path, locator.lines(text)),
+        sections=Sections(registry),
+    )
     cells_on = {device: checked.cells(device) for device in DEVICES}
     if lines := [*checked.mistakes.lines(), *bad_flags]:
         raise ExperimentError(lines)
@@ -88,67 +84,8 @@ def _flags(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
         try:
             flags.append(from_flag(text))
         except UsageError as error:
-            wrong.append(_one_line(str(error)))
+            wrong.append(one_line(str(error)))
     return flags, wrong
-
-
-def _read(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # Windows editors put a byte order mark first
-    except OSError as error:
-        raise ExperimentError(
-            [f"{path}: cannot be read: {error.strerror}; give the path of a TOML file"]
-        ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ExperimentError(
-            [f"{path}:{line}: is not UTF-8 text: {error.reason}; save it as UTF-8"]
-        ) from error
-    try:
-        raw = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        reason = str(error)[: place.start()] if place else str(error)
-        reason += " (text needs quotes)" if reason == "Invalid value" else ""
-        raise ExperimentError([f"{path}:{line}: is no TOML: {_one_line(reason)}"]) from error
-    except ValueError as error:  # what Python says to an integer of thousands of digits
-        raise ExperimentError([f"{path}:1: is no TOML that can be read: {error}"]) from error
-    except RecursionError as error:
-        raise ExperimentError([f"{path}:1: {_TOO_DEEP}"]) from error
-    if is_deep(raw):
-        deep = (line for at, line in locator.lines(text).items() if len(at) > DEEPEST)
-        raise ExperimentError([f"{path}:{min(deep, default=1)}: {_TOO_DEEP}"])
-    return text, raw
-
-
-_TOO_DEEP = f"tables and lists are nested more than {DEEPEST} levels deep"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
-
-
-@attrs.define
-class _Mistakes:
-    """What is wrong with one file, each mistake once, in the order of the file's lines."""
-
-    path: pathlib.Path
-    positions: dict[Path, int]
-    found: dict[tuple[float, str], None] = attrs.field(factory=dict)
-
-    def add(self, problems: Iterable[Problem], tree: Tree | None = None) -> None:
-        """Note problems; `tree` knows which of the paths were overridden, and where."""
-        for problem in problems:
-            origin = tree.origin(problem.path) if tree and problem.path else None
-            line = locator.locate(self.positions, origin.path if origin else problem.path)
-            flag = origin.flag if origin else ""
-            parts = (flag or f"{self.path}:{line}", spelled(problem.path), problem.message)
-            text = _one_line(": ".join(part for part in parts if part))
-            self.found[float("inf") if flag else line, text] = None
-
-    def lines(self) -> list[str]:
-        return [text for _, text in sorted(self.found, key=lambda one: one[0])]
 
 
 @attrs.define
@@ -158,7 +95,8 @@ class _Checked:
     raw: dict[str, Any]
     flags: list[Override]
     registry: Registry
-    mistakes: _Mistakes
+    mistakes: Mistakes
+    sections: Sections
     comparison: Comparison | None = None
     driver_tree: Tree | None = None
 
@@ -266,27 +204,34 @@ class _Checked:
         return any(axis[: len(flag.path)] == flag.path for flag in self.flags)
 
     def _experiment(self, tree: Tree) -> Experiment | None:
-        sections, problems = _sections(tree.data, self.registry)
-        problems = [*tree.problems, *problems, *contradictions(sections)]
+        sections, problems = self.sections.structured(tree.data)
+        problems = [*tree.problems, *problems]
         self.mistakes.add(problems, tree)
         return None if problems else Experiment(**sections)
 
 
 def _with_default_plugins(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables of a run, with the plugins that [data] and [optimizer] need not name."""
+    """Return the tables of a run, with the plugins that [data] and [optimizer] need not name.
+
+    A name alone becomes the table that `--set optimizer.lr=...` goes into.
+    """
     data = {key: value for key, value in raw.items() if key not in DRIVER_KEYS}
     for key, plugin in DEFAULT_PLUGINS.items():
-        if isinstance(table := data.get(key, {}), dict):
+        table = data.get(key, {})
+        if isinstance(table, str):
+            data[key] = {"plugin": table}
+        elif isinstance(table, dict):
             data[key] = {"plugin": plugin, **table}
     return data
 
 
 def _twins(cells: Sequence[Cell], told_apart: Sequence[str] = ()) -> list[Problem]:
     """Refuse cells that are the same run, or would share a folder; `told_apart` may tell equal ones apart."""
-    seen: dict[str, str] = {}
+    seen: dict[str | tuple[str, ...], str] = {}
+    texts: dict[int, str] = {}
     twins = []
     for cell, mark in zip(cells, told_apart or [""] * len(cells), strict=True):
-        keys = (cell.name, json.dumps([cell.experiment.plain(), mark]))
+        keys = (cell.name, (*_texts(cell.experiment, texts), mark))
         if twin := next((seen[key] for key in keys if key in seen), None):
             twins.append((twin, cell.name))
         seen |= dict.fromkeys(keys, cell.name)
@@ -297,56 +242,16 @@ def _twins(cells: Sequence[Cell], told_apart: Sequence[str] = ()) -> list[Proble
     return [Problem(("grid",), message)]
 
 
+def _texts(experiment: Experiment, known: dict[int, str]) -> Iterator[str]:
+    """Yield the options of a run as text, section by section; `known`: those of sections seen before."""
+    for field in attrs.fields(Experiment):
+        section = getattr(experiment, field.name)
+        if id(section) not in known:
+            known[id(section)] = written(section)
+        yield known[id(section)]
+
+
 def _in_force(override: Override, device: str = "") -> str:
     source = {"on": f"[on.{device}]", "grid": "[grid]", "compare": "[compare]"}
     written_in = "--set" if override.origin.flag else source[str(override.origin.path[0])]
     return f"{spelled(override.path)} = {written(override.value)} ({written_in})"
-
-
-def _sections(data: Mapping[str, Any], registry: Registry) -> tuple[dict[str, Any], list[Problem]]:
-    """Structure each top-level key by itself, so that one mistake hides no other.
-
-    Returns the sections that are right, defaults included, and the problems of the others.
-    """
-    fields = attrs.fields_dict(attrs.resolve_types(Experiment))
-    data = {**data, "data": data_options(data["data"])}
-    sections = {key: field.default for key, field in fields.items() if key not in data and key != "name"}
-    problems: list[Problem] = []
-    for key, value in data.items():
-        if key not in fields:
-            problems.append(Problem((key,), _unknown(key, fields)))
-            continue
-        section, wrong = structure(value, fields[key].type, registry, (key,))
-        if not wrong and fields[key].validator is not None:
-            wrong = _validated(fields[key], section)
-        problems += [_without_source(problem) for problem in wrong]
-        if not wrong:
-            sections[key] = section
-    if "name" not in data:
-        problems.append(Problem((), 'name: is required and missing; add name = "..." at the top'))
-    return sections, problems
-
-
-def _unknown(key: str, fields: Iterable[str]) -> str:
-    if key in DRIVER_KEYS:
-        return "is no option of a run; change it in the file"
-    known = [*fields, *DRIVER_KEYS]
-    return f"unknown key {key!r}{suggestion(key, known) or f'; the keys are: {listed(known)}'}"
-
-
-def _validated(field: Any, value: Any) -> list[Problem]:
-    try:
-        field.validator(None, field, value)
-    except ValueError as error:
-        return [Problem((field.name,), str(error))]
-    return []
-
-
-def _without_source(problem: Problem) -> Problem:
-    """Drop the inner step of DataOptions, which a file does not write."""
-    if problem.path[:2] == ("data", "source"):
-        return Problem(("data", *problem.path[2:]), problem.message)
-    return problem
-
-
-__all__ = ["SINGLE", "Cell", "ExperimentError", "ExperimentFile", "load_experiment"]

@@ -203,7 +203,8 @@ class FlowQuantizer:
         """Take up a saved state. Raises ValueError for a history of another length."""
         if state["history"].shape != self.history.shape:
             raise ValueError(
-                f"the saved history is {len(state['history'])} long, amax_history is {len(self.history)}"
+                f"the saved history is {len(state['history'])} long, amax_history is {len(self.history)}; "
+                "quantize the model with the amax_history of then"
             )
         for key, mine in self.state_dict().items():
             mine.copy_(state[key])

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from altgrad_core.elementwise import bounded, nan_where_, working
+from altgrad_core.format_arguments import check_choice, check_floating, check_pair, check_uniform, given
 from altgrad_core.native import BlockLoops
 from altgrad_core.random_bits import draw_seed, stream_key_tensor, uniform_like
 from altgrad_core.table_rounding import TableRounding
-from altgrad_core.table_rounding import wide as wide
 from altgrad_core.value_table import FEWEST_BITS, MOST_BITS, checked_table
 
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
@@ -35,7 +36,6 @@ NAN_RUNG = -(2**31)
 """The rung of NaN: no format has it, and `from_rung` maps it back to NaN."""
 
 _UNSIGNED = (torch.uint32, torch.uint64)  # more than int32 holds
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Format:
@@ -134,16 +134,16 @@ class Format:
         stochastic rounding without random numbers, or a dtype that cannot hold the format's values.
         """
         self._check_holds(x)
-        _check_choice("rounding", rounding, ROUNDINGS)
-        _check_choice("overflow", overflow, OVERFLOWS)
+        check_choice("rounding", rounding, ROUNDINGS)
+        check_choice("overflow", overflow, OVERFLOWS)
         if rounding != "stochastic" and uniform is not None:
             raise ValueError(f"`uniform` is for rounding='stochastic', not {rounding!r}")
         if rounding == "stochastic" and uniform is None:
-            keys = stream_key_tensor((draw_seed(_given(generator)), 0, 0), x.device)
-            return self._fake_quantize(_working(x), None, rounding, overflow, keys, None).to(x.dtype)
+            keys = stream_key_tensor((draw_seed(given(generator)), 0, 0), x.device)
+            return self._fake_quantize(working(x), None, rounding, overflow, keys, None).to(x.dtype)
         if uniform is not None:
-            _check_uniform(x, uniform, generator)
-        return self._quantize(_working(x), rounding, overflow, uniform).to(x.dtype)
+            check_uniform(x, uniform, generator)
+        return self._quantize(working(x), rounding, overflow, uniform).to(x.dtype)
 
     @torch.no_grad()
     def fake_quantize(
@@ -166,14 +166,14 @@ class Format:
         Raises as `quantize` does.
         """
         self._check_holds(x)
-        _check_choice("rounding", rounding, ROUNDINGS)
-        _check_choice("overflow", overflow, OVERFLOWS)
+        check_choice("rounding", rounding, ROUNDINGS)
+        check_choice("overflow", overflow, OVERFLOWS)
         if (keys is None) == (rounding == "stochastic"):
             raise ValueError(f"stochastic rounding, and no other, takes keys; rounding={rounding!r}")
-        _check_pair("keys", keys, torch.int32)
-        _check_pair("limit", limit, None)
+        check_pair("keys", keys, torch.int32)
+        check_pair("limit", limit, None)
         keys = None if keys is None else keys.contiguous()
-        return self._fake_quantize(_working(x), scale, rounding, overflow, keys, limit).to(x.dtype)
+        return self._fake_quantize(working(x), scale, rounding, overflow, keys, limit).to(x.dtype)
 
     @torch.no_grad()
     def spacing(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Format:
         Raises TypeError and ValueError as `quantize` does.
         """
         self._check_holds(x)
-        return self._spacing(_working(x)).to(x.dtype)
+        return self._spacing(working(x)).to(x.dtype)
 
     @torch.no_grad()
     def rung(self, x: Tensor) -> Tensor:
@@ -193,9 +193,9 @@ class Format:
 
         Beyond the ends it is the end's; NaN gives `NAN_RUNG`. Raises TypeError as `quantize` does.
         """
-        _check_floating(x)
+        check_floating(x)
         nan = x.isnan().to(torch.int32)
-        return self._rung(_working(x)).bitwise_and_(nan - 1).bitwise_or_(nan << 31)
+        return self._rung(working(x)).bitwise_and_(nan - 1).bitwise_or_(nan << 31)
 
     @torch.no_grad()
     def from_rung(self, rungs: Tensor) -> Tensor:
@@ -224,8 +224,8 @@ class Format:
 
         Raises TypeError as `quantize` does; ValueError for a NaN where the format has no code for it.
         """
-        _check_floating(x)
-        return self._encode(_working(x)).to(torch.uint8 if self.bits <= 8 else torch.int16)
+        check_floating(x)
+        return self._encode(working(x)).to(torch.uint8 if self.bits <= 8 else torch.int16)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class Format:
 
     def _check_holds(self, x: Tensor) -> None:
         """Refuse a dtype that cannot hold every value of the format."""
-        _check_floating(x)
+        check_floating(x)
         if x.dtype not in (torch.float32, torch.float64) and not self._held_by(x.dtype):
             raise ValueError(
                 f"{x.dtype} cannot hold every value of {self.name} ({self.smallest:g} to {self.largest:g});"
@@ -326,65 +326,15 @@ class Format:
     def _refuse_nan(self, x: Tensor) -> None:
         """Raise ValueError where x holds a NaN and NaN has no code."""
         if not self.has_nan and bool(x.isnan().any()):
-            raise ValueError(f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN")
+            raise ValueError(
+                f"{self.name} has no code for NaN, and {int(x.isnan().sum())} elements are NaN; replace them "
+                "first, by torch.nan_to_num"
+            )
 
     def _held_by(self, dtype: torch.dtype) -> bool:
         if dtype not in self._held:
             self._held[dtype] = bool((self.values.to(dtype).float() == self.values).all())
         return self._held[dtype]
-
-
-def bounded(values: Tensor, limit: Tensor | None) -> Tensor:
-    """Return the values limited to [limit[0], limit[1]]; NaN stays NaN. None: as they are."""
-    return values if limit is None else torch.minimum(torch.maximum(values, limit[0]), limit[1])
-
-
-def nan_where_(values: Tensor, mask: Tensor) -> Tensor:
-    """Turn float32 values to NaN, in place, where the mask is True, and return them.
-
-    By setting all their bits, which takes a CPU a tenth of the time of `masked_fill_`.
-    """
-    values.view(torch.int32).bitwise_or_(mask.to(torch.int32).neg_())
-    return values
-
-
-def _working(x: Tensor) -> Tensor:
-    """Return x as float32, or float64 if it is that, without its graph and not as a negative view."""
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().resolve_neg()
-
-
-def _given(generator: torch.Generator | None) -> torch.Generator:
-    if generator is None:
-        raise ValueError(
-            "stochastic rounding needs a torch.Generator: quantize(x, 'stochastic', generator=...)"
-        )
-    return generator
-
-
-def _check_uniform(x: Tensor, uniform: Tensor, generator: torch.Generator | None) -> None:
-    if generator is not None:
-        raise ValueError("stochastic rounding takes `generator` or `uniform`, not both")
-    if uniform.shape != x.shape or uniform.dtype != torch.float32:
-        raise ValueError(
-            f"uniform is {uniform.dtype} of shape {tuple(uniform.shape)};"
-            f" expected torch.float32 of x's shape {tuple(x.shape)}"
-        )
-
-
-def _check_pair(name: str, given: Tensor | None, dtype: torch.dtype | None) -> None:
-    if given is not None and (given.shape != (2,) or (dtype and given.dtype != dtype)):
-        expected = f"{dtype} of shape (2,)" if dtype else "shape (2,)"
-        raise ValueError(f"`{name}` is {given.dtype} of shape {tuple(given.shape)}; expected {expected}")
-
-
-def _check_floating(x: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, not {x.dtype}")
-
-
-def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ValueError(f"{option}={given!r} is not one of {', '.join(map(repr, choices))}")
 
 
 torch.serialization.add_safe_globals([Format])

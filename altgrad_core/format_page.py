@@ -113,8 +113,6 @@ def page(name: str, registry: Registry) -> Page | Unquantised:
         raise UsageError(f"{error}{_way_out(name, registry)}") from error
     except PluginError as error:
         raise UsageError(str(error)) from error
-    except TypeError as error:  # what is built is no Format
-        raise UsageError(f"{error} ({registry.find('format', plugin).owner})") from error
     if format is None:
         return Unquantised()
     entry = registry.find("format", plugin)

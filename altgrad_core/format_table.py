@@ -16,7 +16,7 @@ import rich.table
 
 from altgrad_core.format_facts import FormatFacts, exact, facts, same_grid
 from altgrad_core.lookup import get_format
-from altgrad_core.options import written
+from altgrad_core.options import fixed_default, written
 from altgrad_core.registry import Registered, Registry, listed
 
 LEAVE_ALONE = (
@@ -161,7 +161,7 @@ def owner(entry: Registered) -> dict[str, str]:
 
 
 def _option(field: Any) -> dict[str, Any]:
-    required, default = field.default is attrs.NOTHING, _default(field)
+    required, default = field.default is attrs.NOTHING, fixed_default(field)
     shown = None if default is None else written(default)
     return {
         "name": field.name,
@@ -172,10 +172,5 @@ def _option(field: Any) -> dict[str, Any]:
 
 
 def _signature(field: Any) -> str:
-    default = _default(field)
+    default = fixed_default(field)
     return str(field.name) if default is None else f"{field.name} = {written(default)}"
-
-
-def _default(field: Any) -> Any:
-    """Return a default as it stands in the class; None where there is none, or it has to be made."""
-    return None if field.default is attrs.NOTHING or hasattr(field.default, "factory") else field.default

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from altgrad_core import rules
-from altgrad_core.options import FieldError, FormatChoice, Path, written
+from altgrad_core.options import FieldError, FormatChoice, Path, default_of, written
 from altgrad_core.quantize_options import ScaleOptions
 from altgrad_core.registry import listed
 
@@ -135,8 +135,8 @@ def without_effect(quantize: QuantizeOptions, plan: Collection[rules.LayerPlan])
         if table == "format" and used:
             idle |= _idle_roundings({layer.storage for layer in used})
         for name, reason in idle.items():
-            fields = attrs.fields_dict(type(options))
-            if name in fields and getattr(options, name) != fields[name].default:
+            field = attrs.fields_dict(type(options)).get(name)
+            if field is not None and getattr(options, name) != default_of(field, options):
                 yield f"{prefix}{name} = {written(getattr(options, name))}", reason
 
 
@@ -153,8 +153,8 @@ def _idle_roundings(storages: Collection[str]) -> Mapping[str, str]:
 def _idle_scales(options: Any, choices: Collection[FormatChoice]) -> Iterator[tuple[str, str]]:
     if options.granularity != "block":
         yield "block", 'granularity is not "block"'
-    if options.mode != "delayed":
-        yield "amax_history", f'scale_mode is "{options.mode}"'
+    if options.scale_mode != "delayed":
+        yield "amax_history", f'scale_mode is "{options.scale_mode}"'
     if not any(is_scaled(options, choice) for choice in choices):
         names = listed(dict.fromkeys(map(_shown, choices)))
         reason = 'granularity is "none"' if options.granularity == "none" else f"the scale of {names} is 1"

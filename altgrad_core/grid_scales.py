@@ -173,7 +173,10 @@ class GridScales:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for key, mine in self.state_dict().items():
             if state[key].shape != mine.shape:
-                raise ValueError(f"the saved scales are of {len(state[key])} weights, these are {len(mine)}")
+                raise ValueError(
+                    f"the saved scales are of {len(state[key])} weights, these are {len(mine)}; quantize the "
+                    "model as it was when they were saved"
+                )
             mine.copy_(state[key])
         self._write()
 

@@ -20,7 +20,8 @@ import attrs
 
 from altgrad_core import live_table, locks, workers
 from altgrad_core.cells import EXPECTED, run_one
-from altgrad_core.experiment_file import DEVICES, Cell, ExperimentFile
+from altgrad_core.experiment import Cell
+from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.hookspecs import CellResult, Executor, NoOptions
 from altgrad_core.record import LOCK, RESOLVED, SUMMARY, BusyError, differences, read_json
 from altgrad_core.registry import PluginError, Registered, UsageError, discover
@@ -89,7 +90,8 @@ def run_cell(request: Request, name: str) -> CellResult:
         return CellResult(cell=name, outcome="failed", message=str(error))
     except Exception:  # noqa: BLE001 - a bug prints with its traceback; the other cells go on
         return CellResult(cell=name, outcome="failed", message=traceback.format_exc())
-    return CellResult(cell=name, outcome=result.outcome, message=result.summary.get("message", ""))
+    outcome = result.asked or result.outcome  # a signal that came as the cell was ending ends the grid
+    return CellResult(cell=name, outcome=outcome, message=result.summary.get("message", ""))
 
 
 def _file(request: Request) -> ExperimentFile:
@@ -192,9 +194,8 @@ def _executed(request: Request, file: ExperimentFile, names: Sequence[str], jobs
         except Exception as error:
             if is_local(file):
                 raise
-            owner = _executor(file).owner
             raise PluginError(
-                f"executor {file.executor.plugin!r} of {owner}: run raised {type(error).__name__}: {error}"
+                f"{_executor(file).title}: run raised {type(error).__name__}: {error}"
             ) from error
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
@@ -23,6 +22,22 @@ _A_MOMENT = 0.05
 
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+def answered(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code, or that of the signal which has ended it."""
+    try:
+        with unwinding():
+            return command()
+    except KeyboardInterrupt:
+        return _ended("interrupted", 130)
+    except Terminated:
+        return _ended("terminated", 143)
+
+
+def _ended(outcome: str, code: int) -> int:
+    print(f"{outcome}; a run goes on from its newest checkpoint, if it has one", file=sys.stderr)
+    return code
 
 
 @contextlib.contextmanager
@@ -64,6 +79,32 @@ def unwinding() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Have SIGINT and SIGTERM wait for the end of the block, whoever answers them.
+
+    For calls into libraries that take what a handler raises for an error of their own.
+    """
+    waiting: list[int] = []
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    try:
+        before = {number: signal.signal(number, lambda one, _: waiting.append(one)) for number in numbers}
+    except ValueError:  # not the main thread: handlers do not run here
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for one in waiting:
+            signal.raise_signal(one)
+
+
 def _imports(frame: FrameType | None) -> int:
     """Return how many frames of the import system stand on the stack that ends in `frame`."""
-    return sum(one.f_code.co_filename == _IMPORT_SYSTEM for one, _ in traceback.walk_stack(frame))
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == _IMPORT_SYSTEM
+        frame = frame.f_back
+    return count

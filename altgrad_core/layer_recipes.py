@@ -55,6 +55,7 @@ def shared_with_others(model: nn.Module, linears: dict[str, nn.Module]) -> set[i
 
 
 def weight_recipe(format: Any, options: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe of weights in a format, whichever way it is named; None for FP32 and none."""
     found = format_or_none(format)
     return None if found is None else recipe_of(found, options)
 
@@ -62,6 +63,7 @@ def weight_recipe(format: Any, options: Mapping[str, Any]) -> Recipe | None:
 def chosen_by_format(
     linears: Mapping[str, nn.Module], layer: LayerRecipes, shared: set[int]
 ) -> dict[str, LayerRecipes]:
+    """Give every Linear the same recipes; those whose weight (its id) is `shared` with an embedding none."""
     if layer.empty:
         return {}
     return {name: layer for name, module in linears.items() if id(module.weight) not in shared}
@@ -74,6 +76,12 @@ def chosen_by_rules(
     options: Mapping[str, Any],
     flows: LayerRecipes,
 ) -> dict[str, LayerRecipes]:
+    """Give each Linear what the first rule that matches its name says; what none matches gets nothing.
+
+    options: of the weights' recipes. flows: the recipes that a rule without its own leaves to all.
+
+    Raises ValueError for a rule that matches no Linear, or has no format.
+    """
     for rule in rules:
         if not any(rule.matches(name) for name in linears):
             raise ValueError(f"the rule {rule.layers!r} matches no Linear; there are: {', '.join(linears)}")

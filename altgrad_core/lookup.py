@@ -73,19 +73,25 @@ def _choice(spec: Any, cls: type[Choice], registry: Registry) -> Any:
 def _built_format(choice: FormatChoice, registry: Registry) -> Format:
     built = choice.build(registry)
     if not isinstance(built, Format):
-        raise TypeError(
-            f"the format {choice.plugin!r} is no Format but {type(built).__name__}: mend its plugin"
+        raise PluginError(
+            f"{choice.title(registry)} is no Format but {type(built).__name__}: mend its plugin"
         )
-    _refuse_another_shape(built, registry.find(choice.kind, choice.plugin).owner)
+    try:
+        _round_something(built)
+    except Exception as error:
+        raise PluginError(
+            f"{choice.title(registry)} cannot round: {type(error).__name__}: {error}"
+        ) from error
     return built
 
 
-def _refuse_another_shape(format: Format, owner: str) -> None:
-    """Raise PluginError where a format's own arithmetic returns another shape: see it before it trains."""
-    given = torch.tensor([[format.smallest, -format.largest, 0.0]], dtype=torch.float32, device="cpu")
+def _round_something(format: Format) -> None:
+    """Raise where a format's own arithmetic fails, or returns another shape: see it before it trains."""
+    one, other = format.smallest, format.largest
+    given = torch.tensor([[one, -other, 0.0], [-one, other, 0.0]], dtype=torch.float32, device="cpu")
     found = format.fake_quantize(given)
-    if found.shape != given.shape:
-        raise PluginError(
-            f"the format {format.name!r} of {owner} returns the shape {tuple(found.shape)} for "
-            f"{tuple(given.shape)}: rounding keeps the shape"
+    if (found.shape, found.dtype) != (given.shape, given.dtype):
+        raise ValueError(
+            f"it returns the shape {tuple(found.shape)} and {found.dtype} for {tuple(given.shape)} and "
+            f"{given.dtype}: rounding keeps both"
         )

@@ -18,14 +18,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from altgrad_core import checkpoint
+from altgrad_core import checkpoint, run_checkpoint
 from altgrad_core.deciding import decision, skips_update
 from altgrad_core.forward import autocast, micro_batches
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, Stop
 from altgrad_core.measuring import ends_epoch, evaluate, last_evaluation, log, log_epoch
-from altgrad_core.run_state import Run, Watched
+from altgrad_core.run_state import Run
 from altgrad_core.step_seen import keep_scales, watch
 from altgrad_core.surgery import held_weights, quantizer_of
+from altgrad_core.watched import Watched
 from altgrad_core.watching import call_each, due_monitors, observe_after, observe_skipped
 
 
@@ -36,14 +37,14 @@ def train(run: Run) -> str:
         call_each(run, "start", run)
         if run.step == 0:
             log(run, *_evaluated(run))
-        run.interval.resume()
         while run.step < run.experiment.steps and run.outcome == "running":
+            run.interval.begin_step()
             _one_step(run)
             run.terminal.advance(run.step)
             last = run.step == run.experiment.steps or run.outcome != "running"
             evaluated = _due(options.eval_every, run.step) or run.step == run.experiment.steps
             logged = evaluated or last or _due(options.log_every, run.step)
-            _pause(run, settled=logged or ends_epoch(run))
+            _end_step(run, settled=logged or ends_epoch(run))
             if logged:
                 log(run, *(_evaluated(run) if evaluated else ({}, {})))
             elif ends_epoch(run):
@@ -52,10 +53,10 @@ def train(run: Run) -> str:
                 run.outcome = asked[0]
             if last or run.outcome != "running" or _due(options.checkpoint_every, run.step):
                 _checkpoint(run)
-            run.interval.resume()
         if run.outcome == "running":
             run.outcome = "finished"
         call_each(run, "end", run, run.outcome)
+        run.asked = asked[0] if asked else ""
     return run.outcome
 
 
@@ -73,11 +74,11 @@ def _evaluated(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     return metrics
 
 
-def _pause(run: Run, *, settled: bool) -> None:
-    """Stop the interval's clock; settled: only once the device has done what it was asked."""
+def _end_step(run: Run, *, settled: bool) -> None:
+    """Stop the step's clock; settled: only once the device has done what it was asked."""
     if settled and run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
-    run.interval.pause()
+    run.interval.end_step()
 
 
 def _due(every: int, step: int) -> bool:
@@ -130,7 +131,11 @@ def _forward_backward(run: Run) -> Tensor:
 def _update(run: Run, due: list[Watched], loss: Tensor) -> None:
     """The optimizer's step and the storage's rounding, then the monitors that are due."""
     before = watch(run, due)
-    run.optimizer.step()
+    try:
+        run.optimizer.step()
+    except Exception as error:
+        error.add_note(f"in a step of {run.experiment.optimizer.title(run.registry)}")
+        raise
     run.step += 1
     observe_after(run, due, loss, before)
 
@@ -155,7 +160,7 @@ def _checkpoint(run: Run) -> None:
     run.folder.event(
         run.step, "checkpoint", "a checkpoint of this step", checkpoint=checkpoint.step_name(run.step)
     )
-    run.save()
+    run_checkpoint.save(run)
 
 
 # --- the process around the loop ---------------------------------------------------------------------
@@ -179,7 +184,7 @@ def _seeded(run: Run) -> Iterator[None]:
 def _signals(run: Run) -> Iterator[list[str]]:
     """Collect SIGINT and SIGTERM, so that the step can finish; a second SIGINT ends at once.
 
-    A process that is stopped and goes on (SIGCONT) counts its time from there: no pause is in a throughput.
+    How long a step takes in which the process is stopped is not known: it is left out of all times.
     """
     asked: list[str] = []
 
@@ -192,8 +197,9 @@ def _signals(run: Run) -> Iterator[list[str]]:
         asked.append("terminated")
 
     def go_on(_: int, frame: FrameType | None) -> None:
-        if run.interval.since is not None:
-            run.interval.resume()  # without what the step had taken before the pause
+        run.interval.lose_time()
+        for watched in run.monitors:
+            watched.seconds = math.nan
 
     handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGCONT: go_on}
     try:

@@ -40,6 +40,22 @@ def option(
     return attrs.field(default=default, validator=validator, metadata=metadata)
 
 
+def fixed_default(field: attrs.Attribute[Any]) -> Any:
+    """Return the default of an option; None where it has none, or one that follows from other options."""
+    default: Any = field.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return None if default.takes_self else default.factory()
+    return None if default is attrs.NOTHING else default
+
+
+def default_of(field: attrs.Attribute[Any], options: Any) -> Any:
+    """Return the default of an option beside the others of `options`, which it may follow from."""
+    default: Any = field.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return default.factory(options) if default.takes_self else default.factory()
+    return default
+
+
 def plain(options: Any) -> Any:
     """Return options as TOML-like values: tables, lists, text, numbers, bools."""
     if isinstance(options, Choice):
@@ -85,6 +101,10 @@ class Choice:
         """Return what the component's target builds from the options."""
         found = registry.find(self.kind, self.plugin)
         return found.build(found.component.options() if self.options is None else self.options, *inputs)
+
+    def title(self, registry: Registry) -> str:
+        """Return what errors call the component."""
+        return registry.find(self.kind, self.plugin).title
 
     def plain(self) -> Any:
         """Return the choice as an experiment file would write it, with every default filled in."""

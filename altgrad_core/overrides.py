@@ -16,12 +16,10 @@ from typing import Any
 import attrs
 import tomli
 
+from altgrad_core.experiment import DATA_KEYS
 from altgrad_core.options import Path
 from altgrad_core.registry import UsageError, shown
 from altgrad_core.structuring import Problem
-
-CORE_DATA_KEYS = ("tokenizer",)
-"""Keys of [data] that are the core's own, and survive a change of the plugin."""
 
 DEEPEST = 20
 """Tables and lists inside of one another that an experiment may have; real ones have four."""
@@ -46,15 +44,15 @@ class Override:
     origin: Origin
 
 
-def _copied(tables: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy(tables)
-
-
 @attrs.define
 class Tree:
-    """An experiment's raw tables, its own copy of them, and the origins of the paths that were overridden."""
+    """An experiment's raw tables, and the origins of the paths that were overridden.
 
-    data: dict[str, Any] = attrs.field(converter=_copied)
+    Tables are shared with other trees and with whom they come from, and never changed: an override puts a
+    copy of those on its way in their places.
+    """
+
+    data: dict[str, Any]
     origins: dict[Path, Origin] = attrs.field(factory=dict)
     problems: list[Problem] = attrs.field(factory=list)
 
@@ -75,16 +73,19 @@ class Tree:
 
     def _put(self, override: Override) -> None:
         path: Path = ()
-        table: Any = self.data
+        table: Any = {**self.data}
+        self.data = table
         for step in override.path[:-1]:
             path = (*path, _own(step, table))
             if isinstance(table, dict) and path[-1] not in table:
                 table[path[-1]] = {}
                 self.origins[path] = override.origin
-            table = _entered(table, path[-1])
-            if table is None:
+            inner = _entered(table, path[-1])
+            if inner is None:
                 self._refuse(override, f"{spelled(path)} is no table or list element of the file")
                 return
+            table[path[-1]] = copy.copy(inner)
+            table = table[path[-1]]
         last = _own(override.path[-1], table)
         if isinstance(table, list) and not (isinstance(last, int) and last < len(table)):
             self._refuse(override, f"the list has {len(table)} elements, counted from 0")
@@ -93,11 +94,11 @@ class Tree:
             self._drop_options(path, table, override.origin)
         self._forget((*path, last))
         self.origins[(*path, last)] = override.origin
-        table[last] = copy.deepcopy(override.value)
+        table[last] = override.value
 
     def _drop_options(self, path: Path, table: dict[str, Any], origin: Origin) -> None:
         """Empty the table of a plugin that is replaced, but for the core's own keys in [data]."""
-        kept = [key for key in CORE_DATA_KEYS if path == ("data",) and key in table]
+        kept = [key for key in DATA_KEYS if path == ("data",) and key in table]
         origins = {(*path, key): self.origin((*path, key)) for key in kept}
         values = {key: table[key] for key in kept}
         self._forget(path)

@@ -9,14 +9,17 @@ import functools
 import re
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 NAMES = ("transformer.h.11.attn.c_attn.weight", "transformer.h.11.mlp.c_proj", "lm_head")
-"""What a pattern is tried on before it is matched with every name of a model; they are nanoGPT's longest."""
+"""What a pattern is tried on before a model is known; they are nanoGPT's longest."""
 
 _PATIENCE = 0.05
 """Seconds of processor time for a try; what is not catastrophic takes microseconds."""
+
+_PATIENCE_PER_NAME = 5e-5
+"""Seconds of processor time more for every name; one takes some two of 1e-6."""
 
 
 @functools.lru_cache
@@ -25,23 +28,39 @@ def problem(pattern: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # of what Python may come to read in another way
-            compiled = re.compile(pattern)
+            re.compile(pattern)
     except FutureWarning as error:
         return f"is ambiguous: {error}; put a backslash before what stands for itself"
     except (re.error, OverflowError, RecursionError) as error:
         return f"is no regular expression: {error}"
-    for name in NAMES:
-        if not all(_ends_soon(functools.partial(how, name)) for how in (compiled.fullmatch, compiled.search)):
-            return f"takes too long to match {name!r}; do not repeat what is repeated, as '(.*)*' does"
-    return None
+    return endless(pattern, NAMES)
+
+
+def endless(pattern: str, names: Collection[str]) -> str | None:
+    """Return that a pattern takes too long to match one of these names, and which; None: it does not.
+
+    Assumed not to outside of the main thread, which alone has timers.
+    """
+    compiled = re.compile(pattern)
+    reached = ""
+
+    def match_all() -> None:
+        nonlocal reached
+        for reached in names:
+            compiled.fullmatch(reached)
+            compiled.search(reached)
+
+    if _ends_within(_PATIENCE + _PATIENCE_PER_NAME * len(names), match_all):
+        return None
+    return f"takes too long to match {reached!r}; do not repeat what is repeated, as '(.*)*' does"
 
 
 class _TooLongError(Exception):
     """The patience is over."""
 
 
-def _ends_soon(call: Callable[[], object]) -> bool:
-    """Whether a call ends within the patience; assumed outside of the main thread, which alone has timers."""
+def _ends_within(seconds: float, call: Callable[[], object]) -> bool:
+    """Whether a call ends within so much processor time; outside of the main thread it is not called."""
 
     def stop(_: int, frame: Any) -> None:
         raise _TooLongError
@@ -51,7 +70,7 @@ def _ends_soon(call: Callable[[], object]) -> bool:
     except ValueError:
         return True
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, _PATIENCE)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         call()
     except _TooLongError:
         return False

@@ -7,17 +7,30 @@ told all of them at once; `altgrad_core.recipe` refuses the same combinations in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
 
 import attrs
 
 from altgrad_core.options import FieldError, FormatChoice, above, at_least, between, option, regexes
+from altgrad_core.partial import known
 
 UNQUANTISED = FormatChoice("FP32")
 
-_WEIGHT_MODES = {"grid": ("adaptive", "initial", "static"), "master": ("current", "initial", "static")}
-"""Storage to the scale modes that go with it, the default first."""
+_WeightMode: TypeAlias = Literal["adaptive", "current", "initial", "static"]
+
+_WEIGHT_MODES: Mapping[str, tuple[_WeightMode, ...]] = {
+    "grid": ("adaptive", "initial", "static"),
+    "master": ("current", "initial", "static"),
+}
+"""Storage to the scale modes that go with it, the default first: how a scale follows its weight there."""
+
+ON_GRID: Mapping[str, tuple[tuple[object, ...], str, str]] = {
+    "granularity": (("none", "tensor"), "keeps one scale per weight", '"tensor"'),
+    "scale_rule": (("fit",), "keeps scales that are fitted powers of two", '"fit"'),
+    "clip_gradient": ((False,), "uses the weights as they are, so that none saturates", "false"),
+}
+"""Option to its values that go with grid storage, why no other does, and the value to use."""
 
 _LONGEST_HISTORY = 65536
 """Steps; every flow of every layer keeps one number for each."""
@@ -68,9 +81,11 @@ class _FlowOptions(ScaleOptions):
     format: FormatChoice = option(
         "a name, or {exponent_bits, mantissa_bits, bias, specials}", default=UNQUANTISED
     )
-    scale_mode: Literal["delayed", "current", "static"] | None = option(
+    scale_mode: Literal["delayed", "current", "static"] = option(
         "amax of the last steps, of this tensor, or given; default: delayed, current for channel and block",
-        default=None,
+        default=attrs.Factory(
+            lambda table: "delayed" if table.granularity == "tensor" else "current", takes_self=True
+        ),
     )
     amax_history: int = option(
         "how many steps' amax the delayed scale looks back on",
@@ -79,13 +94,9 @@ class _FlowOptions(ScaleOptions):
         validator=between(1, _LONGEST_HISTORY),
     )
 
-    @property
-    def mode(self) -> str:
-        return self.scale_mode or ("delayed" if self.granularity == "tensor" else "current")
-
     def conflicts(self) -> Iterator[FieldError]:
         """Yield what contradicts what within the table."""
-        return self._conflicts(self.mode)
+        return self._conflicts(self.scale_mode)
 
 
 @attrs.frozen(kw_only=True)
@@ -114,6 +125,11 @@ class RuleOptions:
     layers: str = option("regex over full module paths", validator=regexes)
     format: FormatChoice | None = option("weights' format; default: that of [quantize]", default=None)
     storage: Literal["master", "grid"] | None = option("where the weights live", default=None)
+    of_format: FormatChoice | None = option(
+        "format whose geometry the weights take under quantize.format = FP32; default: the of_format of the "
+        "optimizer's stiffness",
+        default=None,
+    )
     activations: FormatChoice | None = option(
         "inputs' format; default: that of [quantize.activations]", default=None
     )
@@ -151,10 +167,10 @@ class QuantizeOptions(ScaleOptions):
         default=0.0,
         validator=at_least(0),
     )
-    scale_mode: Literal["adaptive", "current", "initial", "static"] | None = option(
+    scale_mode: _WeightMode = option(
         "when the scale moves; grid: adaptive (default), initial or static; master: current (default), "
-        "initial or static",
-        default=None,
+        "initial or static; where a rule names the other storage, its own default stands for this one's",
+        default=attrs.Factory(lambda table: _WEIGHT_MODES[table.storage][0], takes_self=True),
     )
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
         "rounding of Q(w) in the forward pass (master)", default="nearest_even"
@@ -164,66 +180,70 @@ class QuantizeOptions(ScaleOptions):
     gradients: GradientOptions = option("the Linears' output gradients", default=GradientOptions())
     rule: tuple[RuleOptions, ...] = option("exceptions; the first match wins", default=())
 
-    @property
-    def mode(self) -> str:
-        return self.scale_mode or _WEIGHT_MODES[self.storage][0]
-
-    @property
-    def grid_mode(self) -> str:
-        """The scale mode of the weights that live on the grid, by this table or by a rule."""
-        return self.scale_mode or _WEIGHT_MODES["grid"][0]
+    def mode_in(self, storage: str) -> _WeightMode:
+        """Return the scale mode of the weights that live there, by this table or by a rule."""
+        modes = _WEIGHT_MODES[storage]
+        return self.scale_mode if self.scale_mode in modes else modes[0]
 
     def conflicts(self) -> Iterator[FieldError]:
         """Yield what contradicts what within the table, with paths below it."""
-        if self.mode not in _WEIGHT_MODES[self.storage]:
+        return known(
+            self._storage_conflicts(),
+            self._residual_conflicts(),
+            self._geometry_conflicts(),
+            self._conflicts(self.scale_mode),
+            *(self._off_the_grid(name) for name in ON_GRID),
+            *(self._flow_conflicts(name) for name in ("activations", "gradients")),
+        )
+
+    def _storage_conflicts(self) -> Iterator[FieldError]:
+        if self.scale_mode not in _WEIGHT_MODES[self.storage]:
             yield FieldError(
                 "scale_mode",
-                f'"{self.mode}" does not go with storage = "{self.storage}"; leave it out, or use "initial"',
+                f'"{self.scale_mode}" does not go with storage = "{self.storage}"; leave it out, or use '
+                '"initial"',
             )
+
+    def _residual_conflicts(self) -> Iterator[FieldError]:
         if self.residual_format != "same" and self.storage_rounding != "error_feedback":
             yield FieldError(
                 "residual_format",
                 f'goes with storage_rounding = "error_feedback", not "{self.storage_rounding}"; set that, or '
                 "leave it out",
             )
-        yield from self._conflicts(self.mode)
-        yield from self._off_the_grid()
-        for name in ("activations", "gradients"):
-            for problem in getattr(self, name).conflicts():
-                yield FieldError((name, *problem.path), str(problem))
 
-    def _off_the_grid(self) -> Iterator[FieldError]:
-        """Yield what grid storage cannot do, at the option, or at the rule that asks for the grid."""
-        needs = {
-            "granularity": (("none", "tensor"), "keeps one scale per weight", '"tensor"'),
-            "scale_rule": (("fit",), "keeps scales that are fitted powers of two", '"fit"'),
-            "clip_gradient": ((False,), "uses the weights as they are, so that none saturates", "false"),
-        }
-        for name, (allowed, reason, way_out) in needs.items():
-            value = getattr(self, name)
-            if value in allowed:
-                continue
-            given = "true" if value is True else f'"{value}"'
-            if self.storage == "grid":
+    def _geometry_conflicts(self) -> Iterator[FieldError]:
+        for index, rule in enumerate(self.rule):
+            if rule.of_format is not None and not (rule.format is None and self.format.unquantised):
                 yield FieldError(
-                    name,
-                    f'{given} does not go with storage = "grid", which {reason}; use {way_out}, '
-                    'or storage = "master"',
+                    ("rule", index, "of_format"),
+                    'is the geometry of weights that take quantize.format = "FP32"; leave it out',
                 )
-                continue
-            for index in self._rules_onto_the_grid():
-                yield FieldError(
-                    ("rule", index, "storage"),
-                    f'"grid" {reason}, and quantize.{name} is {given}; use {name} = {way_out}, '
-                    'or storage = "master"',
-                )
-        if self.storage == "master" and self.scale_mode == "current":
-            for index in self._rules_onto_the_grid():
-                yield FieldError(
-                    ("rule", index, "storage"),
-                    '"grid" keeps scales that do not follow at once, and quantize.scale_mode is "current"; '
-                    'leave scale_mode out, or use "initial"',
-                )
+
+    def _flow_conflicts(self, name: str) -> Iterator[FieldError]:
+        for problem in getattr(self, name).conflicts():
+            yield FieldError((name, *problem.path), str(problem))
+
+    def _off_the_grid(self, name: str) -> Iterator[FieldError]:
+        """Yield that grid storage cannot do an option, there, or at the rule that asks for the grid."""
+        allowed, reason, way_out = ON_GRID[name]
+        value = getattr(self, name)
+        if value in allowed:
+            return
+        given = "true" if value is True else f'"{value}"'
+        if self.storage == "grid":
+            yield FieldError(
+                name,
+                f'{given} does not go with storage = "grid", which {reason}; use {way_out}, '
+                'or storage = "master"',
+            )
+            return
+        for index in self._rules_onto_the_grid():
+            yield FieldError(
+                ("rule", index, "storage"),
+                f'"grid" {reason}, and quantize.{name} is {given}; use {name} = {way_out}, '
+                'or storage = "master"',
+            )
 
     def _rules_onto_the_grid(self) -> Iterator[int]:
         for index, rule in enumerate(self.rule):

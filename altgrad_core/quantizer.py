@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from altgrad_core.range_counts import RangeCounts
 
 _ATTRIBUTE = "_altgrad_quantizer"
+_RANGES = "_altgrad_ranges"
 _STORAGES = ("master", "grid", None)
 
 
@@ -38,7 +39,6 @@ class WeightQuantizer:
             format that a rule names): it is quantised in the forward pass alone.
         unfitted: True where the scale has come from `meta`, without a value: the next use fits it.
         transposed: whether the weight is (in, out): channels and blocks run along the inputs in any case.
-        ranges: what counts overflow and underflow of the weight that is held; None: nobody, as in a copy.
         adjustment: a power of two that multiplies whatever scale the recipe's rule finds; see `adjust`.
 
     Raises ValueError on a storage that is none, and on recipes that are not for weights: a forward pass
@@ -67,7 +67,6 @@ class WeightQuantizer:
         self.scale = torch.ones((), dtype=torch.float32, device="cpu")
         self.held: Tensor | None = None
         self.unfitted = False
-        self.ranges: RangeCounts | None = None
         self.adjustment = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,9 +157,10 @@ class WeightQuantizer:
         counts: whether they are a step's, whose overflow is counted where somebody asks for it.
         """
         self.held = self.recipe.quantize(weight, self.scale)
-        if counts and self.ranges is not None:
-            self.ranges.begin(self.format, self.recipe.rounding)
-            self.ranges.add(weight, self.held, self.scale)
+        ranges = ranges_of(weight) if counts else None
+        if ranges is not None:
+            ranges.begin(self.format, self.recipe.rounding)
+            ranges.add(weight, self.held, self.scale)
 
     def refit(self, weight: Tensor) -> None:
         """Let the scale follow the weight."""
@@ -215,3 +215,13 @@ def refit(pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
 def quantizer_of(weight: Tensor) -> WeightQuantizer | None:
     """Return the quantiser of a Parameter, None where it is not quantised."""
     return getattr(weight, _ATTRIBUTE, None)
+
+
+def ranges_of(weight: Tensor) -> RangeCounts | None:
+    """Return what counts a Parameter's overflow in forward passes; None: nobody, as of a copy."""
+    return getattr(weight, _RANGES, None)
+
+
+def count_ranges(weight: Tensor, counts: RangeCounts | None) -> None:
+    """Have a Parameter's overflow in forward passes counted there, whatever quantises it; None: no more."""
+    setattr(weight, _RANGES, counts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import scaling
+from altgrad_core.elementwise import wide
 from altgrad_core.format import OVERFLOWS, ROUNDINGS, Format
 from altgrad_core.lookup import format_or_none, get_format
 from altgrad_core.options import FormatChoice
@@ -157,7 +158,7 @@ class Recipe:
         """
         if not self.clip_gradient:
             return None
-        x = x if x.dtype == torch.float64 else x.float()
+        x = wide(x)
         rounded = self.format.fake_quantize(x, scale, self.rounding, "ieee", keys=keys)
         if self.rounding not in _INWARD:
             return torch.isfinite(rounded) | x.isnan()
@@ -221,6 +222,6 @@ def recipe_from(
     own = {
         "format": format,
         "block_scale": format_or_none(options.block_scale, registry),
-        "scale_mode": "current" if options.mode == "adaptive" else options.mode,
+        "scale_mode": "current" if options.scale_mode == "adaptive" else options.scale_mode,
     }
     return Recipe(**{**fields, **own})

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +23,11 @@ from typing import IO, Any
 import attrs
 
 from altgrad_core import locks
-from altgrad_core.durable import write_whole
-from altgrad_core.experiment import Experiment
-from altgrad_core.experiment_file import Cell, ExperimentFile
+from altgrad_core.durable import WriteError, write_whole
+from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.experiment_file import ExperimentFile
 from altgrad_core.options import Choice, FormatChoice
-from altgrad_core.registry import CORE_DISTRIBUTION, Registry, UsageError
+from altgrad_core.registry import CORE_DISTRIBUTION, Registered, Registry, UsageError
 
 METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "metrics.jsonl",
@@ -42,10 +43,6 @@ class BusyError(UsageError):
     """Another process is running this cell."""
 
 
-class WriteError(RuntimeError):
-    """The disk refuses: full, read-only or gone; the run ends."""
-
-
 class RunFolder:
     """One cell's folder, locked, with its growing files."""
 
@@ -56,11 +53,21 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+")
             self._take_lock()
+            self._try_what_is_there()
         except OSError as error:
+            place, reason = error.filename or path, error.strerror
             raise UsageError(
-                f"{path}: cannot be written: {error.strerror}; choose another folder with --out"
+                f"{place}: cannot be written: {reason}; choose another folder with --out"
             ) from error
         self._files: dict[str, IO[str]] = {}
+
+    def _try_what_is_there(self) -> None:
+        """Raise OSError where a file that is to grow, or the folder of checkpoints, cannot be written."""
+        for name in (METRICS, EVENTS, LOG, EXPERIMENT, RESOLVED, SUMMARY):
+            if os.path.lexists(self.path / name):
+                (self.path / name).open("a").close()
+        if os.path.lexists(self.checkpoints):
+            tempfile.TemporaryFile(dir=self.checkpoints).close()
 
     def _take_lock(self) -> None:
         try:
@@ -244,13 +251,18 @@ def _versions(file: ExperimentFile) -> dict[str, str]:
 
 def versions_in_use(experiment: Experiment, registry: Registry) -> dict[str, str]:
     """Return the versions of the core and of the distributions whose components an experiment names."""
-    named = [
+    core = importlib.metadata.version(CORE_DISTRIBUTION)
+    used = components_in_use(experiment, registry)
+    return {CORE_DISTRIBUTION: core, **{entry.distribution: entry.version for entry in used}}
+
+
+def components_in_use(experiment: Experiment, registry: Registry) -> list[Registered]:
+    """Return the components that an experiment names, one twice where it does."""
+    return [
         registry.find(choice.kind, choice.plugin)
         for choice in _choices(experiment)
         if not (isinstance(choice, FormatChoice) and choice.unquantised)
     ]
-    core = importlib.metadata.version(CORE_DISTRIBUTION)
-    return {CORE_DISTRIBUTION: core, **{entry.distribution: entry.version for entry in named}}
 
 
 def _choices(options: Any) -> Iterator[Choice]:

@@ -73,6 +73,11 @@ class Registered:
     def owner(self) -> str:
         return f"{self.distribution} {self.version}"
 
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return f"{self.kind} {self.name!r} of {self.owner}"
+
     def load(self) -> Any:
         """Import and return the component's target. Raises PluginError naming the owner."""
         module, _, attribute = self.component.target.partition(":")
@@ -80,8 +85,7 @@ class Registered:
             return getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{self.kind} {self.name!r} of {self.owner}: its target {self.component.target!r} "
-                f"cannot be loaded: {_described(error)}"
+                f"{self.title}: its target {self.component.target!r} cannot be loaded: {_described(error)}"
             ) from error
 
     def build(self, options: Any, *inputs: Any) -> Any:
@@ -98,9 +102,7 @@ class Registered:
         except passing:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"{self.kind} {self.name!r} of {self.owner} cannot be built: {_described(error)}"
-            ) from error
+            raise PluginError(f"{self.title} cannot be built: {_described(error)}") from error
 
 
 @attrs.frozen(kw_only=True)
@@ -125,6 +127,17 @@ class Registry:
 
     def of_kind(self, kind: str) -> list[Registered]:
         return [entry for entry in self.registered if entry.kind == kind]
+
+    def of_distribution(self, name: str) -> list[Registered]:
+        """Return what a distribution offers. Raises NotFoundError where it offers nothing, and says why."""
+        found = [entry for entry in self.registered if _same(entry.distribution, name)]
+        if found:
+            return found
+        if broken := [one for one in self.broken if _same(one.distribution, name)]:
+            raise NotFoundError(f"the plugin is broken: {broken[0]}")
+        known = sorted({entry.distribution for entry in self.registered})
+        hint = suggestion(name, known) or f"; there are: {listed(known)}"
+        raise NotFoundError(f"no plugin of a distribution {shown(name)} is installed{hint}")
 
     def conflicts(self) -> list[tuple[Registered, ...]]:
         """Return the groups of components that share kind and name."""

@@ -108,6 +108,13 @@ def covered(
     return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.geometry]
 
 
+def geometries(quantize: QuantizeOptions, layers: Collection[str]) -> dict[str, FormatChoice]:
+    """Return the Linears whose rule says which format's geometry they take without being in it."""
+    matched = {layer: first_match(quantize.rule, layer) for layer in layers}
+    found = {layer: quantize.rule[index].of_format for layer, index in matched.items() if index is not None}
+    return {layer: of_format for layer, of_format in found.items() if of_format is not None}
+
+
 def covers(rule: RuleOptions, registry: Registry) -> bool:
     """Whether a rule leaves its layers covered: FP32, or a wide format without a storage, does not."""
     if rule.format is None:

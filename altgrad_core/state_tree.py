@@ -19,6 +19,7 @@ def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
+        _refuse_keys(value, path)
         return {"table": [[key, _packed(inner, f"{path}/{key}", tensors)] for key, inner in value.items()]}
     if isinstance(value, list | tuple):
         items = [_packed(inner, f"{path}/{index}", tensors) for index, inner in enumerate(value)]
@@ -28,6 +29,12 @@ def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(
         f"{path}: state must be tensors, numbers, text, lists and tables, not {type(value).__name__}"
     )
+
+
+def _refuse_keys(table: Mapping[Any, Any], path: str) -> None:
+    for key in table:
+        if not isinstance(key, bool | int | float | str):
+            raise TypeError(f"{path}: keys of state must be numbers or text, not {key!r}")
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

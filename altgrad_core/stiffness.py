@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import scaling
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import NoOptions, Stiffness
 
@@ -28,8 +29,7 @@ def grid_stiffness(weight: Tensor, format: Format, scale: Tensor | float) -> Ten
 
     Half-precision weights are worked out in float32, where w*s neither overflows nor is rounded.
     """
-    wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-    return representable_(format.spacing(wide * scale) / scale, weight.dtype)
+    return representable_(format.spacing(wide(weight) * scale) / scale, weight.dtype)
 
 
 def uniform_stiffness(weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
@@ -44,6 +44,24 @@ def representable_(stiffness: Tensor, dtype: torch.dtype) -> Tensor:
     """
     limits = torch.finfo(dtype)
     return stiffness.to(dtype).clamp_(limits.smallest_normal * limits.eps, limits.max)
+
+
+def metric_violations(stiffness: Tensor) -> Tensor:
+    """Return how many S are not positive, or give no positive and finite metric 1/S^2, 0-d int64.
+
+    In S's dtype: that is where training would compute it.
+    """
+    metric = stiffness.square().reciprocal()
+    sound: Tensor = (stiffness > 0) & (metric > 0) & metric.isfinite()
+    return (~sound).sum()
+
+
+def out_of_range(weight: Tensor, format: Format, scale: Tensor | float) -> Tensor:
+    """Return how many weights lie beyond the grid's ends, or are NaN, 0-d int64."""
+    lowest, highest = format.values[[0, -1]].to(weight.device)
+    scaled = weight * scale
+    within: Tensor = (scaled >= lowest) & (scaled <= highest)
+    return (~within).sum()
 
 
 def grid(options: NoOptions) -> Stiffness:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native, native_table
+from altgrad_core.elementwise import wide_codes
 from altgrad_core.value_table import round_up_to, thresholds
 
 _NO_SLOTS = torch.empty(0, dtype=torch.int32, device="cpu")
@@ -88,7 +89,7 @@ class TableRounding:
         """Return float32 values of indices of any integer type, NaN for those without a value."""
         if native_table.decodes(codes):
             return native_table.decode(codes, self.values)
-        codes = wide(codes)
+        codes = wide_codes(codes)
         valid = (codes >= 0) & (codes < len(self.values))
         table = self._outputs("saturate", codes, torch.float32)
         return torch.where(valid, table[codes.clamp(0, len(self.values) - 1) + 1], torch.nan)
@@ -170,10 +171,3 @@ class TableRounding:
             outputs = torch.cat((ends[:1], self.values, ends[1:]))
             self._cache[key] = outputs.to(dtype=key[1], device=key[2])
         return self._cache[key]
-
-
-def wide(codes: Tensor) -> Tensor:
-    """Return codes as int32 or int64; int16 ones are bit patterns, without a sign."""
-    if codes.dtype == torch.int64:
-        return codes
-    return codes.to(torch.int32) & 0xFFFF if codes.dtype == torch.int16 else codes.to(torch.int32)

@@ -19,7 +19,7 @@ from altgrad_core.experiment import CLASSIFICATION, Experiment
 from altgrad_core.label_scores import LabelCounts, macro_f1, micro_f1
 from altgrad_core.model import GPT
 from altgrad_core.registry import UsageError
-from altgrad_core.text_classifier import TextClassifier
+from altgrad_core.text_classifier import PADDING, TextClassifier
 from altgrad_core.validation_metrics import BITS_PER_BYTE, LOSS, MACRO_F1, MICRO_F1, PERPLEXITY
 
 Batch = tuple[Tensor, Tensor]
@@ -58,6 +58,13 @@ class Task(Protocol):
 
     def evaluation_batches(self, batches: int) -> Iterator[Batch]:
         """Yield batches of the validation split, the same in every run; 0: all there are."""
+        ...
+
+    def there(self, inputs: Tensor, positions: torch.Size) -> Tensor | None:
+        """Return which positions of activations hold something of a batch's inputs; None: all do.
+
+        positions: the shape of the activations but for their last dimension, and that of what is returned.
+        """
         ...
 
     def scores(self) -> Scores: ...
@@ -120,6 +127,9 @@ class LanguageModelling:
             batches=batches,
         )
 
+    def there(self, inputs: Tensor, positions: torch.Size) -> Tensor | None:
+        return None
+
     def scores(self) -> Scores:
         return TokenScores(self._tokens.bytes_per_token)
 
@@ -178,6 +188,12 @@ class Classification:
     def evaluation_batches(self, batches: int) -> Iterator[Batch]:
         return self._validation.evaluation_batches(self._experiment.train.batch_size, batches)
 
+    def there(self, inputs: Tensor, positions: torch.Size) -> Tensor | None:
+        """Return where a token is; behind the trunk, where a window has any."""
+        tokens = inputs != PADDING  # (B, W, T)
+        found = tokens if positions.numel() == tokens.numel() else tokens.any(-1)
+        return found.reshape(positions)
+
     def scores(self) -> Scores:
         return LabelScores()
 
@@ -205,7 +221,9 @@ def _labelled(experiment: Experiment, tokens: data.TokenData, split: str) -> Lab
     if documents is None:
         raise UsageError(f"no document of the data set {name!r} has a label; nothing can be classified")
     if (found := documents.labels.shape[1]) != expected:
-        raise UsageError(f"the data set {name!r} has {found} labels, its options say {expected}")
+        raise UsageError(
+            f"the data set {name!r} has {found} labels, its options say {expected}; make its label_count that"
+        )
     return LabelledDocuments(
         tokens=tokens.train if split == "train" else tokens.validation,
         documents=documents,

@@ -16,6 +16,7 @@ import rich.console
 import rich.markup
 import rich.progress
 
+from altgrad_core.durable import WriteError
 from altgrad_core.validation_metrics import HEADINGS
 
 
@@ -33,12 +34,18 @@ class Terminal:
         """Print one line, and log it."""
         self.log(line)
         if not self.quiet:
-            self.console.print(rich.markup.escape(line), style=style or None)
+            self._print(line, style)
 
     def warning(self, line: str) -> None:
         """Print a warning, even when quiet."""
         self.log(f"warning: {line}")
-        self.console.print(rich.markup.escape(f"warning: {line}"), style="yellow")
+        self._print(f"warning: {line}", "yellow")
+
+    def _print(self, line: str, style: str) -> None:
+        try:
+            self.console.print(rich.markup.escape(line), style=style or None)
+        except OSError as error:  # into a file, on a disk that is full
+            raise WriteError(f"the output cannot be written: {error.strerror}") from error
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print aligned pairs of name and text; on a terminal, long texts are folded under themselves."""

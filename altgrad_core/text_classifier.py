@@ -13,8 +13,8 @@ whatever the text is.
 
 Past its end a document is padded. No token attends to what comes after it, so padding changes no hidden state
 of a token; padded positions are left out of the mean over tokens, and windows past the end out of the mean
-over windows. What passes through the trunk's Linears there is seen by whoever looks at all that passes: the
-amax of quantised activations, and the monitors of activations.
+over windows. The trunk's Linears round what passes there like everything else: it is in the amax of quantised
+activations, and in what `range` counts.
 """
 
 from __future__ import annotations

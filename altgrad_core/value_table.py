@@ -36,9 +36,12 @@ def checked_table(name: str, bits: int, values: Sequence[float] | Tensor | np.nd
         )
     inexact = table[table.float().double() != table]
     if len(inexact):
-        raise ValueError(f"format {name!r}: {float(inexact[0])!r} is not exactly representable in float32")
+        raise ValueError(
+            f"format {name!r}: {float(inexact[0])!r} is not exactly representable in float32; "
+            "round it yourself: values=torch.tensor(values, dtype=torch.float32)"
+        )
     if not bool((table == 0).any()):
-        raise ValueError(f"format {name!r}: values must contain 0")
+        raise ValueError(f"format {name!r}: values must contain 0; add 0.0")
     if table[-1] <= 0:
         raise ValueError(f"format {name!r}: values must contain a positive number, which scaling aims at")
     return table.float() + 0.0  # turns a -0.0 into 0.0

@@ -1,13 +1,18 @@
 import json
+import os
 import pickle
 import shutil
+import signal
+import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from altgrad_core import checkpoint
 from altgrad_core.checkpoint import CheckpointError
-from altgrad_core.record import WriteError
+from altgrad_core.durable import WriteError
+from altgrad_core.state_tree import pack
 from altgrad_core.step_folders import of_steps
 
 STATE = {
@@ -19,6 +24,13 @@ STATE = {
 
 def save(folder, step=3):
     return checkpoint.save(folder, checkpoint.step_name(step), {"w": torch.eye(2)}, {**STATE, "step": step})
+
+
+def vouched_for(path, file):
+    """Have a checkpoint's manifest say what a file is now."""
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest[file] = checkpoint._digest(path / file)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_a_tree_of_state_comes_back_as_it_was(tmp_path):
@@ -151,6 +163,11 @@ def test_a_save_that_fails_leaves_the_one_before_and_no_scratch(tmp_path):
     assert checkpoint.load(tmp_path / checkpoint.step_name(1)).state["step"] == 1
 
 
+def test_a_key_that_would_come_back_as_another_is_refused():
+    with pytest.raises(TypeError, match=r"/counts: keys of state must be numbers or text, not \('a', 1\)"):
+        pack({"counts": {("a", 1): 2}})
+
+
 def test_a_pickle_is_refused_and_does_not_run(tmp_path):
     class Payload:
         def __reduce__(self):
@@ -158,12 +175,40 @@ def test_a_pickle_is_refused_and_does_not_run(tmp_path):
 
     path = save(tmp_path)
     (path / checkpoint.TENSORS).write_bytes(pickle.dumps(Payload()))
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest[checkpoint.TENSORS] = checkpoint._digest(path / checkpoint.TENSORS)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    vouched_for(path, checkpoint.TENSORS)
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "tree", ["5", "[]", '"text"', '{"table": 5}', '{"list": null}', '{"tensor": "/gone"}', "{}"]
+)
+def test_a_tree_that_is_not_one_of_ours_is_refused_whatever_its_manifest_says(tree, tmp_path):
+    path = save(tmp_path)
+    (path / checkpoint.TREE).write_text(tree)
+    vouched_for(path, checkpoint.TREE)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["load_file", "save_file"])
+def test_a_signal_while_safetensors_works_is_not_taken_for_bad_data(name, tmp_path, monkeypatch):
+    """It calls torch, and makes an error of its own of whatever is raised there."""
+    path, whole = save(tmp_path), getattr(checkpoint, name)
+
+    def deaf(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        except BaseException as error:
+            raise SafetensorError("the data are bad") from error
+        return whole(*arguments)
+
+    monkeypatch.setattr(checkpoint, name, deaf)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(path) if name == "load_file" else save(tmp_path, 4)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_global_generators_come_back(tmp_path):

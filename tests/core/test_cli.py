@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from altgrad_core.cli import _guarded, app
+from altgrad_core.apps import app, guarded
 
 ONE = """
 @attrs.frozen(kw_only=True)
@@ -25,7 +25,7 @@ def altgrad(capsys):
     """Return a function that runs `altgrad ...` in this process: exit code, output, errors."""
 
     def command(*tokens):
-        code = _guarded(app, tokens)
+        code = guarded(app, tokens)
         return code, *capsys.readouterr()
 
     return command

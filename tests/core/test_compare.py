@@ -3,11 +3,15 @@
 import math
 import pickle
 
+import attrs
 import pytest
 
 from altgrad_core import compare, comparing, rules
 from altgrad_core.describe import check
+from altgrad_core.experiment_file import load_experiment
 from altgrad_core.grids import requested
+from altgrad_core.options import StiffnessChoice, option
+from altgrad_core.registry import Registry
 from altgrad_core.tuning import Tuning
 
 ARMS = """
@@ -73,16 +77,82 @@ RULES = """rule = [
 WITH_RULES = ONE_FORMAT.replace("bound = 8.0}", f"{RULES}}}")
 
 
-def test_on_float32_the_rules_cover_the_same_weights_and_quantise_none(experiment_at, registry):
+def test_on_float32_the_rules_cover_the_same_weights_and_quantise_none_of_them(experiment_at, registry):
     arm, *_, intrinsic = experiment_at(WITH_RULES, "model.tie_weights=false").cells_on["cpu"]
-    assert compare.unquantised(intrinsic.experiment.quantize)
+    assert compare.is_on_float32(intrinsic.experiment.quantize, registry)
     layers = ["lm_head", "h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
     covered = [rules.covered(one.experiment.quantize, layers, (), registry) for one in (arm, intrinsic)]
     assert covered == [["h.0.attn.c_attn", "h.0.mlp.c_proj"]] * 2
 
 
+def test_on_float32_the_weights_of_a_rule_with_its_own_format_take_that_ones_geometry(experiment_at):
+    *_, intrinsic = experiment_at(WITH_RULES, "model.tie_weights=false").cells_on["cpu"]
+    layers = ["lm_head", "h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    found = rules.geometries(intrinsic.experiment.quantize, layers)
+    assert {layer: format.plugin for layer, format in found.items()} == {"h.0.attn.c_attn": "E3M4"}
+    assert intrinsic.experiment.plain()["optimizer"]["stiffness"]["of_format"] == "E5M2"
+
+
+def test_on_float32_a_mismatched_geometry_is_that_of_all_weights(experiment_at):
+    mismatched = WITH_RULES.replace(
+        "step_scale = 6", "step_scale = 6, stiffness = {plugin = 'grid', of_format = 'BF16'}"
+    )
+    *_, intrinsic = experiment_at(mismatched, "model.tie_weights=false").cells_on["cpu"]
+    assert rules.geometries(intrinsic.experiment.quantize, ["h.0.attn.c_attn"]) == {}
+
+
+def test_runs_without_a_stiffness_have_no_geometries_on_float32(experiment_at):
+    file = experiment_at(WITH_RULES + REFERENCES, "model.tie_weights=false")
+    (reference,) = (cell for cell in file.cells_on["cpu"] if "AdamW" in cell.name and "FP32" in cell.name)
+    assert rules.geometries(reference.experiment.quantize, ["h.0.attn.c_attn"]) == {}
+
+
+def _no_other(_, field, value):
+    if value.geometry.of_format is not None:
+        raise ValueError("takes no of_format")
+
+
+@attrs.frozen(kw_only=True)
+class OwnGridOptions:
+    """An optimizer's that knows the geometry of a weight's own grid alone."""
+
+    lr: float = option("learning rate", default=0.1)
+    stiffness: StiffnessChoice = option("formula", default=StiffnessChoice("grid"), validator=_no_other)
+
+
+def test_an_optimizer_that_takes_no_other_geometry_has_no_runs_on_float32_and_it_is_said(
+    registry, registered, tmp_path
+):
+    more = Registry(registered=(*registry.registered, registered("optimizer", "OwnGrid", OwnGridOptions)))
+    path = tmp_path / "e.toml"
+    path.write_text(ONE_FORMAT.replace('{plugin = "GridOptim", step_scale = 6}', '{plugin = "OwnGrid"}'))
+    file = load_experiment(path, (), more)
+    assert {role.kind for group in file.comparison.groups for role in group.roles} == {"arm"}
+    (note,) = file.comparison.notes
+    assert note == "OwnGrid has no run on float32 weights: takes no of_format"
+    assert any(line.endswith(note) for line in check(file, tmp_path))
+
+
+def test_on_float32_other_weights_and_flows_are_quantised_as_before_as_they_are_in_a_reference(experiment_at):
+    flows = WITH_RULES.replace("rule =", 'activations = {format = "E5M2", margin = 2.0}, rule =')
+    file = experiment_at(flows + REFERENCES, "model.tie_weights=false")
+    arm, *_, reference, intrinsic = (cell.experiment.quantize for cell in file.cells_on["cpu"])
+    for one in (reference, intrinsic):
+        assert one.format.unquantised
+        assert one.activations == arm.activations
+        assert [one.rule[index].format.plugin for index in (0, 2)] == ["BF16", "FP32"]
+        assert one.rule[3].activations.plugin == "E5M2"
+
+
+def test_an_axis_of_the_flows_tells_runs_on_float32_apart(groups):
+    axis = '[grid]\n"quantize.activations.format" = ["none", "E5M2"]'
+    kinds = [kinds for _, kinds, _ in groups(ONE_FORMAT.replace("[grid]", axis) + REFERENCES)]
+    assert (kinds.count(["reference"]), kinds.count(["intrinsic"])) == (2, 2)
+
+
 def test_rules_that_exclude_no_weight_leave_no_rule_on_float32(experiment_at):
-    text = WITH_RULES.replace("BF16", "E5M2").replace("FP32", "E5M2")
+    text = WITH_RULES.replace("BF16", "E5M2").replace("FP32", "E5M2").replace("E3M4", "E5M2")
+    text = text.replace(', activations = "E5M2"', "")
     assert experiment_at(text).cells_on["cpu"][-1].experiment.quantize.rule == ()
 
 
@@ -497,3 +567,19 @@ def test_the_step_option_is_lr_where_a_class_says_nothing(experiment):
 
     assert compare.step_option(experiment('name = "e"').optimizer) == "lr"
     assert compare.step_option(OptimizerChoice("X", Options())) is None
+
+
+def test_a_mistake_in_the_table_hides_none_of_the_arms_and_the_runs(mistakes):
+    text = (
+        ARMS.replace('{plugin = "GridOptim", step_scale = 6}', '{plugin = "GridOptim", step_of = 5}')
+        + 'tune = []\nmetric = "validation/los"\n'
+    )
+    places = [line.split(": ")[1] for line in mistakes(text)]
+    assert places == ["grid.optimizer[1].step_of", "compare.tune", "compare.metric"]
+
+
+def test_where_no_axis_has_the_arms_the_runs_are_checked_all_the_same(mistakes):
+    places = [
+        line.split(": ")[1] for line in mistakes(ARMS.replace('arm = "optimizer"', 'arm = "x"'), "steps=0")
+    ]
+    assert places == ["compare.arm", "steps"]

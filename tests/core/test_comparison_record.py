@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 
 from altgrad_core.comparison_record import ComparisonRecord
-from altgrad_core.record import WriteError
+from altgrad_core.durable import WriteError
 
 
 def told(hash="a", **factors):

@@ -154,7 +154,7 @@ class ForgetsItsCounter(Sound):
         super().update(group, parameter, gradient + uniform((1, self.counter, 0), gradient.shape))
 
 
-@mutant("state_dict()['generator'] is of type Generator")
+@mutant("state_dict()/generator: state must be tensors, numbers, text, lists and tables, not Generator")
 class SavesAnObject(Sound):
     def state_dict(self):
         return super().state_dict() | {"generator": torch.Generator()}

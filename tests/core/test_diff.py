@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from altgrad_core import checkpoint, diff
-from altgrad_core.cli import _guarded, app
+from altgrad_core.apps import app, guarded
 from altgrad_core.diff_page import lines
 from altgrad_core.registry import UsageError
 
@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_run_is_refused_with_those_that_are(pair, tmp_path):
 def test_the_exit_code_is_0_for_equal_1_for_different_and_2_for_a_wrong_path(pair, capsys):
     pair[1].options["steps"] = 5
     first, second = (str(one.write()) for one in pair)
-    assert [_guarded(app, ["diff", first, other]) for other in (first, second, "nowhere")] == [0, 1, 2]
+    assert [guarded(app, ["diff", first, other]) for other in (first, second, "nowhere")] == [0, 1, 2]
     out, err = capsys.readouterr()
     assert "  steps  4      5\n" in out
     assert err.startswith("nowhere: is no run folder")
@@ -282,7 +282,7 @@ def test_the_exit_code_is_0_for_equal_1_for_different_and_2_for_a_wrong_path(pai
 
 def test_the_comparison_as_json(pair, capsys):
     pair[1].metrics[1]["train/loss"] = 1.0
-    assert _guarded(app, ["diff", *(str(one.write()) for one in pair), "--json"]) == 1
+    assert guarded(app, ["diff", *(str(one.write()) for one in pair), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["differs"]
     assert (found["metrics"]["step"], found["metrics"]["values"]) == (2, {"train/loss": [5.25, 1.0]})

@@ -561,7 +561,7 @@ def test_a_given_amax_goes_with_both_storages(experiment, storage):
     text = (
         f'name = "e"\nquantize = {{format = "E5M2", storage = "{storage}", scale_mode = "static", amax = 1}}'
     )
-    assert experiment(text).quantize.mode == "static"
+    assert experiment(text).quantize.scale_mode == "static"
 
 
 @pytest.mark.parametrize(("storage", "scale_mode"), [("grid", "current"), ("master", "adaptive")])
@@ -594,13 +594,13 @@ def in_quantize(weights="", activations="", gradients=""):
 def test_activations_and_gradients_are_left_alone_unless_said_otherwise(experiment):
     quantize = experiment('name = "e"\nquantize.format = "E5M2"').quantize
     for flow in (quantize.activations, quantize.gradients):
-        assert (flow.format.unquantised, flow.mode, flow.amax_history) == (True, "delayed", 16)
+        assert (flow.format.unquantised, flow.scale_mode, flow.amax_history) == (True, "delayed", 16)
 
 
 def test_a_flow_of_channels_or_blocks_has_a_current_scale(experiment):
     text = in_quantize("", 'granularity = "block"', 'granularity = "tensor"')
-    assert experiment(text).quantize.activations.mode == "current"
-    assert experiment(text).quantize.gradients.mode == "delayed"
+    assert experiment(text).quantize.activations.scale_mode == "current"
+    assert experiment(text).quantize.gradients.scale_mode == "delayed"
 
 
 def test_every_option_of_the_three_tables_is_read(experiment):
@@ -611,7 +611,11 @@ def test_every_option_of_the_three_tables_is_read(experiment):
     text = in_quantize(weights, flow, f'{flow}\nrounding = "stochastic"')
     found = experiment(text, "train.dtype=float32").quantize
     assert (found.block, found.block_scale.plugin, found.clip_gradient) == (16, "E3M4", True)
-    assert (found.activations.mode, found.activations.amax, found.activations.margin) == ("static", 2.0, 1.5)
+    assert (found.activations.scale_mode, found.activations.amax, found.activations.margin) == (
+        "static",
+        2.0,
+        1.5,
+    )
     assert (found.gradients.rounding, found.gradients.scale_rule) == ("stochastic", "exact")
 
 
@@ -675,11 +679,6 @@ def test_the_three_tables_are_written_as_they_are_read(experiment):
             '7: quantize.activations.margin: 1.5 has no effect under granularity = "none"; leave it out',
         ),
         (
-            ['scale_mode = "current"\nrule = [{layers = ".*mlp.*", storage = "grid"}]'],
-            '5: quantize.rule[0].storage: "grid" keeps scales that do not follow at once, and '
-            'quantize.scale_mode is "current"; leave scale_mode out, or use "initial"',
-        ),
-        (
             ["", "amax_history = 10000000000000"],
             "7: quantize.activations.amax_history: expected 1 to 65536, got 10000000000000",
         ),
@@ -696,11 +695,29 @@ def test_a_contradiction_of_scales_is_reported_where_it_is_with_the_way_out(mist
     assert line.startswith(f"e.toml:{mistake}")
 
 
-def test_the_scales_of_a_rule_onto_the_grid_are_adaptive_unless_said_otherwise(experiment):
-    rule = 'rule = [{layers = ".*mlp.*", storage = "grid"}]'
-    assert experiment(in_quantize(rule)).quantize.grid_mode == "adaptive"
-    assert experiment(in_quantize(rule)).quantize.mode == "current"
-    assert experiment(in_quantize(f'scale_mode = "initial"\n{rule}')).quantize.grid_mode == "initial"
+@pytest.mark.parametrize(
+    ("given", "on_master", "on_grid"),
+    [
+        ("", "current", "adaptive"),
+        ('scale_mode = "current"', "current", "adaptive"),
+        ('storage = "grid"', "current", "adaptive"),
+        ('scale_mode = "initial"', "initial", "initial"),
+    ],
+)
+def test_where_a_rule_names_the_other_storage_its_scales_move_as_is_the_default_there(
+    experiment, given, on_master, on_grid
+):
+    quantize = experiment(in_quantize(f'{given}\nrule = [{{layers = ".*mlp.*", storage = "grid"}}]')).quantize
+    assert (quantize.mode_in("master"), quantize.mode_in("grid")) == (on_master, on_grid)
+
+
+def test_a_default_that_follows_from_other_options_is_resolved(experiment):
+    tables = in_quantize('storage = "grid"', "", 'granularity = "channel"')
+    found = experiment(f"train.eval_batches = 7\n{tables}").plain()
+    assert found["train"]["final_eval_batches"] == 7
+    modes = {name: found["quantize"][name]["scale_mode"] for name in ("activations", "gradients")}
+    assert modes == {"activations": "delayed", "gradients": "current"}
+    assert found["quantize"]["scale_mode"] == "adaptive"
 
 
 def test_a_rule_that_leaves_its_layers_alone_puts_nothing_on_the_grid(experiment):
@@ -764,7 +781,7 @@ def test_what_bfloat16_holds_or_nothing_uses_is_not_refused(experiment, options)
 @pytest.mark.parametrize(("dtype", "refused"), [("auto", False), ("float32", False), ("bf16", True)])
 def test_only_a_file_that_asks_for_bfloat16_by_name_is_refused_for_it(experiment, dtype, refused):
     found = experiment(in_quantize('scale_rule = "exact"'), "train.dtype=float32")
-    sections = {name: getattr(found, name) for name in ("quantize", "task", "model", "data")}
+    sections = attrs.asdict(found, recurse=False)
     problems = list(contradictions({**sections, "train": TrainOptions(dtype=dtype)}))
     assert [problem.path for problem in problems] == [("quantize", "scale_rule")] * refused
 
@@ -871,3 +888,52 @@ def test_the_number_of_layers_has_an_end(mistakes):
     assert mistakes('name = "e"\nmodel.n_layer = 1000000000000') == [
         "e.toml:2: model.n_layer: expected 1 to 1000, got 1000000000000"
     ]
+
+
+# --- one mistake hides no other ----------------------------------------------------------------------
+
+
+def test_what_contradicts_what_is_said_beside_mistakes_of_the_same_table(mistakes):
+    text = in_quantize(
+        'storage = "grid"\ngranularity = "block"\nblock = 24\nrule = [{layers = "nothing"}]', "formt = 1"
+    )
+    assert [line.partition(": ")[0] for line in mistakes(text)] == [
+        "e.toml:5",
+        "e.toml:6",
+        "e.toml:7",
+        "e.toml:10",
+    ]
+
+
+def test_what_needs_a_value_that_is_wrong_is_not_said(mistakes):
+    (line,) = mistakes(in_quantize('storage = "gird"\nscale_mode = "adaptive"'))
+    assert line.startswith("e.toml:4: quantize.storage: expected one of 'master', 'grid'")
+
+
+def test_fields_of_a_table_that_contradict_one_another_are_said_beside_its_mistakes(mistakes):
+    lines = mistakes('name = "e"\n[model]\nn_layer = "6"\nn_head = 7')
+    assert [line.partition(": ")[0] for line in lines] == ["e.toml:3", "e.toml:4"]
+
+
+def test_a_mistake_in_a_plugins_options_does_not_hide_that_it_is_listed_twice(mistakes):
+    lines = mistakes('name = "e"\n[[monitor]]\nplugin = "flip"\n[[monitor]]\nplugin = "flip"\nevry = 1')
+    assert [line.partition(": ")[0] for line in lines] == ["e.toml:4", "e.toml:6"]
+
+
+def test_an_optimizer_that_lands_on_the_grid_by_itself_needs_its_scales_under_any_storage(tmp_path):
+    path = tmp_path / "e.toml"
+    path.write_text(
+        'name = "e"\noptimizer = "GridOptim"\n[quantize]\nformat = "E4M3"\ngranularity = "channel"'
+    )
+    with pytest.raises(ExperimentError) as caught:
+        load_experiment(path, ['quantize.scale_rule="ocp"'])
+    first, second = caught.value.lines
+    assert first.startswith(
+        f'{path}:5: quantize.granularity: "channel" does not go with GridOptim, which lands'
+    )
+    assert second.startswith('--set quantize.scale_rule="ocp": quantize.scale_rule: "ocp" does not go with')
+
+
+def test_an_optimizer_by_its_name_alone_takes_options_of_a_flag(experiment):
+    found = experiment('name = "e"\noptimizer = "AdamW"', "optimizer.lr=0.5")
+    assert found.optimizer.options.lr == 0.5

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.experiment_file import ExperimentError, load_experiment
 
 CPU_SECONDS = 1.0
@@ -174,7 +174,7 @@ def checked(path):
     out, errors = io.StringIO(), io.StringIO()
     began = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        code = _guarded(run_app, [str(path), "--check"])
+        code = guarded(run_app, [str(path), "--check"])
     return code, out.getvalue(), errors.getvalue(), time.process_time() - began
 
 

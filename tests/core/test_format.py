@@ -67,7 +67,7 @@ def test_any_sequence_array_or_tensor_will_do(values):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ([-1.0, 0.0, 0.1], r"0\.1 is not exactly representable in float32"),
+        ([-1.0, 0.0, 0.1], r"0\.1 is not exactly representable in float32; round it yourself"),
         ([-1.0, 0.0, 2.0**128], "not exactly representable in float32"),
         ([-1.0, 0.0, 2.0**-150], "not exactly representable in float32"),
         ([1.0, 2.0], "must contain 0"),

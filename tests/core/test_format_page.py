@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad_core.cli import _guarded, app
+from altgrad_core.apps import app, guarded
 from altgrad_core.format import Format
 from altgrad_core.format_facts import codes, exact, facts, hexadecimal, odd_times_power, same_grid
 from altgrad_core.format_page import Page
@@ -59,7 +59,7 @@ def altgrad(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
     def command(*tokens):
-        code = _guarded(app, tokens)
+        code = guarded(app, tokens)
         return code, *capsys.readouterr()
 
     return command
@@ -349,7 +349,7 @@ def test_a_table_of_values_can_be_looked_at(formats):
 def test_a_format_that_cannot_be_built_is_named_and_the_others_are_listed(formats):
     code, out, _ = formats('one("BAD", "NO_FORMAT"), one("GONE", "nowhere"), one("THREE", "TABLE")')
     assert code == 0
-    assert "broken: BAD: the format 'BAD' is no Format but list: mend its plugin" in out
+    assert "broken: BAD: format 'BAD' of fake 1.0 is no Format but list: mend its plugin" in out
     assert "broken: GONE: format 'GONE' of fake 1.0: its target" in out
     assert ["THREE", "3", "4", "1", "6"] in [line.split() for line in out.splitlines()]
 
@@ -428,7 +428,7 @@ def test_a_table_of_the_name_alone_is_described_by_the_summary(formats):
     ("component", "reason"),
     [
         ('one("F", "nowhere")', "format 'F' of fake 1.0: its target 'fake_plugin_"),
-        ('one("F", "NO_FORMAT")', "the format 'F' is no Format but list: mend its plugin (fake 1.0)"),
+        ('one("F", "NO_FORMAT")', "format 'F' of fake 1.0 is no Format but list: mend its plugin"),
         ('one("F", "broken")', "format 'F' of fake 1.0 cannot be built: ZeroDivisionError: division by"),
     ],
 )

@@ -108,11 +108,25 @@ def test_handlers_are_given_back_and_none_is_taken_of_a_signal_that_is_ignored()
         signal.signal(signal.SIGINT, outside)
 
 
-def test_in_another_thread_signals_are_left_alone():
+def test_a_signal_waits_for_the_end_of_a_block_that_holds_it():
+    done = []
+
+    def block():
+        with interrupts.unwinding(), interrupts.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("the rest")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done
+
+
+@pytest.mark.parametrize("block", [interrupts.unwinding, interrupts.held])
+def test_in_another_thread_signals_are_left_alone(block):
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def command():
-        with interrupts.unwinding():
+        with block():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=command)

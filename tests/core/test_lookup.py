@@ -3,7 +3,7 @@ import torch
 
 from altgrad_core.format import Format
 from altgrad_core.lookup import format_or_none, get_format, get_stiffness
-from altgrad_core.registry import UsageError, discover
+from altgrad_core.registry import PluginError, UsageError, discover
 from altgrad_core.stiffness import grid_stiffness, uniform_stiffness
 
 FOUR = Format(name="FOUR", bits=3, values=[-1.0, 0.0, 1.0, 2.0])
@@ -86,7 +86,7 @@ def test_a_wrong_name_or_table_is_a_value_error_that_says_why(plugins, spec, mes
 
 
 def test_a_plugin_that_gives_no_format_is_named(plugins):
-    with pytest.raises(TypeError, match=r"'BROKEN' is no Format but int: mend its plugin"):
+    with pytest.raises(PluginError, match=r"'BROKEN' of steps 1.0 is no Format but int: mend its plugin"):
         get_format("BROKEN", plugins)
 
 

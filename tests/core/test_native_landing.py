@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad_core import native_landing
+from altgrad_core import native, native_landing
 from altgrad_core.format import Format
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model
@@ -131,3 +131,128 @@ def test_either_limit_of_a_lopsided_format_holds(in_torch):
 
     for sign in (1, -1):
         assert same(train(sign), in_torch(lambda sign=sign: train(sign)))
+
+
+# --- who looks on ------------------------------------------------------------------------------------
+
+TELLS = """
+#include "loops.h"
+typedef struct { double before, after; int64_t elements, blocks, next; } Told;
+void tell(const float *unrounded, const float *rounded, int64_t at, int32_t n, void *context) {
+    Told *told = context;
+    for (int32_t i = 0; i < n; i++) told->before += unrounded[i], told->after += rounded[i];
+    told->elements += n;
+    told->blocks += at % LANDED == 0;
+    told->next = at + n;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def tells(tmp_path_factory):
+    """Return the address of a C function that adds up what it is told."""
+    source = tmp_path_factory.mktemp("tells") / "tells.c"
+    source.write_text(TELLS)
+    return native.entry(native.library(source), "tell")
+
+
+@pytest.fixture
+def landing():
+    """Return a function that lands a step of two weights: before rounding, after it, and the storage.
+
+    onlookers: makes them of the weights.
+    """
+
+    def land(onlookers, push=0.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 40, bias=False), nn.Linear(300, 9, bias=False))
+        quantize_model(model, LOPSIDED)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        storage = store_on_grid(
+            optimizer,
+            "stochastic",
+            torch.Generator().manual_seed(1),
+            scale_mode="adaptive" if push else "initial",
+        )
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape) * 0.01 + push
+        storage.onlookers = onlookers(storage.weights)
+        unrounded = [(weight - weight.grad).detach() for weight in storage.weights]
+        optimizer.step()
+        return unrounded, [weight.detach().clone() for weight in storage.weights], storage
+
+    return land
+
+
+def told():
+    """Return memory for one weight's struct Told, as float64 and as integers."""
+    memory = torch.zeros(5, dtype=torch.float64)
+    return memory, memory.view(torch.int64)
+
+
+def test_who_looks_on_is_told_each_element_before_and_after_its_rounding(tells, landing):
+    memory = [told() for _ in range(4)]
+
+    def onlookers(weights):
+        rows = [[(tells, one.data_ptr()) for one, _ in memory[at : at + 2]] for at in (0, 2)]
+        return [dict(zip(weights, row, strict=True)) for row in rows]
+
+    unrounded, rounded, storage = landing(onlookers)
+    for place, (sums, numbers) in enumerate(memory):
+        before, after = unrounded[place % 2], rounded[place % 2]
+        expected = [float(one.double().sum()) for one in (before, after)]
+        assert sums[:2].tolist() == pytest.approx(expected, rel=1e-12)
+        blocks = -(-before.numel() // 384)
+        assert numbers[2:].tolist() == [before.numel(), blocks, before.numel()]
+    assert storage.unrounded == {}
+
+
+def test_who_looks_on_is_told_of_one_step_alone(tells, landing):
+    sums, numbers = told()
+    *_, storage = landing(lambda weights: [{weight: (tells, sums.data_ptr()) for weight in weights}])
+    once = numbers.tolist()
+    storage.optimizer.step()
+    assert numbers.tolist() == once
+    assert storage.onlookers == ()
+
+
+def test_looking_on_changes_no_bit(tells, landing):
+    sums, _ = told()
+    _, alone, _ = landing(lambda weights: [])
+    _, watched, _ = landing(lambda weights: [{weight: (tells, sums.data_ptr()) for weight in weights}])
+    same(alone, watched)
+
+
+def test_a_weight_without_a_function_is_kept_as_it_was_before_its_rounding(tells, landing):
+    (sums, numbers), (other, _) = told(), told()
+    unrounded, _, storage = landing(
+        lambda weights: [
+            dict(zip(weights, [(tells, sums.data_ptr()), None], strict=True)),
+            {weights[1]: (tells, other.data_ptr())},
+        ]
+    )
+    assert numbers[2] == 64 * 40
+    assert not other.any()  # of one weight all are told, or nobody
+    ((weight, (kept, scale)),) = storage.unrounded.items()
+    assert weight is storage.weights[1]
+    assert torch.equal(kept, unrounded[1])
+    assert torch.equal(scale, storage.scales.scales[1])
+
+
+def test_a_weight_whose_scale_moves_is_kept_with_the_scale_it_had(tells, landing):
+    sums, numbers = told()
+    unrounded, _, storage = landing(
+        lambda weights: [{weight: (tells, sums.data_ptr()) for weight in weights}], push=50.0
+    )
+    assert numbers[2] == 0
+    for place, weight in enumerate(storage.weights):
+        kept, scale = storage.unrounded[weight]
+        assert torch.equal(kept, unrounded[place])
+        assert scale > storage.scales.scales[place]
+
+
+def test_in_torch_weights_are_kept_for_who_looks_on(tells, landing, in_torch):
+    unrounded, _, storage = in_torch(lambda: landing(lambda weights: [dict.fromkeys(weights, (tells, 0))]))
+    assert [storage.unrounded[weight][0].tolist() for weight in storage.weights] == [
+        one.tolist() for one in unrounded
+    ]

@@ -151,9 +151,10 @@ def test_a_whole_table_goes_before_a_key_of_it():
     assert tree({}, ("o.lr", 2), ("o", {"plugin": "A", "lr": 1})).data == {"o": {"plugin": "A", "lr": 2}}
 
 
-def test_a_new_data_set_keeps_the_tokenizer():
-    data = {"data": {"plugin": "A", "path": "x", "tokenizer": "bytes"}}
-    assert tree(data, ("data.plugin", "B")).data == {"data": {"tokenizer": "bytes", "plugin": "B"}}
+def test_a_new_data_set_keeps_the_tokenizer_and_the_windows():
+    data = {"data": {"plugin": "A", "path": "x", "tokenizer": "bytes", "windows": 2}}
+    kept = {"tokenizer": "bytes", "windows": 2, "plugin": "B"}
+    assert tree(data, ("data.plugin", "B")).data == {"data": kept}
 
 
 def test_a_tokenizer_elsewhere_is_an_option_like_any_other():

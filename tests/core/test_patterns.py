@@ -8,7 +8,7 @@ import time
 import pytest
 
 from altgrad_core import patterns
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.experiment import ModelOptions
 from altgrad_core.rules import Rule
 from altgrad_core.shapes import Architecture, linear_shapes, parameter_shapes
@@ -81,9 +81,30 @@ def test_check_names_the_pattern_and_its_line(table, place, tmp_path, capsys):
     path = tmp_path / "experiment.toml"
     head = "name = 'tiny'\n[data]\nplugin = 'markov'\ntokens = 4000\n\n"
     path.write_text(head + table.format(CATASTROPHIC[0]))
-    assert _guarded(run_app, [str(path), "--check"]) == 2
+    assert guarded(run_app, [str(path), "--check"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{path}:{place}{CATASTROPHIC[0]!r} takes too long to match ")
+
+
+@pytest.mark.parametrize(
+    "table", ["[quantize]\nformat = 'E4M3'\nrule = [{layers = '%s'}]", "train.freeze = ['%s']"]
+)
+def test_a_pattern_that_takes_for_ever_on_one_name_of_the_model_alone_is_told(table, tmp_path, capsys):
+    pattern = r"transformer\.h\.3\.(.*)*(.*)*(.*)*(.*)*!|.*"
+    assert patterns.problem(pattern) is None
+    path = tmp_path / "experiment.toml"
+    path.write_text(f"name = 'tiny'\ndata = 'markov'\n{table % pattern}")
+    began = time.process_time()
+    assert guarded(run_app, [str(path), "--check"]) == 2
+    assert time.process_time() - began < 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "takes too long to match 'transformer.h.3." in line
+
+
+def test_very_many_names_are_no_reason_to_refuse_a_pattern():
+    architecture = Architecture(ModelOptions(n_layer=1000), vocab_size=256)
+    for pattern in FINE:
+        assert patterns.endless(pattern, parameter_shapes(architecture)) is None
 
 
 def test_a_rule_of_the_python_face_is_held_to_the_same():

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from altgrad_core import native, range_counts
+from altgrad_core.quantizer import count_ranges, ranges_of
 from altgrad_core.range_counts import LandingCounts, RangeCounts, RangeTable, last_kept
 from altgrad_core.recipe import Recipe
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import held_weights, quantize_model, quantized_flows, quantized_layers
+from altgrad_core.surgery import held_weights, quantize_model, quantized_flows
 
 NAN, INF = math.nan, math.inf
 CPU = torch.device("cpu")
@@ -205,6 +206,13 @@ def test_threads_change_no_count(table, threads):
 # --- in the quantisers ----------------------------------------------------------------------------------
 
 
+def count_in(rows, model):
+    """Have a model of one Linear count its weight, inputs and gradients in these rows."""
+    count_ranges(model[0].weight, rows[0])
+    for flow, row in zip(quantized_flows(model).values(), rows[1:], strict=True):
+        flow.ranges = row
+
+
 class Clock:
     """The step that is being taken."""
 
@@ -217,11 +225,8 @@ def counting(table):
 
     def count(model, due=lambda index: True):
         clock = Clock()
-        quantizer = quantized_layers(model)["0"]
-        places = [quantizer, *quantized_flows(model).values()]
-        counted, rows = made(len(places), lambda: clock.now, due)
-        for place, row in zip(places, rows, strict=True):
-            place.ranges = row
+        counted, rows = made(1 + len(quantized_flows(model)), lambda: clock.now, due)
+        count_in(rows, model)
         return clock, counted
 
     return count
@@ -299,7 +304,7 @@ def test_a_replay_of_activation_checkpointing_is_not_counted_again(model, counti
 def test_a_copy_of_a_model_counts_nothing(model, counting, copied):
     counting(model)
     copy = copied(model)
-    assert quantized_layers(copy)["0"].ranges is None
+    assert ranges_of(copy[0].weight) is None
     assert all(flow.ranges is None for flow in quantized_flows(copy).values())
 
 
@@ -318,10 +323,7 @@ def test_counting_changes_nothing(table):
         stochastic = {"format": table("E5M2"), "rounding": "stochastic"}
         quantize_model(net, table("E4M3"), activations=table("E4M3"), gradients=stochastic)
         if counts:
-            flows = quantized_flows(net)
-            _, rows = made(3)
-            for place, row in zip((quantized_layers(net)["0"], *flows.values()), rows, strict=True):
-                place.ranges = row
+            count_in(made(3)[1], net)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         for step in range(4):
             with held_weights(net):

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from altgrad_core import diff, locks
-from altgrad_core.cli import _guarded, app, run_app
+from altgrad_core.apps import app, guarded, run_app
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.grids import _held
 from altgrad_core.record import BusyError, RunFolder, begun, read_lines
@@ -114,7 +114,7 @@ def test_every_command_says_so_in_one_line(by, text, folder, tmp_path, capsys):
     path.write_text(EXPERIMENT)
     told = {"--resume": (run_app, path, by, folder), "--out": (run_app, path, by, tmp_path)}
     command, *tokens = told.get(by, (app, "diff", folder, folder))
-    assert _guarded(command, [str(token) for token in tokens]) == 2
+    assert guarded(command, [str(token) for token in tokens]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{folder / 'resolved.json'}: does not tell which run this is")
 

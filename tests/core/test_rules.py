@@ -6,7 +6,7 @@ import pytest
 from altgrad_core.experiment import QuantizeOptions, RuleOptions
 from altgrad_core.options import FieldError, FormatChoice
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions
-from altgrad_core.rules import LayerPlan, Rule, bits, covered, first_match, no_match, plan
+from altgrad_core.rules import LayerPlan, Rule, bits, covered, first_match, geometries, no_match, plan
 from altgrad_core.structuring import structure
 
 LAYERS = ("transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "lm_head")
@@ -78,6 +78,20 @@ def test_a_rule_covers_its_layers_unless_it_takes_them_out(registry, rule, expec
     quantize = QuantizeOptions(format=FormatChoice("FP32"), rule=(RuleOptions(layers="lm_head", **rule),))
     assert (HEAD in covered(quantize, LAYERS, (), registry)) == expected
     assert HEAD not in covered(quantize, LAYERS, TIED, registry), "a tied head is an embedding too"
+
+
+def test_a_rule_may_say_whose_geometry_weights_without_a_format_take():
+    of = RuleOptions(layers=".*mlp.*", of_format=E3M4)
+    quantize = QuantizeOptions(format=FormatChoice("FP32"), rule=(RuleOptions(layers=ATTENTION), of))
+    assert geometries(quantize, LAYERS) == {MLP: E3M4}
+    assert list(quantize.conflicts()) == []
+    for format, own in ((E5M2, None), (FormatChoice("FP32"), FormatChoice("FP32"))):
+        refused = QuantizeOptions(format=format, rule=(attrs.evolve(of, format=own),))
+        (problem,) = refused.conflicts()
+        assert (problem.path, str(problem)) == (
+            ("rule", 0, "of_format"),
+            'is the geometry of weights that take quantize.format = "FP32"; leave it out',
+        )
 
 
 def test_flows_are_those_of_their_tables_unless_a_rule_says_otherwise(registry):

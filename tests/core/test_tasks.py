@@ -12,6 +12,7 @@ from altgrad_core.options import DatasetChoice
 from altgrad_core.preparing import Documents
 from altgrad_core.registry import UsageError
 from altgrad_core.tasks import Classification, LabelScores, LanguageModelling, TokenScores, task_for
+from altgrad_core.text_classifier import PADDING
 
 NOTHING = torch.zeros(0)
 TOKENS = np.zeros(12, dtype=np.uint8)
@@ -46,6 +47,16 @@ def test_bits_per_byte_are_told_of_text_and_perplexity_ends_at_infinity():
     found = scored(TokenScores(2.0), (torch.zeros(1), NOTHING, 1024.0))
     assert found["validation/perplexity"] == math.inf
     assert found["validation/bits_per_byte"] == pytest.approx(512 / math.log(2))
+
+
+def test_positions_of_a_document_are_there_up_to_its_end_and_its_windows_where_they_have_a_token():
+    task = Classification(*data_set(3))
+    inputs = torch.tensor(
+        [[[1, 2], [3, PADDING]], [[4, 5], [PADDING, PADDING]]]
+    )  # 2 documents, 2 windows of 2
+    there = [[True, True], [True, False], [True, True], [False, False]]
+    assert task.there(inputs, torch.Size([4, 2])).tolist() == there
+    assert task.there(inputs, torch.Size([2, 2])).tolist() == [[True, True], [True, False]]
 
 
 def test_labels_are_scored_over_all_batches_together():

@@ -21,8 +21,8 @@ from altgrad_core.quantizer import quantizer_of
 from altgrad_core.recipe import Recipe
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
-from altgrad_core.run_state import PluginFailure
 from altgrad_core.surgery import requantize
+from altgrad_core.watched import PluginFailure
 from altgrad_optim import GridOptim
 
 PLUGIN = '''

@@ -6,8 +6,8 @@ import pytest
 
 import altgrad_core as altgrad
 from altgrad_core import baseline
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.baseline import Baseline
-from altgrad_core.cli import _guarded, run_app
 from altgrad_core.registry import UsageError
 
 TASK = "language_modelling"
@@ -33,12 +33,11 @@ eval_batches = 1
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Return a function that runs the command into a folder: exit code, lines of output, errors."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
     def command(out, *flags, top=""):
         (tmp_path / "e.toml").write_text(TEXT.format(top=top))
-        code = _guarded(run_app, ["e.toml", "--out", out, *flags])
+        code = guarded(run_app, ["e.toml", "--out", out, *flags])
         found = capsys.readouterr()
         return code, found.out.splitlines(), found.err
 

@@ -4,10 +4,12 @@ import fractions
 import importlib
 import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -359,9 +361,8 @@ def test_the_command_quantize_prints_every_job_and_its_target():
 
 
 @pytest.fixture
-def watching(benchmark, monkeypatch, tmp_path):
+def watching(benchmark, monkeypatch):
     """Return a function (flags) -> what monitors.py prints as JSON, for a model as small as can be."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path))
     sizes = "--n-layer 1 --n-embd 12 --block-size 8 --batch-size 1 --parameters 5000 --threads 1 --json"
 
     def run(capsys, flags):
@@ -382,14 +383,28 @@ def test_monitors_prints_the_share_of_each_that_is_asked_for(watching, capsys):
     rows = {row["monitor"]: row for row in result["shares"]}
     assert {name: row["every"] for name, row in rows.items()} == {"flip": 1, "rank": 100, "position": 100}
     assert all(row["missing"] == "" and row["milliseconds"] is not None for row in rows.values())
-    assert result["sum_of_shares"] == pytest.approx(sum(row["share"] for row in rows.values()))
+    assert math.isfinite(result["share_together"])
+
+
+def test_monitors_together_cost_what_is_due_as_often_as_it_is(benchmark, monkeypatch):
+    """Every step takes a second; looking takes a tenth in each, and a second more in every tenth."""
+    monitors = benchmark("monitors")
+    watched = types.SimpleNamespace(
+        monitors=[types.SimpleNamespace(plugin=types.SimpleNamespace(every=every)) for every in (1, 10)]
+    )
+
+    def both(plain, watched, indices, device):
+        return [(1.0, 1.1 + (index % 10 == 0)) for index in indices]
+
+    monkeypatch.setattr(monitors, "both", both)
+    assert monitors.all_together(None, watched, 3, "cpu") == pytest.approx(0.1 + 1 / 10)
 
 
 def test_a_monitor_that_cannot_be_measured_is_a_row_that_says_so(watching, capsys):
     result = watching(capsys, "--only wandb --turns 1 --step-turns 0")  # mirrors what others have observed
     (row,) = result["shares"]
     assert (row["monitor"], row["share"], row["missing"]) == ("wandb", None, "it observes no step")
-    assert result["sum_of_shares"] == 0
+    assert result["share_together"] == 0
 
 
 @pytest.mark.slow
@@ -407,16 +422,9 @@ def test_monitors_prints_every_installed_one_and_multiples_of_adamw(watching, ca
 # --- training ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for tokens and compiled loops, for all tests of training."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def training(benchmark, monkeypatch, cache, capsys):
+def training(benchmark, monkeypatch, capsys):
     """Return a function (flags) -> what train.py prints as JSON, for a model as small as can be."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(cache))
     sizes = "--n-layer 2 --n-head 1 --n-embd 16 --block-size 8 --threads 1 --turns 3 --json"
 
     def run(flags):

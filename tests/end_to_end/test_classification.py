@@ -14,7 +14,7 @@ import torch
 
 import altgrad_core as altgrad
 from altgrad_core import checkpoint, loop
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.record import read_json, read_lines
 from altgrad_core.registry import UsageError
 
@@ -70,7 +70,6 @@ def write(path, rows):
 @pytest.fixture
 def acts(tmp_path, monkeypatch):
     """Write the documents, and work in their folder; returns those of the validation split."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
     rows = [{**act(draw), "split": "train" if number % 5 else "validation"} for number in range(400)]
@@ -234,6 +233,25 @@ def test_monitors_with_passes_of_their_own_report_and_change_nothing(run):
     assert math.isfinite(final["attention_entropy/entropy/total"])
 
 
+def test_padding_is_nothing_to_the_monitors_of_activations(run):
+    """No document has more than 50 tokens: windows of 16 beyond the fourth are padding alone."""
+    watching = "".join(
+        f"[[monitor]]\nplugin = '{name}'\nevery = 1\n" for name in ("attention_entropy", "kurtosis")
+    )
+    four, eight = (
+        {
+            name: value
+            for name, value in lines(
+                run(f"w{windows}", ADAMW + watching, f"data.windows={windows}", "steps=1")
+            )[-1].items()
+            if name.startswith(("attention_entropy/", "kurtosis/"))
+        }
+        for windows in (4, 8)
+    )
+    assert len(four) == 2 * 2 + 2 * 6
+    assert eight == pytest.approx(four, rel=1e-5)
+
+
 def test_the_head_is_the_monitors_classifier_and_an_epoch_is_a_pass_over_the_documents(run):
     watching = "[[monitor]]\nplugin = 'rank'\nevery = 10\nper = 'type'\n"
     result = run("grouped", ADAMW + watching)
@@ -309,7 +327,7 @@ metric = "validation/micro_f1"
 def test_a_comparison_by_f1_takes_the_step_size_with_the_most(load, capsys, tmp_path):
     file = load("compared", COMPARED)
     command = [str(file.path), "--set", "steps=20", "--set", "train.eval_every=0", "--quiet"]
-    assert _guarded(run_app, [*command, "--out", str(tmp_path / "runs")]) == 0
+    assert guarded(run_app, [*command, "--out", str(tmp_path / "runs")]) == 0
     assert "micro F1    macro F1  folder" in capsys.readouterr().out
     found = {"seed=1": {}, "seed=2": {}}
     for path in (tmp_path / "runs" / "compared").glob("*weight_decay*"):
@@ -344,7 +362,7 @@ def test_check_says_the_task_and_counts_the_head_without_torch_or_the_data(load,
     file = load("checked", GRID + ADAMW)
     (tmp_path / "acts.jsonl").unlink()
     code = (
-        "import sys; from altgrad_core.cli import run_app;"
+        "import sys; from altgrad_core.apps import run_app;"
         f"run_app([{str(file.path)!r}, '--check'], result_action='return_value');"
         "sys.exit('torch' in sys.modules)"
     )
@@ -375,7 +393,7 @@ def test_header_and_summary_say_the_task_and_its_metrics(load, capsys):
 
 def test_a_column_of_labels_that_is_not_there_exits_with_2_and_names_those_there_are(load, capsys):
     file = load("wrong", ADAMW)
-    code = _guarded(run_app, [str(file.path), "--set", 'data.labels="kinds"', "--out", "runs"])
+    code = guarded(run_app, [str(file.path), "--set", 'data.labels="kinds"', "--out", "runs"])
     assert code == 2
     err = capsys.readouterr().err
     assert "acts.jsonl:1: no key 'kinds'; its keys are text, labels, split: set labels to one" in err
@@ -383,7 +401,7 @@ def test_a_column_of_labels_that_is_not_there_exits_with_2_and_names_those_there
 
 def test_a_label_beyond_the_last_exits_with_2(load, capsys):
     file = load("wrong", ADAMW)
-    assert _guarded(run_app, [str(file.path), "--set", "data.label_count=2", "--out", "runs"]) == 2
+    assert guarded(run_app, [str(file.path), "--set", "data.label_count=2", "--out", "runs"]) == 2
     assert re.search(
         "document [0-9]+ of train has the label 2; the 2 labels are 0 to 1", capsys.readouterr().err
     )

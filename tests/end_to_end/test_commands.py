@@ -14,7 +14,7 @@ import tomllib
 import pytest
 import torch
 
-from altgrad_core.cli import _guarded, app, run_app
+from altgrad_core.apps import app, guarded, run_app
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.hookspecs import KINDS
 from altgrad_core.lookup import get_format
@@ -44,7 +44,7 @@ def altgrad(capsys):
     """Return a function that runs `altgrad ...` in this process: exit code, output, errors."""
 
     def command(*tokens):
-        code = _guarded(app, tokens)
+        code = guarded(app, tokens)
         return code, *capsys.readouterr()
 
     return command
@@ -57,7 +57,7 @@ def altgrad_run(capsys, tmp_path, monkeypatch):
 
     def command(text, *tokens):
         pathlib.Path("e.toml").write_text(text)
-        code = _guarded(run_app, ["e.toml", *tokens])
+        code = guarded(run_app, ["e.toml", *tokens])
         return code, *capsys.readouterr()
 
     return command
@@ -383,7 +383,7 @@ def test_check_prints_the_assembled_run_for_both_devices(altgrad_run):
         "\n"
         "on cpu: 1 run, 160 tokens\n"
         "  format       FP32: nothing is quantised\n"
-        "  optimizer    AdamW (lr 0.001, betas 0.9 0.95, eps 1e-08, weight_decay 0.1)\n"
+        "  optimizer    AdamW (lr 0.001, other_lr 0.001, betas 0.9 0.95, eps 1e-08, weight_decay 0.1)\n"
         "  task         language modelling\n"
         "  data         markov (order 2, vocab_size 16, tokens 1000000, validation_tokens 100000, "
         "concentration 0.3, seed 0), tokenizer bytes\n"
@@ -456,6 +456,14 @@ def test_check_forecasts_time_and_cost_from_earlier_runs_of_the_same_model(altgr
     assert "on any device: 1 run, 160 tokens\n" in out
 
 
+@pytest.mark.parametrize("price", ["9 EUR", "nan", "-1"])
+def test_a_price_that_is_none_is_refused_before_a_run_begins(price, altgrad_run, monkeypatch):
+    monkeypatch.setenv("ALTGRAD_PRICE_PER_HOUR", price)
+    code, out, err = altgrad_run(TINY)
+    assert (code, out) == (2, "")
+    assert err == f"$ALTGRAD_PRICE_PER_HOUR is {price!r}; set it to a number, 0 or more, or unset it\n"
+
+
 def test_a_wrong_file_prints_every_mistake_and_exits_with_2(altgrad_run):
     code, out, err = altgrad_run(
         TINY + "[optimizer]\nplugin = 'AdamV'\nlr = true\n", "--check", "--set", "step=1"
@@ -491,7 +499,7 @@ def test_a_wrong_flag_exits_with_2(altgrad_run, tokens, message):
 
 @pytest.mark.parametrize("name", ["none.toml", "."])
 def test_a_file_that_is_none_exits_with_2(capsys, tmp_path, name):
-    assert _guarded(run_app, [str(tmp_path / name), "--check"]) == 2
+    assert guarded(run_app, [str(tmp_path / name), "--check"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -503,15 +511,15 @@ WATCH = "import sys; {code}; print(*sorted(set(sys.modules) & set({heavy!r})), f
 @pytest.mark.parametrize(
     "call",
     [
-        "_guarded(app, ['plugins'])",
-        "_guarded(app, ['show', 'GridOptim'])",
-        "_guarded(run_app, [sys.argv[1], '--check'])",
+        "guarded(app, ['plugins'])",
+        "guarded(app, ['show', 'GridOptim'])",
+        "guarded(run_app, [sys.argv[1], '--check'])",
     ],
 )
 def test_listing_showing_and_checking_import_nothing_heavy(call, tmp_path):
     path = tmp_path / "e.toml"
     path.write_text(TINY + GRID)
-    code = f"from altgrad_core.cli import _guarded, app, run_app; assert {call} == 0"
+    code = f"from altgrad_core.apps import guarded, app, run_app; assert {call} == 0"
     heavy = (*HEAVY, "numpy")
     done = in_a_process(sys.executable, "-c", WATCH.format(code=code, heavy=heavy), str(path))
     assert (done.returncode, done.stderr) == (0, "\n")

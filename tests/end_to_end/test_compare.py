@@ -12,7 +12,7 @@ import time
 import pytest
 
 import altgrad_core as altgrad
-from altgrad_core import commands, compare
+from altgrad_core import commands, compare, comparing
 from altgrad_core.record import RunFolder, read_json, read_lines
 from altgrad_core.registry import UsageError
 
@@ -58,9 +58,24 @@ MATCHED = "optimizer=ManifoldAdamW(weight_decay=0.0,step_of=0)"
 GROUPS = {ADAMW, MATCHED, f"format=FP32,{ADAMW}", f"format=FP32,{MATCHED},of_format=E5M2"}
 
 
+def test_every_optimizer_with_a_stiffness_has_a_run_on_float32(write):
+    arm = '{plugin = "RiemannianAdam", weight_decay = 0.0}'
+    file = altgrad.load_experiment(write(TINY.replace("]\n[compare]", f"  {arm},\n]\n[compare]")))
+    groups = [group for group in file.comparison.groups if group.roles[0].kind == "intrinsic"]
+    assert [group.roles[0].arm for group in groups] == [1, 2]
+    stiffness = comparing.cells_of(file, groups[1].name, 2, 1.0)["cpu"].experiment.optimizer.options.stiffness
+    assert stiffness.geometry.of_format.plugin == "E5M2"
+
+
+def test_tuning_adamw_leaves_the_other_parameters_at_the_rate_of_the_file(write):
+    file = altgrad.load_experiment(write(TINY))
+    options = comparing.cells_of(file, ADAMW, 1, 10.0)["cpu"].experiment.optimizer.options
+    assert (options.lr, options.other_lr) == (0.1, 0.01)
+
+
 @pytest.fixture
 def write(tmp_path):
-    """Write an experiment file, with the token cache beside it, and return its path."""
+    """Write an experiment file, and return its path."""
 
     def write(text=TINY) -> pathlib.Path:
         path = tmp_path / "experiment.toml"
@@ -105,13 +120,7 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     path = out / "whole.toml"
     path.write_text(TINY)
-    before = os.environ.get("ALTGRAD_CACHE")
-    os.environ["ALTGRAD_CACHE"] = str(out / "cache")
     assert run(path, out) == 0
-    if before is None:
-        del os.environ["ALTGRAD_CACHE"]
-    else:
-        os.environ["ALTGRAD_CACHE"] = before
     return path, out
 
 
@@ -211,7 +220,7 @@ def test_the_hash_of_the_table_and_of_earlier_ones_is_kept(whole, tmp_path):
 
 
 def test_the_same_command_again_runs_nothing_and_finds_the_same(write, tmp_path, capsys):
-    path = write(TINY.replace("tune = [0.1, 1.0, 10.0]", "tune = [1.0, 10.0]"))
+    path = write(TINY.replace("tune = [0.1, 1.0, 10.0]", "tune = [1.0, 3.0]"))
     run(path, tmp_path)
     before = (tmp_path / "tiny" / "compare.json").read_text(), ends(tmp_path)
     capsys.readouterr()
@@ -329,7 +338,7 @@ def test_a_comparison_is_run_by_the_command_alone(write, tmp_path):
 # --- compare.json of several commands ----------------------------------------------------------------
 
 PAIR = TINY.replace('[compare.references]\nfp32 = {"quantize.format" = "FP32"}\n', "").replace(
-    "tune = [0.1, 1.0, 10.0]", "tune = [1.0, 10.0]"
+    "tune = [0.1, 1.0, 10.0]", "tune = [1.0, 3.0]"
 )
 """Two arms, and no more."""
 
@@ -445,11 +454,11 @@ def test_a_step_size_that_diverges_is_not_chosen_and_no_failure(write, tmp_path)
 
 
 def test_an_optimum_that_stays_on_the_edge_is_marked(write, tmp_path):
-    text = TINY.replace("tune = [0.1, 1.0, 10.0]", "tune = [0.02, 0.04]")
+    text = TINY.replace("tune = [0.1, 1.0, 10.0]", "tune = [0.2, 0.3]")
     run(write(text), tmp_path, "compare.seeds=[2]", "quantize.storage=master")
     group = told(tmp_path)["groups"][ADAMW]
-    assert list(group["tuning"]) == ["0.02", "0.04", "0.08", "0.16"]
-    assert (group["factor"], group["on_the_edge"]) == (0.16, True)
+    assert list(group["tuning"]) == ["0.2", "0.3", "0.45", "0.675"]
+    assert (group["factor"], group["on_the_edge"]) == (0.675, True)
     assert told(tmp_path)["groups"][MATCHED]["on_the_edge"]
 
 

@@ -38,9 +38,8 @@ plugin = "flip"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Return a function that runs a tiny experiment with overrides, and gives its folder."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "e.toml"
     path.write_text(TEXT)
 

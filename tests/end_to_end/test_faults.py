@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad_core import checkpoint, loop
+import altgrad_core as altgrad
+from altgrad_core import checkpoint, loop, run_checkpoint
 from altgrad_core import registry as registry_module
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.record import read_json, read_lines
 from altgrad_core.registry import PluginError, UsageError
 from altgrad_core.state_tree import pack
@@ -117,7 +118,7 @@ def test_a_stopped_run_says_so_and_is_not_run_again(write, tmp_path, capsys, run
     assert first.summary["message"].startswith("nan_guard: the loss was not finite")
     before = (first.folder / "metrics.jsonl").read_text()
     capsys.readouterr()
-    assert _guarded(run_app, [str(path), "--out", str(tmp_path), "--set", *overrides, "--quiet"]) == 1
+    assert guarded(run_app, [str(path), "--out", str(tmp_path), "--set", *overrides, "--quiet"]) == 1
     out = capsys.readouterr().out
     assert "was stopped at step" in out
     assert "nan_guard" in out
@@ -140,7 +141,7 @@ def test_resume_goes_on_in_the_very_folder_it_was_given(write, tmp_path, run):
     moved.parent.mkdir()
     first.folder.rename(moved)
     (moved / "summary.json").unlink()
-    assert _guarded(run_app, [str(path), "--resume", str(moved), "--set", "steps=3", "--quiet"]) == 0
+    assert guarded(run_app, [str(path), "--resume", str(moved), "--set", "steps=3", "--quiet"]) == 0
     assert (moved / "summary.json").exists()
     assert not first.folder.exists()
 
@@ -182,6 +183,23 @@ def test_a_checkpoint_of_another_version_of_a_plugin_is_refused_by_its_name(
     rewritten(run(path, tmp_path, "steps=3"), lambda state: state["versions"].update({distribution: "0.0.7"}))
     with pytest.raises(UsageError, match=rf"{distribution}: '0.0.7' -> '0.1.0'; install those again, or"):
         run(path, tmp_path, "steps=3")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_tensor_whatever_its_options_say(
+    write, tmp_path, run
+):
+    path = write(PLAIN)
+    small, large = (
+        run(path, tmp_path / "a", "steps=3"),
+        run(path, tmp_path / "b", "steps=3", "model.n_embd=32"),
+    )
+    found, other = (checkpoint.newest(one.folder / "checkpoints")[0] for one in (small, large))
+    checkpoint.save(small.folder / "checkpoints", checkpoint.step_name(3), other.model, found.state)
+    (small.folder / "summary.json").unlink()
+    with pytest.raises(
+        UsageError, match=r"another model: .*transformer\.wte\.weight: \(16, 32\) -> \(16, 16\);"
+    ):
+        run(path, tmp_path / "a", "steps=3")
 
 
 def test_a_plugin_that_a_run_does_not_use_may_change(write, tmp_path, run):
@@ -244,7 +262,7 @@ def test_a_monitor_that_draws_from_the_global_stream_leaves_the_run_alone(write,
 
 
 def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_path, monkeypatch, run):
-    from altgrad_core.run_state import PluginFailure
+    from altgrad_core.watched import PluginFailure
     from altgrad_monitors.flip import Flip
 
     def halve(self, step):
@@ -265,7 +283,7 @@ def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path
     path = write(TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n")
     with monkeypatch.context() as broken:
         broken.setattr(Flip, "observe", lambda self, step: {"flip/x/total": "many"})
-        broken.setattr(loop, "_checkpoint", lambda run: (run.save(), 1 / 0))
+        broken.setattr(loop, "_checkpoint", lambda run: (run_checkpoint.save(run), 1 / 0))
         with pytest.raises(ZeroDivisionError):
             run(path, tmp_path)
     result = run(path, tmp_path)
@@ -285,6 +303,29 @@ def test_a_signal_in_the_evaluation_still_gets_its_checkpoint(write, tmp_path, m
     assert result.outcome == "interrupted"
     found, _ = checkpoint.newest(result.folder / "checkpoints")
     assert found.state["step"] == result.summary["step"] == 9
+
+
+@pytest.mark.parametrize("by", ["command", "Python"])
+def test_a_signal_in_the_last_step_lets_a_cell_finish_and_no_other_begin(
+    by, write, tmp_path, monkeypatch, capsys
+):
+    whole = loop.evaluate
+
+    def interrupted(run, *batches):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(run, *batches)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    path = write(PLAIN.replace("steps = 30", "steps = 3") + "[grid]\nseed = [1, 2]\n")
+    if by == "Python":
+        (result,) = altgrad.run_all(altgrad.load_experiment(path), out=tmp_path, quiet=True)
+        assert (result.outcome, result.asked) == ("finished", "interrupted")
+    else:
+        assert guarded(run_app, [str(path), "--out", str(tmp_path), "--quiet"]) == 130
+        assert "not begun: 1\nrun the same command to go on" in capsys.readouterr().out
+    assert read_json(tmp_path / "tiny" / "seed=1" / "summary.json")["outcome"] == "finished"
+    assert not (tmp_path / "tiny" / "seed=2").exists()
 
 
 # --- where a run is taken up -------------------------------------------------------------------------
@@ -472,11 +513,23 @@ def test_a_folder_that_cannot_be_written_ends_the_command_before_step_1(
     out = tmp_path / ("file" if place == "out" else "runs")
     if place == "cache":
         monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "file" / "cache"))
-    assert _guarded(run_app, [str(path), "--out", str(out), "--quiet"]) == 2
+    assert guarded(run_app, [str(path), "--out", str(out), "--quiet"]) == 2
     err = capsys.readouterr().err
     assert "cannot" in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "events.jsonl", "log.txt"])
+def test_what_is_in_the_way_of_a_run_ends_the_command_before_step_1(name, write, tmp_path, capsys):
+    """As would a folder of checkpoints, or a file, on a disk that is gone or may only be read."""
+    place = tmp_path / "tiny" / "run" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("") if name == "checkpoints" else place.mkdir()
+    assert guarded(run_app, [str(write(PLAIN)), "--out", str(tmp_path), "--quiet"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(str(place))
+    assert "cannot be written" in error
 
 
 def test_the_lock_of_a_process_that_died_is_taken_over(write, tmp_path, run):
@@ -549,9 +602,9 @@ def test_a_signal_gets_its_checkpoint_wherever_it_comes(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
-    number, code, write, launch, forking, tmp_path, wait_until
+    number, code, write, launch, cache, tmp_path, wait_until
 ):
-    path, cache = write(PLAIN), forking.cache
+    path = write(PLAIN)
     options = overriding(("data.tokens=300000", "steps=3"))
     before = {one.name for one in cache.iterdir()}
     first = launch(path, "--out", tmp_path, *options)
@@ -586,6 +639,7 @@ sys.meta_path.insert(0, Sender())
             signal.SIGTERM,
             143,
         ),  # which torch's start-up imports, deaf to what it raises
+        ("cyclopts", signal.SIGINT, 130),  # among the first
         ("numpy.lib", signal.SIGINT, 130),
         ("torch.nn", signal.SIGINT, 130),
         ("altgrad_optim.adamw", signal.SIGTERM, 143),
@@ -635,9 +689,9 @@ def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch,
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, tmp_path, lines, wait_until):
-    path, folder = write(PLAIN), tmp_path / "tiny" / "run"
-    options = overriding(("train.log_every=1", "steps=9", "train.gradient_accumulation=60"))
-    process = launch(path, "--out", tmp_path, *options)
+    path, folder = write(TINY + STORED + "[[monitor]]\nplugin = 'flip'\n"), tmp_path / "tiny" / "run"
+    options, begun = ("train.log_every=1", "steps=9", "train.gradient_accumulation=60"), time.monotonic()
+    process = launch(path, "--out", tmp_path, *overriding(options))
     wait_until(lambda: len(lines(folder, "metrics.jsonl")) > 4)
     time.sleep(0.05)  # in step 5: nothing is saved or evaluated before it
     os.kill(process.pid, signal.SIGSTOP)
@@ -645,10 +699,26 @@ def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, 
     os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode == 0
-    times = [line["time/step"] for line in read_lines(folder / "metrics.jsonl") if "time/step" in line]
-    assert len(times) == 9
-    assert min(times) > 0
-    assert max(times) < 3
+    logged = [line for line in read_lines(folder / "metrics.jsonl") if line["step"]]
+    assert [line["step"] for line in logged if "time/step" not in line] == [5]
+    assert [line["step"] for line in logged if "cost/flip" not in line] == [5]
+    assert read_json(folder / "summary.json")["seconds"] < time.monotonic() - begun - 4
+
+
+def test_how_little_was_left_of_a_step_that_was_stopped_speeds_nothing_up(write, tmp_path, monkeypatch, run):
+    whole = loop._one_step
+
+    def stopped(run):
+        whole(run)
+        time.sleep(0.02)
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGCONT)  # what comes when a stopped process goes on
+
+    monkeypatch.setattr(loop, "_one_step", stopped)
+    result = run(write(PLAIN), tmp_path, "steps=6", "train.log_every=3")
+    _, *logged = read_lines(result.folder / "metrics.jsonl")
+    assert [line["time/step"] >= 0.02 for line in logged] == [True, True]
+    assert result.summary["seconds"] == pytest.approx(sum(3 * line["time/step"] for line in logged))
 
 
 def test_a_clock_that_is_set_back_changes_no_timer(write, tmp_path, monkeypatch, run):
@@ -770,21 +840,31 @@ def test_a_third_partys_format_and_optimizer_train(write, acme, tmp_path, run):
     assert run(write(THIRD), tmp_path, "steps=3").outcome == "finished"
 
 
-def test_a_format_that_returns_another_shape_ends_the_run_by_its_name(write, acme, tmp_path, run):
-    acme(format="return x.flatten()")
-    with pytest.raises(PluginError, match=r"acme 3\.1 returns the shape"):
+@pytest.mark.parametrize("result", ["x.flatten()", "x[:1]"])
+def test_a_format_that_returns_another_shape_ends_the_run_by_its_name(result, write, acme, tmp_path, run):
+    acme(format=f"return {result}")
+    with pytest.raises(PluginError, match=r"format 'ACME' of acme 3\.1 cannot round: ValueError: it returns"):
         run(write(THIRD), tmp_path, "steps=3")
 
 
 SPOILED = "raise ArithmeticError('spoiled')"
 
 
-@pytest.mark.parametrize("part", [{"format": f"if len(x) > 9: {SPOILED}"}, {"optimizer": SPOILED}])
-def test_a_format_or_optimizer_that_raises_ends_the_run_by_its_name(part, write, acme, tmp_path, run):
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ({"format": f"if len(x) > 9: {SPOILED}"}, []),
+        ({"optimizer": SPOILED}, ["in a step of optimizer 'Acme' of acme 3.1"]),
+    ],
+)
+def test_a_format_or_optimizer_that_raises_ends_the_run_by_its_name(part, place, write, acme, tmp_path, run):
     acme(**part)
     with pytest.raises(ArithmeticError) as raised:
         run(write(THIRD), tmp_path, "steps=3")
     summary = read_json(tmp_path / "tiny" / "run" / "summary.json")
-    named = "raised in acme_altgrad of acme 3.1"
-    assert raised.value.__notes__ == [named]
-    assert (summary["outcome"], summary["message"]) == ("failed", f"ArithmeticError: spoiled; {named}")
+    notes = [*place, "raised in acme_altgrad of acme 3.1, here for format 'ACME', optimizer 'Acme'"]
+    assert sorted(raised.value.__notes__) == sorted(notes)
+    assert (summary["outcome"], summary["message"]) == (
+        "failed",
+        "; ".join(["ArithmeticError: spoiled", *notes]),
+    )

@@ -92,3 +92,13 @@ def test_the_bound_holds_on_float32_for_the_covered_weights(trained):
     for name, weight in bounded.items():
         limit = 2 * start[name].double().square().mean().sqrt().item()
         assert weight.abs().max().item() == pytest.approx(limit, rel=1e-6), name
+
+
+def test_a_rule_names_the_geometry_that_its_weights_take_on_float32(trained):
+    rule = "quantize.rule=[{layers = 'lm_head', format = 'FP32'}, {layers = '.*c_fc', of_format = 'E0M7'}]"
+    with_rule, _ = trained("geometry", more=(rule,))
+    without, _ = trained("geometry")
+    uniform, _ = trained("AdamW")  # to one step, the even spacing of E0M7 is a learning rate
+    for name, weight in with_rule.items():
+        assert torch.equal(weight, without[name]) == ("c_fc" not in name), name
+        assert ("c_fc" in name) == torch.allclose(weight, uniform[name], rtol=1e-6, atol=1e-9), name

@@ -5,6 +5,7 @@ files, which the system tells of in other words.
 """
 
 import contextlib
+import pathlib
 import resource
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import subprocess
 import pytest
 
 from altgrad_core import checkpoint
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.token_cache import build
 
 TINY = """
@@ -57,7 +58,7 @@ def logged_size(folder):
 
 def ended(folder, out, path, capsys):
     """Run the command on what a full disk has; returns its one line of error."""
-    code = _guarded(run_app, [str(path), "--out", str(out), "--quiet"])
+    code = guarded(run_app, [str(path), "--out", str(out), "--quiet"])
     (error,) = capsys.readouterr().err.splitlines()
     assert code == 1
     assert "cannot be written" in error
@@ -121,11 +122,17 @@ def test_a_full_disk_keeps_what_was_there_and_a_run_goes_on_bit_for_bit(
 
 def test_a_disk_without_any_room_lets_no_run_begin(disk, write, capsys):
     with filled(disk, 0):
-        code = _guarded(run_app, [str(write(SAVING)), "--out", str(disk), "--quiet"])
+        code = guarded(run_app, [str(write(SAVING)), "--out", str(disk), "--quiet"])
         assert [found.name for found in disk.rglob("*.*")] == [".lock"]
     (error,) = capsys.readouterr().err.splitlines()
     assert code == 2
     assert error.endswith("cannot be written: No space left on device; choose another folder with --out")
+
+
+def test_output_that_goes_to_a_full_disk_ends_a_run_in_one_line(write, start, ended, tmp_path):
+    with pathlib.Path("/dev/full").open("w") as full:
+        code, _, error = ended(start(write(SAVING), "--out", tmp_path, stdout=full))
+    assert (code, error) == (1, "failed: the output cannot be written: No space left on device\n")
 
 
 def test_a_full_disk_leaves_nothing_of_prepared_tokens(disk):

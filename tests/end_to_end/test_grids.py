@@ -47,7 +47,7 @@ seed = {seeds}
 
 @pytest.fixture
 def write(tmp_path):
-    """Write an experiment file, with the token cache beside it, and return its path."""
+    """Write an experiment file, and return its path."""
 
     def write(seeds, text=TINY) -> pathlib.Path:
         path = tmp_path / "experiment.toml"

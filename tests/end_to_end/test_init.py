@@ -10,7 +10,7 @@ import torch
 
 import altgrad_core as altgrad
 from altgrad_core import checkpoint, loop
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
 
@@ -70,9 +70,7 @@ def run(tmp_path):
 def trained(tmp_path_factory):
     """The folder of a run that has trained, for all tests."""
     tmp_path = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
-        return ran(tmp_path, "source", ADAMW, [], "").folder
+    return ran(tmp_path, "source", ADAMW, [], "").folder
 
 
 @pytest.fixture
@@ -216,7 +214,7 @@ def test_a_folder_that_is_no_run_is_refused_with_those_that_are(run, source):
 def test_the_command_exits_with_2_and_one_line(source, tmp_path, capsys):
     path = tmp_path / "e.toml"
     path.write_text(TINY.format(name="e", top="init_from = 'nowhere'", tables=""))
-    assert _guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert guarded(run_app, [str(path), "--out", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "init_from: nowhere has no checkpoint; name the folder of a run, such as 'runs/my_experiment/run'"
     ]

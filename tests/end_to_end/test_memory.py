@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from altgrad_core import memory
-from altgrad_core.cli import _guarded, run_app
+from altgrad_core.apps import guarded, run_app
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.record import read_json
 from altgrad_core.registry import PluginError
@@ -40,7 +40,7 @@ def failed(write, tmp_path, capsys):
 
     def failed(text, flag, *more):
         options = ["--out", str(tmp_path), "--set", flag, "--quiet", *more]
-        assert _guarded(run_app, [str(write(text)), *options]) == 1
+        assert guarded(run_app, [str(write(text)), *options]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         return line, read_json(next(tmp_path.glob("tiny/*/summary.json")))
 
@@ -66,7 +66,7 @@ def test_what_was_asked_for_and_what_to_lower_is_said_in_one_line(flag, asked, r
 
 def test_a_run_too_large_stops_no_other_of_its_grid(write, tmp_path, capsys):
     path = write(TINY + '[grid]\n"model.n_embd" = [10000000000000, 16]\n')
-    assert _guarded(run_app, [str(path), "--out", str(tmp_path), "--quiet"]) == 1
+    assert guarded(run_app, [str(path), "--out", str(tmp_path), "--quiet"]) == 1
     assert "n_embd=10000000000000: out of memory: the model has " in capsys.readouterr().err
     ends = {one.parent.name: read_json(one)["outcome"] for one in tmp_path.glob("tiny/*/summary.json")}
     assert ends == {"n_embd=10000000000000": "failed", "n_embd=16": "finished"}

@@ -43,11 +43,10 @@ PLAIN = [(name, rounding) for name in OPTIMIZERS for rounding in ("nearest_even"
 
 
 @pytest.fixture
-def shares(tmp_path, monkeypatch):
+def shares(tmp_path):
     """Return the share of weights on the grid after each step, by layer."""
 
     def shares(optimizer: str, quantize: str):
-        monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "tiny.toml"
         options = f'[optimizer]\nplugin = "{optimizer}"\n{OPTIMIZERS[optimizer]}\n'
         path.write_text(f"{TINY}{quantize}\n{options}")

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from altgrad_core import registry as registry_module
-from altgrad_core.cli import _guarded, app, run_app
-from altgrad_core.record import read_lines
+from altgrad_core.apps import app, guarded, run_app
+from altgrad_core.record import read_json, read_lines
 
 PLUGIN = '''
 """One component of each kind, and all of them called acme; and a policy that reads the monitor. Light."""
@@ -97,7 +97,7 @@ def acme(tmp_path, monkeypatch):
 @pytest.fixture
 def train(run_text):
     """Return a function that runs the experiment with further tables, from Python."""
-    return lambda tables="", **options: run_text(TINY + tables, **options)
+    return lambda tables="", name="runs", flags=(): run_text(TINY + tables, name, *flags)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def command(write, tmp_path, capsys):
     def command(tables, *flags):
         sets = [part for flag in flags for part in ("--set", flag)]
         path, out = write(TINY + tables), tmp_path / "runs"
-        code = _guarded(run_app, [str(path), "--out", str(out), "--quiet", *sets])
+        code = guarded(run_app, [str(path), "--out", str(out), "--quiet", *sets])
         return code, capsys.readouterr().err.splitlines()
 
     return command
@@ -179,12 +179,70 @@ def test_anything_else_that_cannot_be_had_ends_the_run_in_one_line(kind, flag, p
     assert line.endswith("RuntimeError: boom")
 
 
+THREE = "def Part(*inputs):\n    return 3"
+OPTIMIZER = (
+    "import torch\n\n\nclass Part(torch.optim.SGD):\n    def __init__(self, options, inputs):\n        "
+)
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts", "reason"),
+    [
+        ("quantize.format='acme'", THREE, "format 'acme' of acme 3.1 is no Format but int"),
+        (
+            "optimizer.plugin='acme'",
+            "Part = print",
+            "optimizer 'acme' of acme 3.1 is no torch.optim.Optimizer",
+        ),
+        (
+            "optimizer.plugin='acme'",
+            OPTIMIZER + "torch.optim.Optimizer.__init__(self, inputs.groups, {})",
+            "optimizer 'acme' of acme 3.1 has a parameter group without lr",
+        ),
+        (
+            "optimizer.plugin='acme'",
+            OPTIMIZER
+            + "super().__init__(inputs.groups)\n\n    def state_dict(self):\n        return {'f': print}",
+            "optimizer 'acme' of acme 3.1: state_dict raised",
+        ),
+        (
+            "fallback=[{plugin = 'acme'}]",
+            "class Part:\n    needs = ()\n\n    def __init__(self, options):\n        pass\n\n"
+            "    def decide(self, step, metrics):\n        raise SystemExit(0)",
+            "acme of acme 3.1: decide raised SystemExit: 0",
+        ),
+    ],
+)
+def test_what_is_not_what_its_kind_asks_for_ends_the_run_in_one_line(flag, parts, reason, acme, command):
+    acme(parts)
+    code, (line,) = command("", flag)
+    assert (code, line.startswith(f"failed: {reason}")) == (1, True), line
+
+
+@pytest.mark.parametrize("answer", ["None", "[1.0]", "sys.exit(3)"])
+def test_a_monitor_that_answers_with_no_table_is_dropped(answer, acme, train, warnings):
+    acme("import sys\n\n\n" + WORKING.replace("{'acme/count/total': 1.0}", answer))
+    result = train(MONITOR)
+    assert result.outcome == "finished"
+    (warning,) = warnings(result.folder)
+    assert re.match(r"acme of acme 3\.1: observe raised .*; the monitor is dropped", warning)
+
+
+@pytest.mark.parametrize("parts", [THREE, WORKING.replace("observe", "documents")])
+def test_an_error_while_tokens_are_prepared_names_the_data_set(parts, acme, train, tmp_path):
+    acme(parts)
+    with pytest.raises(AttributeError) as raised:
+        train("", flags=("data.plugin='acme'",))
+    assert raised.value.__notes__[0] == "while the tokens of dataset 'acme' of acme 3.1 were prepared"
+    assert read_json(next(tmp_path.rglob("summary.json")))["outcome"] == "failed"
+
+
 def test_a_file_that_names_a_component_of_a_broken_plugin_is_refused_with_the_reason(acme, command, capsys):
     acme(WORKING, plugin=AT_IMPORT)
     code, (line,) = command(MONITOR)
     assert code == 2
     assert "monitor[0].plugin: no monitor named 'acme' is installed" in line
     assert line.endswith("broken plugins, where it may be: acme 3.1 (RuntimeError: boom)")
-    _guarded(app, ["plugins"])
+    guarded(app, ["plugins"])
     assert "acme 3.1" in capsys.readouterr().out
     assert command("") == (0, [])

@@ -77,9 +77,8 @@ LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """Return a function that runs the text of an experiment in a folder of its own."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def run(text: str, *overrides: str, name: str = "runs"):
         path = pathlib.Path(tmp_path / "experiment.toml")

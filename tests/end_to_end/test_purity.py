@@ -82,9 +82,8 @@ def monitors(text):
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
+def trained(tmp_path):
     """Return a function that trains by the text of a file, and returns the finished run."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
 
     def train(text, name):
         path = tmp_path / f"{name}.toml"

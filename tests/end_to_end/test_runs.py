@@ -14,8 +14,8 @@ import torch
 
 import altgrad_core as altgrad
 from altgrad_core import checkpoint
-from altgrad_core.assemble import _refuse_inexact
 from altgrad_core.format import Format
+from altgrad_core.layer_recipes import refuse_inexact
 from altgrad_core.recipe import Recipe
 from altgrad_core.record import RunFolder, read_lines
 from altgrad_core.registry import UsageError
@@ -202,7 +202,7 @@ def test_a_rule_onto_the_grid_is_storage_on_the_grid_with_a_rule_off_it(
 def test_a_format_of_a_third_party_that_bfloat16_does_not_hold_says_which_key_to_change():
     fine = Recipe(format=Format(name="FINE", bits=3, values=[0.0, 1.0, 1 + 2.0**-8]))
     with pytest.raises(UsageError, match=r'FINE does not survive bfloat16 .*; set train.dtype = "float32"'):
-        _refuse_inexact(fine)
+        refuse_inexact(fine)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_policy_that_raises_ends_the_run_and_is_named(write, tmp_path, monkeyp
     from altgrad_policies.nan_guard import NanGuard
 
     monkeypatch.setattr(NanGuard, "decide", lambda self, step, metrics: 1 / 0)
-    from altgrad_core.run_state import PluginFailure
+    from altgrad_core.watched import PluginFailure
 
     with pytest.raises(PluginFailure, match=r"nan_guard of altgrad-policies .*: decide raised Zero"):
         run(write(TINY + ARMS["grid"] + GUARDED), tmp_path / "runs")

@@ -123,6 +123,12 @@ def test_a_stiffness_reweights_the_equilibrium_by_its_inverse(quadratic):
     [
         *(("E4M3", "plain", 0.025), ("E4M3", "update", 0.1), ("E4M3", "scrambled", 0.025)),
         *(("E7M0", "plain", 0.05), ("E7M0", "update", 0.1), ("E7M0", "scrambled", 0.05)),
+        *(
+            ("E2M5", "plain", 0.025),
+            ("E3M4", "update", 0.05),
+            ("E5M2", "update", 0.1),
+            ("E6M1", "plain", 0.1),
+        ),
     ],
 )
 @pytest.mark.slow

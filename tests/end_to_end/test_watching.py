@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import signal
 import sys
 
@@ -13,9 +14,10 @@ import torch
 import altgrad_core as altgrad
 from altgrad_core import checkpoint, loop
 from altgrad_core import registry as registry_module
+from altgrad_core.hookspecs import AdjustScale, SwitchFormat
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
-from altgrad_core.run_state import PluginFailure
+from altgrad_core.watched import PluginFailure
 
 PLUGIN = '''
 """A monitor and a policy, to be told what to do by a test. Light."""
@@ -97,7 +99,6 @@ EYE, HAND = "[[monitor]]\nplugin = 'eye'\n", "[[fallback]]\nplugin = 'hand'\nnee
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """Install the plugin for this process, and return its module."""
-    monkeypatch.setenv("ALTGRAD_CACHE", str(tmp_path / "cache"))
     info = tmp_path / "site" / "eye_and_hand-1.0.dist-info"
     info.mkdir(parents=True)
     (info.parent / "eye_and_hand.py").write_text(PLUGIN)
@@ -256,6 +257,46 @@ def test_a_step_carries_what_was_before_it_of_the_layers_that_are_looked_at(
     assert len(places) == 1
 
 
+@pytest.fixture
+def flips(shown, train):
+    """Return a function that runs with an action in step 3, and returns by step how many codes changed."""
+
+    def flips(action, every, *overrides):
+        watching = EYE, HAND, f"[[monitor]]\nplugin = 'flip'\nevery = {every}\n"
+        options = {"overrides": overrides, "out": f"every {every}"}
+        shown(*watching, answers={3: action}, **options)
+        found = lines(train(*watching, **options))  # as it was finished
+        return {
+            line["step"]: line["flip/flip_count/total"] for line in found if "flip/flip_count/total" in line
+        }
+
+    return flips
+
+
+ACTIONS = {
+    "adjust": AdjustScale(reason="", layers=".*mlp.*", factor=2.0**-6, of="weights"),
+    "switch": SwitchFormat(reason="", layers=".*mlp.*", to="E2M1"),
+}
+
+
+@pytest.mark.parametrize("storage", ["master", "grid"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_what_an_action_does_to_a_weight_is_no_flip_of_the_step(action, storage, flips):
+    still = f"quantize.storage={storage}", "optimizer.lr=0.0"
+    assert set(flips(ACTIONS[action], 1, *still).values()) == {0.0}
+    assert set(flips(ACTIONS[action], 3, *still).values()) == {0.0}
+
+
+@pytest.mark.parametrize("storage", ["master", "grid"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_flips_are_the_same_whatever_steps_are_looked_at(action, storage, flips):
+    every_step = flips(ACTIONS[action], 1, f"quantize.storage={storage}")
+    assert flips(ACTIONS[action], 3, f"quantize.storage={storage}") == {
+        step: every_step[step] for step in (3, 6)
+    }
+    assert every_step[3] > 0
+
+
 # --- what lines and summaries keep -------------------------------------------------------------------
 
 
@@ -307,6 +348,96 @@ def test_nan_of_a_weight_that_is_nan_is_no_undefined_quantity(plugin, train, mon
     assert not any(name.startswith("eye/") for name in lines(result)[-2])
     final = result.summary["final"]
     assert {name for name in final if name.startswith("eye/")} == {f"eye/share/{sick}", "eye/share/total"}
+
+
+def with_a_weight_that_is_nan(run):
+    run.optimizer.step = lambda: run.model.lm_head.weight.data.fill_(math.nan)
+
+
+@pytest.fixture
+def in_step(monkeypatch):
+    """Return a function that has something done to a run in a step, before it begins."""
+    whole = loop._one_step
+
+    def in_step(index, change):
+        monkeypatch.setattr(
+            loop, "_one_step", lambda run: (run.step + 1 == index and change(run), whole(run))
+        )
+
+    return in_step
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_number_that_is_not_finite_costs_a_monitor_its_place(value, plugin, train, monkeypatch):
+    monkeypatch.setattr(plugin.Eye, "observe", says({5: value}))
+    monkeypatch.setattr(plugin.Eye, "undefined_is_nan", False)
+    result = train(EYE)
+    (warning,) = warnings(result)
+    assert warning.startswith(
+        f"eye of eye-and-hand 1.0: observe raised ValueError: the metric 'eye/share/total' is {value} in a "
+        "step whose loss and gradients are finite, as all weights are"
+    )
+    assert warning.endswith("; the monitor is dropped, training goes on")
+    assert ["eye/count/total" in line for line in lines(result)] == [False, *[True] * 4, *[False] * 4]
+    losses = [[line.get("train/loss") for line in lines(one)] for one in (result, train(out="without"))]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "declared"),
+    [(math.nan, {"undefined_is_nan": True}), (math.inf, {"may_be_infinite": ("share",)})],
+)
+def test_a_monitor_may_say_that_numbers_are_not_defined_or_infinite(
+    value, declared, plugin, train, monkeypatch
+):
+    monkeypatch.setattr(plugin.Eye, "observe", says({5: value}))
+    monkeypatch.setattr(plugin.Eye, "undefined_is_nan", False)
+    for name, said in declared.items():
+        monkeypatch.setattr(plugin.Eye, name, said, raising=False)
+    result = train(EYE)
+    assert warnings(result) == []
+    assert lines(result)[5].get("eye/share/total") == (math.inf if value == math.inf else None)
+    assert "eye/count/total" in lines(result)[8]
+
+
+def test_while_a_weight_is_not_finite_no_number_is_a_fault(plugin, train, in_step, monkeypatch):
+    monkeypatch.setattr(plugin.Eye, "observe", says({5: math.nan, 6: math.inf, 7: 1.0}))
+    monkeypatch.setattr(plugin.Eye, "undefined_is_nan", False)
+    in_step(5, with_a_weight_that_is_nan)
+    result = train(EYE)
+    assert warnings(result) == []
+    assert math.isnan(lines(result)[5]["eye/share/total"])
+    assert [line["eye/share/total"] for line in lines(result)[6:8]] == [math.inf, 1.0]
+
+
+@pytest.mark.parametrize(("sick", "undefined"), [(3, False), (4, False), (4, True)])
+def test_of_a_step_whose_loss_is_not_finite_no_number_is_a_fault(sick, undefined, plugin, train, monkeypatch):
+    """The step that the number is of: a loss that was NaN in another explains nothing."""
+    monkeypatch.setattr(plugin.Eye, "observe", says({4: math.nan}))
+    monkeypatch.setattr(plugin.Eye, "undefined_is_nan", undefined)
+    whole = loop._forward_backward
+    monkeypatch.setattr(
+        loop, "_forward_backward", lambda run: whole(run) * (math.nan if run.step + 1 == sick else 1)
+    )
+    result = train(EYE, overrides=["train.log_every=4"])
+    line = next(line for line in lines(result) if line["step"] == 4)
+    assert ("eye/share/total" in line) == (sick == 4)
+    assert bool(warnings(result)) == (sick != 4 and not undefined)
+
+
+def test_the_step_of_a_number_survives_a_resume(plugin, train, monkeypatch):
+    monkeypatch.setattr(plugin.Eye, "observe", says({3: math.nan}))
+    monkeypatch.setattr(plugin.Eye, "undefined_is_nan", False)
+    whole = loop._forward_backward
+    monkeypatch.setattr(
+        loop, "_forward_backward", lambda run: whole(run) * (math.nan if run.step == 2 else 1)
+    )
+    restore = interrupted_at(3, monkeypatch)
+    seldom = {"overrides": ["train.log_every=5"]}
+    train(EYE + "every = 3\n", **seldom)
+    restore()
+    result = train(EYE + "every = 3\n", **seldom)
+    assert warnings(result) == []
 
 
 def epochs(result):
@@ -421,12 +552,29 @@ def test_a_policy_whose_state_fails_ends_the_run_by_its_name(method, plugin, tra
         twice()
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.ones(2), r"ValueError: the metric 'eye/share/total' must be one number, its shape is \(2,\)"),
+        ("1", "TypeError: the metric 'eye/share/total' must be a number, it is '1'"),
+        (torch.tensor(1j), "TypeError: the metric 'eye/share/total' must be a real number"),
+        (torch.tensor(1.0, device="meta"), "TypeError: the metric 'eye/share/total' must be a real number"),
+        (10**400, "OverflowError: int too large to convert to float"),
+    ],
+    ids=["shape", "text", "complex", "meta", "int"],
+)
+def test_what_is_no_number_costs_a_monitor_its_place(value, error, plugin, train, monkeypatch):
+    monkeypatch.setattr(plugin.Eye, "observe", says({2: value}))
+    (warning,) = warnings(train(EYE, overrides=["steps=3"]))
+    assert re.match(rf"eye of eye-and-hand 1\.0: observe raised {error}.*; the monitor is dropped", warning)
+
+
 def write_state(run):
     next(iter(run.optimizer.state.values()))["exp_avg"].zero_()
 
 
 def write_scale(run):
-    next(iter(run._quantizers()))[1].scale.mul_(2)
+    next(iter(run.quantizers()))[1].scale.mul_(2)
 
 
 def write_gradient(run):
@@ -449,7 +597,7 @@ def test_a_monitor_that_writes_to_what_trains_ends_the_run(write, what, plugin, 
 
 def test_a_scale_that_is_given_back_has_not_been_written(plugin, train, monkeypatch):
     def observe(self, step):
-        scale = next(iter(self.run._quantizers()))[1].scale
+        scale = next(iter(self.run.quantizers()))[1].scale
         scale.mul_(2).mul_(0.5)
         return {"eye/count/total": 1.0}
 

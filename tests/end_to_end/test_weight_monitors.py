@@ -1,5 +1,7 @@
 """The monitors of weights and gradients in real runs: what they show, that they disturb nothing, resume."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +48,34 @@ ARMS = {
 NAMES = ("rank", "gradient", "stiffness", "alignment")
 WATCHED = "".join(f"[[monitor]]\nplugin='{name}'\nevery=3\n" for name in NAMES)
 WATCHED = WATCHED.replace("'rank'\n", "'rank'\nwarmup=3\n").replace("'gradient'\n", "'gradient'\nwindow=2\n")
+
+
+EVERYTHING = ("flip", "stall", "descent", "range", "ulp", "oscillation", "magnitude")
+EXTRA_PASSES = ("fidelity", "fisher", "kurtosis", "attention_entropy")
+
+
+@pytest.mark.parametrize("arm", ["grid", "master", "rungs"])
+def test_where_a_gradient_is_nan_every_monitor_stays_and_shows_it(
+    arm, lines, run_text, warnings, monkeypatch
+):
+    whole = loop._forward_backward
+
+    def poisoned(run):
+        loss = whole(run)
+        if run.step == 5:
+            run.trained["transformer.h.0.mlp.c_fc.weight"].grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(loop, "_forward_backward", poisoned)
+    others = "".join(f"[[monitor]]\nplugin='{name}'\nevery=3\n" for name in (*EVERYTHING, *EXTRA_PASSES))
+    result = run_text(TINY + ARMS[arm] + WATCHED + others)
+    assert warnings(result.folder) == []
+    before, after = lines(result.folder)[1:3]
+    for name in ("gradient/l2", "gradient/snr", "rank/stable_rank", "rank/warning", "descent/quality"):
+        shown = f"{name}/transformer.h.0.mlp.c_fc"
+        assert math.isfinite(before[shown])
+        assert math.isnan(after[shown])
+    assert {name.partition("/")[0] for name in after} >= {*NAMES, *EVERYTHING, *EXTRA_PASSES}
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs.validators import ge, gt, instance_of, le, lt
@@ -25,9 +25,14 @@ def _named_column(_: object, field: attrs.Attribute[str], value: str) -> None:
 
 @attrs.frozen(kw_only=True)
 class LicensesOptions:
-    """The licence texts have no options: everybody trains and validates on the same texts."""
+    """The licence texts leave nothing to choose: everybody trains and validates on the same texts."""
 
     label_count: ClassVar[int] = 10
+
+    labels: Literal["labels"] = attrs.field(
+        default="labels",
+        metadata={"help": "the column of the label indices, which is the only one here", "unit": ""},
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from altgrad_core.registry import shown
+
 SPLITS = ("train", "validation", "test")
 
 Row = Mapping[str, Any]
@@ -53,7 +55,7 @@ def text_of(row: Row, key: str, option: str, where: str) -> str:
     value = value_of(row, key, option, where)
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{where}: {key!r} is {short(value)}; expected text or a list of texts")
+        raise ValueError(f"{where}: {key!r} is {shown(value)}; expected text or a list of texts")
     return "\n".join(parts)
 
 
@@ -62,7 +64,7 @@ def labels_of(value: Any, key: str, where: str) -> tuple[int, ...]:
     labels = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(label) is int and label >= 0 for label in labels):
         raise ValueError(
-            f"{where}: {key!r} is {short(value)}; expected a label's index, 0 or more, or a list of them"
+            f"{where}: {key!r} is {shown(value)}; expected a label's index, 0 or more, or a list of them"
         )
     return tuple(labels)
 
@@ -71,7 +73,7 @@ def split_of(row: Row, key: str, option: str, where: str) -> str:
     """Return the name of the split that the row says it is of."""
     split = value_of(row, key, option, where)
     if split not in SPLITS:
-        raise ValueError(f"{where}: {key!r} is {short(split)}; expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"{where}: {key!r} is {shown(split)}; expected one of {', '.join(SPLITS)}")
     return cast(str, split)
 
 
@@ -80,11 +82,6 @@ def value_of(row: Row, key: str, option: str, where: str) -> Any:
         way_out = f": set {option} to one" if option else ""
         raise ValueError(f"{where}: no key {key!r}; its keys are {', '.join(row) or 'none'}{way_out}")
     return row[key]
-
-
-def short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -104,6 +101,6 @@ def _object(line: bytes, where: str) -> Row:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(  # noqa: TRY004 - the file is wrong, not a type of ours
-            f"{where}: expected a JSON object, got {short(row)}"
+            f"{where}: expected a JSON object, got {shown(row)}"
         )
     return row

@@ -196,7 +196,7 @@ def test_without_a_split_a_hash_of_the_text_holds_out_the_fraction(write):
         ({"body": "b"}, "a.jsonl:2: no key 'text'; its keys are body: set field to one"),
         ({"text": 3}, "a.jsonl:2: 'text' is 3; expected text"),
         ({"text": "b", "labels": ["x"]}, r"a.jsonl:2: 'labels' is \['x'\]; expected a label's index"),
-        ({"text": "b", "labels": True}, "a.jsonl:2: 'labels' is True"),
+        ({"text": "b", "labels": True}, "a.jsonl:2: 'labels' is true"),
         ({"text": "b", "labels": -1}, "a.jsonl:2: 'labels' is -1"),
     ],
 )

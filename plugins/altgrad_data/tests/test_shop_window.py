@@ -6,6 +6,8 @@ import attrs
 import pytest
 
 import altgrad_data
+from altgrad_core.registry import discover
+from altgrad_core.structuring import structure
 from altgrad_data import BinOptions, EurlexOptions, JsonlOptions, LicensesOptions, MarkovOptions, TextOptions
 
 COMPONENTS = altgrad_data.altgrad_datasets()
@@ -61,6 +63,14 @@ def test_options_of_data_sets_with_labels_say_how_many_there_are():
     assert (LicensesOptions().label_count, EurlexOptions().label_count) == (10, 100)
     assert JsonlOptions(path="a").label_count == 0  # not known before the file is read
     assert not any(hasattr(options, "label_count") for options in (TextOptions, BinOptions, MarkovOptions))
+
+
+def test_the_licences_have_one_column_of_labels():
+    registry = discover()
+    options, problems = structure({"labels": "labels"}, LicensesOptions, registry)
+    assert (options, problems) == (LicensesOptions(), [])
+    _, (problem,) = structure({"labels": "licence"}, LicensesOptions, registry)
+    assert problem.message == "expected one of 'labels'; got 'licence'"
 
 
 def test_options_of_token_sources_have_a_vocab_size():
