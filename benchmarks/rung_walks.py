@@ -1,6 +1,6 @@
 """T3: the walk in rungs, on flat ground, in a bowl, and toward zero.
 
-Flat ground: r is symmetric noise, |r| <= 1, and p = sum E|r| over the steps.
+Flat ground: r is symmetric noise, |r| <= 1 (1/2 by value), and p = sum E|r| over the steps.
 
 - Rung rounding moves by one rung, either way, with probability |r|/2 each: Var(rung) = p. On E7M0, where a
   rung is an octave, E|w| grows by 1 + E|r| (2/2 + 1/4 - 1) = 1 + E|r|/4 a step, and the largest of N weights
@@ -37,7 +37,7 @@ from altgrad_optim.rungs import grid_step, value_step
 WALKERS = 16384
 STEPS = 1000
 SPREAD = 0.12  # standard deviation of r
-MEAN_STEP = SPREAD * math.sqrt(2 / math.pi)  # E|r|; |r| > 1 is eight standard deviations away
+MEAN_STEP = SPREAD * math.sqrt(2 / math.pi)  # E|r|; |r| > 1/2 is four standard deviations away
 EARLY = 40  # steps after which the mean of |w| is read: later its tail is too rare to be in a sample
 FROM = {False: 1.0, True: 2.0**45}  # by rung from the middle of E7M0; by value from higher up, as it falls
 CROWD = 1024  # walkers among whom the largest is looked for

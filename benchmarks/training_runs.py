@@ -15,8 +15,9 @@ import altgrad_core as altgrad
 from altgrad_core import loop
 from altgrad_core.assemble import assemble
 from altgrad_core.cells import placed
+from altgrad_core.intervals import Interval
 from altgrad_core.record import RunFolder
-from altgrad_core.run_state import Interval, Run
+from altgrad_core.run_state import Run
 from altgrad_core.terminal import Terminal
 from altgrad_core.watching import call_each
 
