@@ -144,7 +144,8 @@ class Monitor(Protocol):
     What an observation leaves out is not defined in that step: the summary holds what the last one said.
     A monitor that has nothing to report of the first step it sees is warned of.
     `cost/<monitor>` is the time of its methods, with its share of what the core prepares for monitors
-    (`before`, the `Step`); what the optimizer or the storage does to keep `intended` is part of the step.
+    (`before`, the `Step`, the addresses for `landing`); what the optimizer or the storage does to keep
+    `intended`, and what is counted while weights land, is part of the optimizer's step.
     """
 
     @property
@@ -330,6 +331,9 @@ class TextSource(Protocol):
     One whose documents have labels may have an int `label_count`: how many there are, whatever the largest
     index that occurs; 0 where that is not known. For classification its options class has it too, as a field,
     a property or a class variable: the size of the model follows from it before a document is read.
+
+    It may have `refuse_absent()`, which raises within a second, and reads no document, where they cannot be
+    had (a hub that does not answer): it is asked before torch is imported, where no cache has the tokens.
     """
 
     def fingerprint(self) -> str:

@@ -85,6 +85,24 @@ def land(
     return landed, {weights[place]: one for place, one in intended.items() if place in landed}
 
 
+def agreed(
+    onlookers: Sequence[Mapping[Tensor, Onlooker | None]],
+) -> tuple[list[dict[Tensor, Onlooker]], set[Tensor]]:
+    """Return who is told of weights as they land, and those of which nobody is.
+
+    Of one weight all who want it are told, or nobody.
+    """
+    untold = {weight for one in onlookers for weight, found in one.items() if found is None}
+    return [
+        {
+            weight: found
+            for weight, found in one.items()
+            if found is not None and not (untold and weight in untold)
+        }
+        for one in onlookers
+    ], untold
+
+
 def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, Tensor]) -> dict[int, Tensor]:
     """Return where the loop leaves the updates before rounding of the weights that are watched, by place."""
     tables.rows[:, _BEFORE : _INTENDED + 1] = 0

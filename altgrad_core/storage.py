@@ -12,37 +12,34 @@ Rounding draws are a pure function of (seed, step, tensor, element): see `random
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import landing, native_landing, scaling
+from altgrad_core import native_landing, scaling
 from altgrad_core.error_compensation import ErrorCompensation
 from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
 from altgrad_core.grid_scales import OF_THE_WEIGHT
 from altgrad_core.grid_scales import GridScales as GridScales
+from altgrad_core.grid_weights import first_grid_weights, grid_weights, quantizer_on_grid
 from altgrad_core.kernels import not_compiled
 from altgrad_core.lookup import format_or_none
+from altgrad_core.on_grids import OnGrids
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_table
 from altgrad_core.recipe import refuse_off_grid
-from altgrad_core.rows import Row, among, in_rows
+from altgrad_core.rows import among
+from altgrad_core.storage_options import COMPENSATED as COMPENSATED
+from altgrad_core.storage_options import SCALE_MODES as SCALE_MODES
+from altgrad_core.storage_options import STORAGE_ROUNDINGS as STORAGE_ROUNDINGS
+from altgrad_core.storage_options import refuse_bad_options
 
 if TYPE_CHECKING:
     from altgrad_core.native_landing import Onlooker
     from altgrad_core.range_counts import LandingCounts
-
-STORAGE_ROUNDINGS = ("nearest_even", "stochastic")
-"""The roundings that leave nothing behind; an optimizer that lands on the grid by itself has these."""
-
-COMPENSATED = ("error_feedback", "eco")
-"""Rounding to nearest, with the residual given back; behind other optimizers only."""
-
-SCALE_MODES = ("adaptive", "initial")
 
 
 class GridStorage:
@@ -94,7 +91,7 @@ class GridStorage:
         self.ranges: LandingCounts | None = None
         self._bound, self._scale_mode, self._residual_format = bound, scale_mode, residual_format
         self._groups = len(optimizer.param_groups)
-        self._take(_first_grid_weights(optimizer))
+        self._take(first_grid_weights(optimizer))
         self.snap()
         self._claim()
         self._hook()
@@ -102,7 +99,7 @@ class GridStorage:
     def _take(self, weights: Sequence[nn.Parameter]) -> None:
         """Keep these weights from here on, by what their quantisers say now."""
         self.weights = list(weights)
-        self._quantizers = [_quantizer(weight) for weight in self.weights]
+        self._quantizers = [quantizer_on_grid(weight) for weight in self.weights]
         for quantizer in self._quantizers:
             refuse_off_grid(quantizer.recipe)
         self._formats = [quantizer.format for quantizer in self._quantizers]
@@ -118,7 +115,7 @@ class GridStorage:
             return []
         self._groups = len(self.optimizer.param_groups)
         known = {id(weight) for weight in self.weights}
-        return [weight for weight in _grid_weights(self.optimizer) if id(weight) not in known]
+        return [weight for weight in grid_weights(self.optimizer) if id(weight) not in known]
 
     def snap(self) -> None:
         """Round the weights to nearest, under scales and bounds fitted to them now, as at the beginning."""
@@ -152,9 +149,11 @@ class GridStorage:
         changed = {id(weight) for weight in weights}
         with torch.no_grad():
             if feedback is not None and not self._begun:
-                self._give_back(feedback, [place for place, one in enumerate(old) if id(one) in changed])
+                self._on_grids().give_back(
+                    feedback, [place for place, one in enumerate(old) if id(one) in changed]
+                )
         yield
-        self._take(_grid_weights(self.optimizer))
+        self._take(grid_weights(self.optimizer))
         self.scales = self._fitted_scales()
         now = {id(weight): place for place, weight in enumerate(self.weights)}
         same = {place: now[id(weight)] for place, weight in enumerate(old) if id(weight) in now}
@@ -193,7 +192,7 @@ class GridStorage:
             with self.regridding(newcomers):
                 pass
         if self.feedback is not None and not self._begun:
-            self._give_back(self.feedback, range(len(self.weights)))
+            self._on_grids().give_back(self.feedback, range(len(self.weights)))
             self._begun = True
             self.watched = {weight: weight.detach().clone() for weight in self.watched}
 
@@ -206,7 +205,7 @@ class GridStorage:
                 hook.remove()
             return
         if self.feedback is not None and not self._begun:  # a step that calls its superclass's ends twice
-            self._give_back(self.feedback, range(len(self.weights)))
+            self._on_grids().give_back(self.feedback, range(len(self.weights)))
         self._begun = False
         unrounded = None if self.ranges is None else self.ranges.unrounded(self.weights)
         self._land("stochastic" if self.rounding == "stochastic" else "nearest_even")
@@ -226,8 +225,10 @@ class GridStorage:
         onlookers, self.onlookers = self.onlookers, ()  # their memory is there for this step
         if self.rounds_at_once:
             stream = (self.seed, self.counter) if rounding == "stochastic" else None
+            told, untold = native_landing.agreed(onlookers)
+            self._keep_unrounded(place for place, one in enumerate(self.weights) if untold and one in untold)
             landed, self.intended = native_landing.land(
-                self.weights, self._formats, self.scales, stream, self.watched, self._told(onlookers)
+                self.weights, self._formats, self.scales, stream, self.watched, told
             )
         unseen = [weight for weight in self.watched if weight not in self.intended]
         if unseen:
@@ -241,41 +242,11 @@ class GridStorage:
             self.scales.adapt(among(len(self.weights), dict(zip(left, found, strict=True))))
         self._round(rounding, left, self.feedback or self._compensation)
 
-    def _told(self, onlookers: Sequence[Mapping[Tensor, Onlooker | None]]) -> list[dict[Tensor, Onlooker]]:
-        """Return who is told of weights as they land: all who want it, or nobody; then the weight is kept."""
-        untold = {weight for one in onlookers for weight, found in one.items() if found is None}
-        self._keep_unrounded(place for place, one in enumerate(self.weights) if untold and one in untold)
-        return [
-            {
-                weight: found
-                for weight, found in one.items()
-                if found is not None and not (untold and weight in untold)
-            }
-            for one in onlookers
-        ]
-
     def _keep_unrounded(self, places: Iterable[int]) -> None:
         """Keep copies of weights that are about to be rounded, and of their scales."""
         for place in places:
             weight = self.weights[place]
             self.unrounded[weight] = weight.detach().clone(), self.scales.scales[place].clone()
-
-    def _rows(self, places: Collection[int]) -> Iterator[tuple[list[int], list[nn.Parameter], Row, Tensor]]:
-        """Yield weights that are treated at once: their places, themselves, their row, and its scale."""
-        order = list(places)
-        kinds = [id(self._formats[place]) for place in order]
-        for shared in in_rows([self.weights[place] for place in order], kinds):
-            chosen = [order[one] for one in shared]
-            weights = [self.weights[place] for place in chosen]
-            row = Row(weights)
-            yield chosen, weights, row, row.spread([self.scales.scales[place] for place in chosen])
-
-    def _give_back(self, feedback: ErrorFeedback, places: Collection[int]) -> None:
-        """Add the residuals to weights that are on their grids."""
-        for chosen, weights, row, scale in self._rows(places):
-            values = row.of(weights)
-            values.add_(feedback.residuals(chosen, row, values, scale))
-            row.write_back(values, weights)
 
     def _released(self) -> bool:
         """Whether the model has been dequantised."""
@@ -286,25 +257,11 @@ class GridStorage:
         self, rounding: str, places: Collection[int], keeper: ErrorFeedback | ErrorCompensation | None
     ) -> None:
         """Round weights to their grids and limit them there, and give their residuals to the keeper."""
-        if not places:
-            return
-        limits, bounds = self.scales.limits(), self.scales.bounds()
-        streams = self._streams() if rounding == "stochastic" else None
-        for chosen, weights, row, scale in self._rows(places):
-            unrounded, format = row.of(weights), self._formats[chosen[0]]
-            keys = None if streams is None else row.keys([streams[place] for place in chosen])
-            limit = None if limits is None else row.pairs([limits[place] for place in chosen])
-            if row.alone:  # in one pass, where the format has a loop for it
-                rounded = format.fake_quantize(unrounded, scale, rounding, keys=keys, limit=limit)
-            else:
-                rounded = landing.landed(unrounded, scale, scale, limit, keys, format)
-            if keeper is None:
-                row.write(rounded, weights)
-                continue
-            bound = None if bounds is None else row.spread([bounds[place] for place in chosen])
-            residual = _within(unrounded, bound) - rounded
-            row.write(rounded, weights)
-            keeper.keep(chosen, row, rounded, scale, residual)
+        streams = self._streams() if rounding == "stochastic" and places else None
+        self._on_grids().round(places, streams, keeper)
+
+    def _on_grids(self) -> OnGrids:
+        return OnGrids(self.weights, self._formats, self.scales)
 
     def _streams(self) -> Tensor:
         """Return the keys of the weights' random streams in this step, (n, 2)."""
@@ -356,18 +313,10 @@ def store_on_grid(
     grid by itself or has no moment for "eco", weights stored already, a granularity or scale rule that a grid
     cannot have.
     """
-    if rounding not in (*STORAGE_ROUNDINGS, *COMPENSATED):
-        names = ", ".join((*STORAGE_ROUNDINGS, *COMPENSATED))
-        raise ValueError(f"storage rounding is one of {names}, not {rounding!r}")
+    refuse_bad_options(rounding, bound, scale_mode)
     same = isinstance(residual_format, str) and residual_format == "same"
     if not same and rounding != "error_feedback":
         raise ValueError(f"residual_format is for rounding='error_feedback', not {rounding!r}; leave it out")
-    if scale_mode not in SCALE_MODES:
-        raise ValueError(
-            f"the scale mode of grid storage is one of {', '.join(SCALE_MODES)}, not {scale_mode!r}"
-        )
-    if not (math.isfinite(bound) and bound >= 0):
-        raise ValueError(f"bound is a multiple of the initial rms, 0 or more, not {bound!r}")
     if getattr(optimizer, "stores_on_grid", False):
         raise ValueError(f"{type(optimizer).__name__} keeps its weights on the grid by itself")
     chosen = "same" if same else format_or_none(residual_format)
@@ -381,44 +330,9 @@ def store_on_grid(
     )
 
 
-def _within(weights: Tensor, bound: Tensor | None) -> Tensor:
-    """Return weights limited to their bounds, as float32 masters are: no residual lies beyond."""
-    return weights if bound is None else torch.minimum(torch.maximum(weights, -bound), bound)
-
-
 def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(given is not None for given in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
         raise ValueError(
             "grid storage works after the whole step, a closure would see unrounded weights: "
             "call loss.backward() and then step() without a closure"
         )
-
-
-def _quantizer(weight: Tensor) -> Any:
-    found = quantizer_of(weight)
-    if found is None:  # _grid_weights lets only quantised weights through
-        raise ValueError("the weight is not quantised")
-    return found
-
-
-def _grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if (quantizer := quantizer_of(parameter)) is not None and quantizer.storage != "master"
-    ]
-
-
-def _first_grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    weights = _grid_weights(optimizer)
-    if not weights:
-        raise ValueError(
-            "the optimizer holds no quantised weight to store on a grid: quantize_model(model, format) first"
-        )
-    if any(_quantizer(weight).on_grid for weight in weights):
-        raise ValueError(
-            "the weights are on the grid already: one store_on_grid per model; for a copy of such a model, "
-            "dequantize_model and quantize_model it first"
-        )
-    return weights

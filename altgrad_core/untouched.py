@@ -1,4 +1,4 @@
-"""What a monitor must leave as it is: weights, gradients, scales, optimizer state, and the random streams.
+"""What a monitor must leave as it is: weights, gradients, scales, optimizer state, modes, random streams.
 
 A tensor that was written in place has another version. Scales are compared by their values then: an extra
 pass through the model fits them anew, and gives them back.
@@ -37,8 +37,17 @@ class Untouched:
         self._scales = [quantizer.scale for quantizer in self._quantizers.values()]
         self._scale_versions = [scale._version for scale in self._scales]
         self._values = together(self._scales)
+        self._modes = [(module, module.training) for module in run.model.modules()]
 
-    def written(self) -> str | None:
+    def changed(self) -> str | None:
+        """Return what somebody has done to the run since, and what to do instead; None: nothing."""
+        if (what := self._written()) is not None:
+            return f"wrote to {what} in place; a monitor may only read: clone first"
+        if any([module.training is not mode for module, mode in self._modes]):  # noqa: C419 - sooner
+            return "changed the training mode of the model; a monitor may only read: give it back"
+        return None
+
+    def _written(self) -> str | None:
         """Return what has been written in place since, None where nothing has."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             return self._first_written()

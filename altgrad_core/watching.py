@@ -113,16 +113,13 @@ def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | floa
 
 @contextlib.contextmanager
 def _looking_only(watched: Watched, held: Untouched) -> Iterator[None]:
-    """Keep no graph; raise PluginFailure where something was written."""
+    """Keep no graph; raise PluginFailure where something was changed."""
     try:
         with torch.no_grad():
             yield
     finally:
-        if (what := held.written()) is not None:
-            raise PluginFailure(
-                f"{watched.name} of {watched.owner} wrote to {what} in place; a monitor may only read: "
-                "clone first"
-            )
+        if (what := held.changed()) is not None:
+            raise PluginFailure(f"{watched.name} of {watched.owner} {what}")
 
 
 def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:

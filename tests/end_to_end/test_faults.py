@@ -277,6 +277,21 @@ def test_a_monitor_that_writes_to_a_weight_ends_the_run_by_its_name(write, tmp_p
     assert read_json(tmp_path / "tiny" / "run" / "summary.json")["outcome"] == "failed"
 
 
+def test_a_monitor_that_ends_training_mode_ends_the_run_by_its_name(write, tmp_path, monkeypatch, run):
+    from altgrad_core.watched import PluginFailure
+    from altgrad_monitors.flip import Flip
+
+    def no_dropout(self, step):
+        self.model.eval()
+        return {}
+
+    monkeypatch.setattr(Flip, "start", lambda self, run: setattr(self, "model", run.model))
+    monkeypatch.setattr(Flip, "observe", no_dropout)
+    path = write(TINY + ARMS["AdamW"] + "[[monitor]]\nplugin='flip'\n")
+    with pytest.raises(PluginFailure, match=r"flip of altgrad-monitors .* changed the training mode of"):
+        run(path, tmp_path)
+
+
 def test_a_monitor_that_was_dropped_stays_dropped_after_a_resume(write, tmp_path, monkeypatch, lines, run):
     from altgrad_monitors.flip import Flip
 

@@ -35,8 +35,8 @@ from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat
 from altgrad_core.updates import Updates
 from altgrad_monitors import native_tally, tally
-from altgrad_monitors.landings import Landings
-from altgrad_monitors.tally import Asked, Tally, decodable, decoded, recorded, scale_then
+from altgrad_monitors.landings import Landings, leaves_residuals, on_grid, told_of
+from altgrad_monitors.tally import Asked, Tally, decoded, recorded, scale_then
 from altgrad_monitors.tally import codes as codes
 from altgrad_monitors.tally import row_of as row_of
 
@@ -91,7 +91,7 @@ class CodeBook:
         if kept and not (updates and self._carried()):
             return ("landing",) if updates and self._landing else ()
         return (
-            ("before", "intended") if updates and any(map(_on_grid, self._weights.values())) else ("before",)
+            ("before", "intended") if updates and any(map(on_grid, self._weights.values())) else ("before",)
         )
 
     def _carried(self) -> bool:
@@ -125,6 +125,7 @@ class CodeBook:
                 if name in step.gradients and name not in landed
             }
             self._tally, self._index = self._tallied(asked, landed, step), step.index
+            self._catch_up(self._weights.keys() - step.gradients.keys(), step)
         return self._tally
 
     def looked_at(self, pattern: str, step: Step) -> tuple[Tally, list[str]]:
@@ -183,7 +184,7 @@ class CodeBook:
         """Keep codes and scales of both sides of a step from here on."""
         if not self.both_codes:
             self.both_codes = True
-            self._scales = {name: _scale(weight) for name, weight in _quantised(run.weights()).items()}
+            self._scales = {name: _scale(weight) for name, weight in _quantized(run.weights()).items()}
 
     def _knows(self, name: str, weight: Weight) -> bool:
         """Whether the codes kept of a weight are of the format it has now."""
@@ -194,7 +195,7 @@ class CodeBook:
         """Take up weights that have been quantised since, or in another format; forget those that are not."""
         if weights is self._seen:
             return
-        self._seen, self._weights = weights, _quantised(weights)
+        self._seen, self._weights = weights, _quantized(weights)
         for name in self._codes.keys() - self._weights.keys():
             del self._codes[name], self._formats[name]
             self._values.pop(name, None)
@@ -202,7 +203,7 @@ class CodeBook:
             if not self._knows(name, weight):
                 self._codes[name], self._formats[name] = _codes(weight), weight.format
                 self._scales.pop(name, None)
-        self._landing = _told_of(self._run(), self._weights)
+        self._landing = told_of(self._run(), self._weights)
         self._values = {name: one for name, one in self._values.items() if name not in self._landing}
 
     def _tallied(self, asked: dict[str, Asked], landed: Collection[str], step: Step) -> Tally:
@@ -229,6 +230,16 @@ class CodeBook:
         self._values |= values
         self._take_up(asked, step, before | self._landings.before(landed), now | self._landings.now(landed))
         return tally.joined(parts, [name for name in self._weights if name in asked or name in landed])
+
+    def _catch_up(self, names: Collection[str], step: Step) -> None:
+        """Take up weights without a gradient: whose scale has moved all the same, or who moved unseen."""
+        for name in names:
+            weight = step.weights[name]
+            self._codes[name] = _codes(weight)
+            if name in self._values:
+                self._values[name].copy_(weight.value)
+            if self.both_codes:
+                self._scales[name] = _scale(weight)
 
     def _take_up(
         self, asked: Mapping[str, Asked], step: Step, before: dict[str, Tensor], now: dict[str, Tensor]
@@ -295,39 +306,14 @@ def book_of(run: Any, *wanted: str, every: int = 0) -> CodeBook:
     if not wanted:
         book.keep_both(run)
     if every == 1:
-        book.follows_updates = not _leaves_residuals(run)
+        book.follows_updates = not leaves_residuals(run)
     return book
-
-
-def _leaves_residuals(run: Any) -> bool:
-    """Whether updates are rounded by who does not tell of it: the step carries what they were meant to be."""
-    storage = getattr(run, "storage", None)
-    tells = storage is None or getattr(storage, "rounds_at_once", False)
-    return not tells or hasattr(getattr(run, "optimizer", None), "watch")
-
-
-def _told_of(run: Any, weights: Mapping[str, Weight]) -> set[str]:
-    """Return the weights that the book is told of when they land: all on a grid, or none."""
-    on_grid = {name: weight for name, weight in weights.items() if _on_grid(weight)}
-    if _leaves_residuals(run) or not all(map(_has_values_by_code, on_grid.values())):
-        return set()
-    return {*on_grid}
-
-
-def _on_grid(weight: Weight) -> bool:
-    return weight.storage == "grid"
-
-
-def _has_values_by_code(weight: Weight) -> bool:
-    """Whether a weight on a grid has the values that its codes say."""
-    assert weight.format is not None  # of one on a grid
-    return weight.value.dtype == torch.float32 and decodable(weight.format)
 
 
 def chosen(pattern: str, step: Step) -> dict[str, Weight]:
     """Return the quantised weights of the step whose layer the pattern matches, by parameter name."""
     return {
-        name: weight for name, weight in _quantised(step.weights).items() if _matches(pattern, weight.layer)
+        name: weight for name, weight in _quantized(step.weights).items() if _matches(pattern, weight.layer)
     }
 
 
@@ -336,5 +322,5 @@ def _matches(pattern: str, layer: str) -> bool:
     return re.fullmatch(pattern, layer) is not None
 
 
-def _quantised(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def _quantized(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return {name: weight for name, weight in weights.items() if weight.format is not None}

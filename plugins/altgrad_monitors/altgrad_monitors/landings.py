@@ -1,14 +1,16 @@
-"""Weights that are tallied while they land on their grids: what the code book has to do with it."""
+"""Weights that are tallied while they land on their grids: which these are, and what was found of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Set
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_monitors.native_tally import Table
-from altgrad_monitors.tally import Asked, Tally
+from altgrad_monitors.tally import Asked, Tally, decodable
 
 
 class Landings:
@@ -48,6 +50,7 @@ class Landings:
 
         The latter are those of which the step carries more than was asked for when they landed.
         """
+        self._gradients = {}  # nobody reads them any more
         if step.index != self._index:
             return [], []
         told = [name for name in self._told if name not in step.unrounded]
@@ -67,3 +70,28 @@ class Landings:
     def now(self, names: Collection[str]) -> dict[str, Tensor]:
         """Return their codes after it."""
         return {name: self._now[name] for name in names}
+
+
+def leaves_residuals(run: Any) -> bool:
+    """Whether updates are rounded by who does not tell of it: the step carries what they were meant to be."""
+    storage = getattr(run, "storage", None)
+    tells = storage is None or getattr(storage, "rounds_at_once", False)
+    return not tells or hasattr(getattr(run, "optimizer", None), "watch")
+
+
+def told_of(run: Any, weights: Mapping[str, Weight]) -> set[str]:
+    """Return the weights that somebody can be told of when they land: all that a storage rounds, or none."""
+    stored = {name: weight for name, weight in weights.items() if on_grid(weight)}
+    if getattr(run, "storage", None) is None or leaves_residuals(run):
+        return set()
+    return {*stored} if all(map(_has_values_by_code, stored.values())) else set()
+
+
+def on_grid(weight: Weight) -> bool:
+    return weight.storage == "grid"
+
+
+def _has_values_by_code(weight: Weight) -> bool:
+    """Whether a weight on a grid has the values that its codes say."""
+    assert weight.format is not None  # of one on a grid
+    return weight.value.dtype == torch.float32 and decodable(weight.format)

@@ -187,5 +187,5 @@ def test_half_precision_weights_may_be_in_a_format_that_it_does_not_hold():
     assert observed(torch.tensor([1.0]).bfloat16(), format=fine)["on_grid_fraction/total"] == 1
 
 
-def test_unquantised_weights_have_no_grid():
+def test_unquantized_weights_have_no_grid():
     assert observed([1.0], format=None) == {}

@@ -2,6 +2,7 @@
 
 import math
 import types
+import weakref
 
 import attrs
 import numpy as np
@@ -317,7 +318,7 @@ def test_a_change_of_scale_recodes_a_weight_and_its_elements_flip():
     assert flips(book.tally(stepped(1, [0.125, 0.25, 0.0], scale=2.0))) == [2]
 
 
-def test_a_weight_that_is_no_longer_quantised_is_forgotten():
+def test_a_weight_that_is_no_longer_quantized_is_forgotten():
     book = book_of(Run({"a": torch.zeros(2)}), "flips")
     plain = Weight(value=torch.ones(2), layer="layer")
     seen = Step(
@@ -522,3 +523,50 @@ def test_all_that_a_piece_of_the_loop_can_lose_is_counted():
     )  # fmt: skip
     (in_torch, *_), (in_c, *_) = both_ways(step)
     assert in_c.column("lost").tolist() == in_torch.column("lost").tolist() == [4096.0]
+
+
+def scaled(index, scale, gradients):
+    """Return a step of a weight that stays as it is, under some scale."""
+    one = stepped(index, [0.125, 0.25, 0.0], scale=scale)
+    return one if gradients else attrs.evolve(one, gradients={})
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_scale_that_moved_in_a_step_without_a_gradient_is_no_flip_of_the_next():
+    book = book_of(Run({"a": torch.tensor([0.125, 0.25, 0.0])}), "flips")
+    assert list(book.tally(scaled(1, 2.0, gradients=False)).names) == []
+    assert flips(book.tally(scaled(2, 2.0, gradients=True))) == [0]
+
+
+def test_values_of_a_weight_that_moved_unseen_are_taken_up_without_a_gradient_too(following):
+    _, book = following
+    book.tally(updated(1, [0.125, 0.0, 0.0], before=[0.0, 0.0, 0.0]))
+    book.tally(updated(3, [0.5, 0.0, 0.0], before=[0.5, 0.0, 0.0], gradients=False))
+    assert moved(book.tally(updated(4, [0.5, 0.125, 0.0]))) == [1, 1]
+
+
+class GridRun(Run):
+    """The same, whose weights live on their grids."""
+
+    def weights(self):
+        return {name: attrs.evolve(one, storage="grid") for name, one in super().weights().items()}
+
+
+def test_values_are_kept_of_weights_that_an_optimizer_lands_by_itself_and_tells_nothing_of():
+    run = GridRun({"a": torch.zeros(3)})
+    book = book_of(run, "stall", every=1)
+    assert "before" in book.needs(updates=True)
+    book.tally(attrs.evolve(stepped(1, [0.125, 0.0, 0.0], before=[0.0] * 3), weights=run.weights()))
+    run.step = 1
+    assert book.needs(updates=True) == ()
+
+
+def test_gradients_of_weights_that_have_landed_are_let_go():
+    run = GridRun({"a": torch.zeros(3)})
+    run.storage = types.SimpleNamespace(rounds_at_once=True)
+    book, gradient = book_of(run, "stall", every=1), torch.ones(3)
+    book.onlookers({"a": gradient})
+    untold, gone = {"a": torch.zeros(3)}, weakref.ref(gradient)
+    book.tally(attrs.evolve(stepped(1, [0.0] * 3), weights=run.weights(), unrounded=untold))
+    del gradient
+    assert gone() is None

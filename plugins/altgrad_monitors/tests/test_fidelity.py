@@ -40,7 +40,7 @@ def test_layers_together_count_by_the_size_of_their_gradients():
     assert float(snr_db(pair)) == pytest.approx(10 * math.log10(101 / 4))
 
 
-def test_a_model_that_nothing_quantises_is_its_own_reference(run_of, observed):
+def test_a_model_that_nothing_quantizes_is_its_own_reference(run_of, observed):
     seen = observed(Fidelity(FidelityOptions()), run_of())
     assert {value for name, value in seen.items() if "/cosine/" in name} == {1.0}
     assert {value for name, value in seen.items() if "/snr_db/" in name} == {math.inf}

@@ -130,7 +130,7 @@ def test_a_formula_that_stays_is_refused():
         FisherOptions(formula=StiffnessChoice("grid", None, GeometryOptions(refresh="never")))
 
 
-def test_unquantised_layers_have_no_metric_of_a_format(run_of, observed):
+def test_unquantized_layers_have_no_metric_of_a_format(run_of, observed):
     assert observed(Fisher(FisherOptions()), run_of()) == {}
     assert observed(Fisher(FisherOptions(layers=".*wpe")), run_of("E4M3")) == {}
 

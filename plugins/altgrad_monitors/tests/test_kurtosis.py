@@ -74,7 +74,7 @@ def test_every_linear_reports_its_inputs_and_the_total_is_the_largest(run_of, ob
     assert seen["kurtosis/excess/total"] == max(value for name, value in seen.items() if "excess" in name)
 
 
-def test_the_inputs_are_those_of_the_coming_steps_first_micro_batch_before_quantisation(run_of, observed):
+def test_the_inputs_are_those_of_the_coming_steps_first_micro_batch_before_quantization(run_of, observed):
     run = run_of("E4M3", "E4M3")
     seen = observed(Kurtosis(KurtosisOptions()), run, index=4)
     with extra_passes(run), torch.no_grad():

@@ -271,7 +271,7 @@ def test_averages_of_other_layers_are_refused(range_in):
         range_in(saved=monitor.state_dict())
 
 
-def test_at_the_end_the_quantisers_count_no_more(range_in, after):
+def test_at_the_end_the_quantizers_count_no_more(range_in, after):
     run, monitor = range_in()
     after(run, monitor)
     monitor.end(run, "finished")
@@ -279,7 +279,7 @@ def test_at_the_end_the_quantisers_count_no_more(range_in, after):
     assert all(ranges_of(weight) is None for weight in run.model.parameters())
 
 
-def test_a_weight_that_gets_another_quantiser_is_counted_from_its_first_forward_pass_on(range_in, after):
+def test_a_weight_that_gets_another_quantizer_is_counted_from_its_first_forward_pass_on(range_in, after):
     run, monitor = range_in()
     recipe = quantizer_of(layer(run, MLP).weight).recipe
     requantize([layer(run, MLP)], LayerRecipes())
@@ -288,7 +288,7 @@ def test_a_weight_that_gets_another_quantiser_is_counted_from_its_first_forward_
     assert f"range/amax_weights/{MLP}" in after(run, monitor)
 
 
-def test_a_model_that_is_not_quantised_reports_nothing(range_in, after, run_of):
+def test_a_model_that_is_not_quantized_reports_nothing(range_in, after, run_of):
     assert after(*range_in(run_of())) == {}
 
 

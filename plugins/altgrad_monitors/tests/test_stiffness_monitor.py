@@ -187,7 +187,7 @@ def test_a_metric_that_float32_does_not_hold_and_a_weight_beyond_the_end_are_cou
     assert observed([1.0, 1.0], scale=2.0**80)["metric_violations/total"] == 2  # S = 2^-73, 1/S^2 = 2^146
 
 
-def test_unquantised_weights_have_no_stiffness():
+def test_unquantized_weights_have_no_stiffness():
     assert observed([1.0], [1.0], format=None) == {}
 
 
