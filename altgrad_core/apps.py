@@ -13,7 +13,8 @@ import attrs
 import cyclopts
 from cyclopts import Parameter
 
-from altgrad_core.columns import aligned
+from altgrad_core import output
+from altgrad_core.durable import WriteError
 from altgrad_core.hookspecs import KINDS
 from altgrad_core.registry import (
     NotFoundError,
@@ -53,17 +54,20 @@ app = cyclopts.App(
 
 def guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake prints without a traceback and exits with 2."""
+    code: Any = 0
     try:
-        code = command(tokens, exit_on_error=False, print_error=True)
-        sys.stdout.flush()
+        with output.told():
+            code = command(tokens, exit_on_error=False, print_error=True)
     except cyclopts.CycloptsError:
         return 2
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, head perhaps, has gone; Python would say so again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except WriteError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, head perhaps, has gone; what was run has its code
+        pass
     return code if isinstance(code, int) else 0
 
 
@@ -107,16 +111,22 @@ def run(
     without
         Leave out this distribution's plugins.
     """
-    from altgrad_core import describe
+    from altgrad_core import price
     from altgrad_core.experiment_file import load_experiment
 
     _refuse_bad(device, jobs)
-    describe.price_per_hour()  # refused now, not when a run has ended
+    price.price_per_hour()  # refused now, not when a run has ended
     file = load_experiment(experiment, set_, discover(without))
     if check:
-        return _print(describe.check(file, out, device))
+        from altgrad_core import check_page
+
+        return _print(check_page.check(file, out, device))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(*SPINS)  # before torch loads its OpenMP
+    if resume is None:
+        from altgrad_core import data_set
+
+        data_set.refuse_absent(file, out)
     from altgrad_core.commands import run_file
 
     return run_file(file, without=without, out=out, device=device, resume=resume, jobs=jobs, quiet=quiet)
@@ -160,22 +170,10 @@ def plugins(
     if kind is not None:
         _refuse_unknown_kind("--kind", kind)
     registry = discover(without)
-    entries = [entry for one in KINDS if kind in (None, one) for entry in registry.of_kind(one)]
     if as_json:
+        entries = [entry for one in KINDS if kind in (None, one) for entry in registry.of_kind(one)]
         return _print([json.dumps(_listing(registry, entries), indent=1)])
-    rows = [(entry.kind, entry.name, entry.owner, entry.component.summary) for entry in entries]
-    _print(aligned(rows, indent=""))
-    if not entries:
-        print(f"no {kind or 'plugin'} is installed")
-    for broken in registry.broken:
-        print(f"\nbroken: {broken}")
-    for owners in registry.conflicts():
-        both = " and ".join(entry.owner for entry in owners)
-        choices = " or ".join(f'plugin = "{entry.distribution}:{entry.name}"' for entry in owners)
-        print(f"\nconflict: {owners[0].kind} {owners[0].name!r} is owned by {both}; say which: {choices}")
-    if registry.blocked:
-        print(f"\nleft out: {listed(registry.blocked)}")
-    return 0
+    return _print(registry.lines(kind))
 
 
 def _listing(registry: Registry, entries: Sequence[Registered]) -> dict[str, Any]:

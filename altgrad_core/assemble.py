@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from altgrad_core import data, initial_weights, kernels, rules, shapes, watchers
+from altgrad_core import data_set, initial_weights, kernels, rules, shapes, watchers
 from altgrad_core.actions import formats_of
 from altgrad_core.experiment import Cell, Experiment
 from altgrad_core.format import Format
@@ -54,7 +54,7 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
     on = torch.device(device)
     if experiment.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be exact without
-    tokens = _tokens(experiment, registry, terminal)
+    tokens = data_set.tokens(experiment.data, registry, terminal.say)
     task = task_for(experiment, tokens)
     model = task.model(_generator(experiment, "weights")).to(on)
     initial_weights.prepare(model, experiment, tokens.tokenizer, registry, folder, terminal)
@@ -89,24 +89,6 @@ def assemble(cell: Cell, registry: Registry, folder: RunFolder, terminal: Termin
 
 def _generator(experiment: Experiment, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(experiment.seed, purpose))
-
-
-def _tokens(experiment: Experiment, registry: Registry, terminal: Terminal) -> data.TokenData:
-    choice = experiment.data.source
-    cache, tokenizer = data.default_cache(), experiment.data.tokenizer
-    try:
-        tokens = data.prepare(choice.build(registry), choice.plugin, tokenizer, cache, terminal.say)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"the data set {choice.plugin!r} cannot be prepared: {error}") from error
-    except Exception as error:
-        error.add_note(f"while the tokens of {choice.title(registry)} were prepared")
-        raise
-    if tokens.vocab_size != experiment.data.vocab_size:
-        raise UsageError(
-            f"the data set {choice.plugin!r} has {tokens.vocab_size} tokens, its options say "
-            f"{experiment.data.vocab_size}; make its vocab_size that"
-        )
-    return tokens
 
 
 def _freeze(model: nn.Module, experiment: Experiment) -> int:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import platform
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from altgrad_core.durable import WriteError
 from altgrad_core.experiment import Cell, Experiment
 from altgrad_core.experiment_file import ExperimentFile
 from altgrad_core.memory import OutOfMemoryError
+from altgrad_core.price import cost, price_per_hour
 from altgrad_core.record import EVENTS, RunFolder, components_in_use, resolved
 from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
 from altgrad_core.step_folders import of_steps
@@ -70,7 +72,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         _header(run, file, cell, device)
         terminal.begin(run.step, cell.experiment.steps)
         try:
-            with memory.told(cell.experiment):
+            with memory.told(cell.experiment), _exits_as_errors():
                 outcome = train(run)
         except Exception as error:
             _record_failure(run, error, device)
@@ -93,7 +95,7 @@ def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Term
     from altgrad_core.assemble import assemble
 
     try:
-        with memory.told(cell.experiment):
+        with memory.told(cell.experiment), _exits_as_errors():
             return assemble(cell, registry, folder, terminal, device)
     except UsageError:
         raise
@@ -104,6 +106,18 @@ def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Term
         with contextlib.suppress(WriteError):
             folder.finish({**_what(cell.name, cell.experiment, device), **known, **ended})
         raise
+
+
+@contextlib.contextmanager
+def _exits_as_errors() -> Iterator[None]:
+    """Have `sys.exit` in a plugin's code end the run as its errors do, and not the command in silence."""
+    try:
+        yield
+    except SystemExit as error:
+        told = RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__)
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from None
 
 
 def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
@@ -182,7 +196,7 @@ def _header(run: Any, file: ExperimentFile, cell: Cell, device: str) -> None:
             ("folder", str(run.folder.path)),
             *([("frozen", f"{run.frozen:,} numbers do not train")] if run.frozen else []),
             *([("overrides", "; ".join(cell.in_force))] if cell.in_force else []),
-            *([("price", f"{price:g} an hour")] if (price := describe.price_per_hour()) else []),
+            *([("price", f"{price:g} an hour")] if (price := price_per_hour()) else []),
         ]
     )
 
@@ -196,7 +210,7 @@ def _text(run: Any) -> str:
 
 
 def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
-    price = describe.price_per_hour()
+    price = price_per_hour()
     tokens = run.step * run.experiment.tokens_per_step
     return {
         **_what(run.cell, run.experiment, device),
@@ -254,7 +268,7 @@ def _report(run: Any, file: ExperimentFile, compared_with: baseline.Baseline | N
     rows.append(("on the grid", f"{summary['share_on_grid']:.1%} of the non-embedding parameters"))
     rows.append(("text", f"{summary['passes']:.2f} passes over the training {run.task.read}"))
     if summary["tokens_per_second"]:
-        rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{describe.cost(run.seconds)}"))
+        rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{cost(run.seconds)}"))
     rows.append(("folder", str(run.folder.path)))
     if run.cell == SINGLE or summary["outcome"] != "finished":  # a grid goes on by itself
         rows.append(("next", _next(run, file)))

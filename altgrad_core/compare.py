@@ -38,7 +38,7 @@ from altgrad_core.options import (
     option,
     plain,
 )
-from altgrad_core.quantize_options import UNQUANTISED, QuantizeOptions, RuleOptions
+from altgrad_core.quantize_options import UNQUANTIZED, QuantizeOptions, RuleOptions
 from altgrad_core.registry import Registry, listed, shown
 from altgrad_core.rules import covers
 from altgrad_core.tuning import MOST_EXTENSIONS, rounded
@@ -241,7 +241,7 @@ def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) ->
 def is_on_float32(quantize: QuantizeOptions, registry: Registry) -> bool:
     """Whether the weights that a [quantize] table covers are all unquantised."""
     own = [rule for rule in quantize.rule if rule.format is not None and covers(rule, registry)]
-    return quantize.format.unquantised and not own
+    return quantize.format.unquantized and not own
 
 
 _OF_OTHER_WEIGHTS = (
@@ -256,7 +256,7 @@ def matter_on_float32(quantize: QuantizeOptions) -> tuple[str, ...]:
     Rules say which these are. What is no matter of theirs stays: flows, and weights that a rule puts into a
     wide format, such as a head in BF16.
     """
-    others = any(rule.format is not None and not rule.format.unquantised for rule in quantize.rule)
+    others = any(rule.format is not None and not rule.format.unquantized for rule in quantize.rule)
     return ("bound", "rule", "activations", "gradients", *(_OF_OTHER_WEIGHTS if others else ()))
 
 
@@ -273,7 +273,7 @@ def on_float32(
         rule = ()
     table = attrs.evolve(quantize, rule=rule, scale_mode=quantize.mode_in("master"))
     kept = {name: getattr(table, name) for name in matter_on_float32(table)}
-    return attrs.evolve(experiment, quantize=QuantizeOptions(format=UNQUANTISED, **kept))
+    return attrs.evolve(experiment, quantize=QuantizeOptions(format=UNQUANTIZED, **kept))
 
 
 def _rule_on_float32(

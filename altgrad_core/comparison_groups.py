@@ -35,6 +35,7 @@ from altgrad_core.overrides import Origin, Override, from_table, spelled
 from altgrad_core.partial import is_whole, known
 from altgrad_core.quantize_options import QuantizeOptions
 from altgrad_core.registry import Registry, listed, suggestion
+from altgrad_core.rules import covers
 from altgrad_core.structuring import Problem
 from altgrad_core.validation_metrics import METRICS
 
@@ -125,9 +126,30 @@ class _Making:
             return
         if not self._takes_steps(arm, cell.experiment, cell.experiment):
             return
+        cell = attrs.evolve(cell, experiment=self._freed(name, cell.experiment, changes))
         left = self._open(others, changes, cell.experiment.quantize)
         role = Role(kind="reference", arm=self.options.baseline, at=_shown(left), reference=name)
         self._add(role, cell, _substituted(values, changes))
+
+    def _freed(self, name: str, experiment: Experiment, changes: Sequence[Override]) -> Experiment:
+        """Return a reference; what it puts on float32 is all of the weights that [quantize] covers.
+
+        Those of the file's rules with formats of their own are, too, unless it lists rules itself.
+        """
+        quantize, paths = experiment.quantize, [change.path for change in changes]
+        if quantize is None or not quantize.format.unquantized or is_on_float32(quantize, self.registry):
+            return experiment
+        if _FLOAT32.path not in paths or ("quantize", "rule") in paths:
+            return experiment
+        where = listed(
+            f"{rule.layers!r} ({short(rule.format.plain())})"
+            for rule in quantize.rule
+            if rule.format is not None and covers(rule, self.registry)
+        )
+        self._note(f"{name} has the weights of the rules for {where} on float32 too")
+        freed = on_float32(experiment, quantize, self.registry)
+        self._refuse(self.arms[self.options.baseline], freed)
+        return freed
 
     def _intrinsic(self, index: int, others: Sequence[Override]) -> None:
         """Add an arm's group on float32 weights, and that of the arm whose step size it takes."""
@@ -135,7 +157,7 @@ class _Making:
         if cell is None or stiffness_option(cell.experiment.optimizer) is None:
             return
         quantize = cell.experiment.quantize
-        if quantize is None or quantize.format.unquantised:
+        if quantize is None or quantize.format.unquantized:
             return
         of = "" if arm.step_of is None else self._on_float32(arm.step_of, others)
         if of or arm.step_of is None:
@@ -249,7 +271,7 @@ class _Making:
 
     def _refuse(self, arm: Arm, experiment: Experiment) -> None:
         """Note what contradicts float32 weights in an experiment."""
-        for problem in contradictions(attrs.asdict(experiment, recurse=False)):
+        for problem in contradictions(attrs.asdict(experiment, recurse=False), self.registry):
             message = f"on float32 weights, as [compare] runs it: {spelled(problem.path)}: {problem.message}"
             self.problems.append(Problem(arm.given.origin.path, message))
 

@@ -9,9 +9,10 @@ from typing import Any
 from altgrad_core import patterns, rules, shapes
 from altgrad_core.experiment import CLASSIFICATION
 from altgrad_core.format_uses import inexact_in_bfloat16
-from altgrad_core.options import Path, written
+from altgrad_core.options import OptimizerChoice, Path, written
 from altgrad_core.partial import known
 from altgrad_core.quantize_options import ON_GRID
+from altgrad_core.registry import Registry
 from altgrad_core.shapes import Architecture
 from altgrad_core.structuring import Problem
 
@@ -19,19 +20,18 @@ COMPARED = ("task", "data", "model", "train", "quantize", "optimizer", "monitor"
 """The sections that may contradict one another."""
 
 
-def contradictions(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def contradictions(sections: Mapping[str, Any], registry: Registry) -> Iterator[Problem]:
     """Yield the problems between the sections of an experiment, as far as these are known."""
     return known(
         _listed_twice(sections),
         _quantize(sections),
-        _storage_rounding(sections),
         _scales_of_the_grid(sections),
         _optimizer_options(sections),
-        _of_the_model(sections),
+        _of_the_model(sections, registry),
     )
 
 
-def _of_the_model(sections: Mapping[str, Any]) -> Iterator[Problem]:
+def _of_the_model(sections: Mapping[str, Any], registry: Registry) -> Iterator[Problem]:
     """Yield what contradicts the model, whose head follows from what is learnt."""
     unfit = list(known(_labels(sections)))
     if unfit:
@@ -44,6 +44,7 @@ def _of_the_model(sections: Mapping[str, Any]) -> Iterator[Problem]:
         return
     yield from known(
         _rules(sections, architecture),
+        _storage_rounding(sections, architecture, registry),
         _freeze(sections, architecture),
         _monitored(sections, architecture),
         _inexact(sections, architecture),
@@ -65,25 +66,12 @@ def _quantize(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("quantize", *problem.path), str(problem))
 
 
-def _storage_rounding(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """An optimizer whose options name `storage_roundings` rounds by itself, and by those alone."""
-    quantize, optimizer = sections["quantize"], sections["optimizer"]
-    taken = getattr(optimizer.options, "storage_roundings", None)
-    if quantize is None or taken is None or quantize.storage_rounding in taken:
-        return
-    yield Problem(
-        ("quantize", "storage_rounding"),
-        f'"{quantize.storage_rounding}" does not go with {optimizer.plugin}, which lands on the grid by '
-        f"itself; use {' or '.join(map(written, taken))}, or another optimizer",
-    )
-
-
 def _scales_of_the_grid(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """What lands on the grid by itself needs the scales of grid storage, whatever the storage."""
     quantize, optimizer = sections["quantize"], sections["optimizer"]
-    if quantize is None or quantize.format.unquantised or quantize.storage == "grid":
+    if quantize is None or quantize.format.unquantized or quantize.storage == "grid":
         return
-    for name in ("granularity", "scale_rule") if hasattr(optimizer.options, "storage_roundings") else ():
+    for name in ("granularity", "scale_rule") if _stores_on_grid(optimizer) else ():
         allowed, reason, way_out = ON_GRID[name]
         if (value := getattr(quantize, name)) not in allowed:
             yield Problem(
@@ -91,6 +79,11 @@ def _scales_of_the_grid(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 f"{written(value)} does not go with {optimizer.plugin}, which lands on the grid by itself "
                 f"and {reason}; use {way_out}, or another optimizer",
             )
+
+
+def _stores_on_grid(optimizer: OptimizerChoice) -> bool:
+    """Whether an optimizer lands on the grid by itself, whatever [quantize] storage says."""
+    return bool(getattr(optimizer.options, "stores_on_grid", False))
 
 
 def _optimizer_options(sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -156,6 +149,25 @@ def _rules(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[
     layers = shapes.linear_shapes(architecture)
     for problem in rules.problems(quantize, layers, rules.tied_layers(architecture)):
         yield Problem(("quantize", *problem.path), str(problem))
+
+
+def _storage_rounding(
+    sections: Mapping[str, Any], architecture: Architecture, registry: Registry
+) -> Iterator[Problem]:
+    """An optimizer whose options name `storage_roundings` goes with those alone, if anything is rounded."""
+    quantize, optimizer = sections["quantize"], sections["optimizer"]
+    taken = getattr(optimizer.options, "storage_roundings", None)
+    if quantize is None or taken is None or quantize.storage_rounding in taken:
+        return
+    layers = shapes.linear_shapes(architecture)
+    by_itself = _stores_on_grid(optimizer)
+    if by_itself or rules.on_the_grid(quantize, layers, rules.tied_layers(architecture), registry):
+        reason = ", which lands on the grid by itself" if by_itself else " and its options"
+        yield Problem(
+            ("quantize", "storage_rounding"),
+            f'"{quantize.storage_rounding}" does not go with {optimizer.plugin}{reason}; use '
+            f"{' or '.join(map(written, taken))}, or another optimizer",
+        )
 
 
 def _inexact(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:

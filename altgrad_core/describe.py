@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import collections
-import math
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
 
 from altgrad_core import rules, shapes
-from altgrad_core.columns import aligned
 from altgrad_core.experiment import CLASSIFICATION, Cell, Experiment
-from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.format_uses import is_scaled, without_effect
-from altgrad_core.options import Choice, FormatChoice, plain
+from altgrad_core.options import Choice, FormatChoice
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, ScaleOptions
-from altgrad_core.record import SUMMARY, read_json
-from altgrad_core.registry import Registry, UsageError
-
-PRICE_VARIABLE = "ALTGRAD_PRICE_PER_HOUR"
-"""Environment variable: what an hour of this machine costs, in any currency; unset: no cost is stated."""
+from altgrad_core.registry import Registry
 
 
 def rows(experiment: Experiment, registry: Registry) -> list[tuple[str, str]]:
     """Return what a run is, as pairs of name and text."""
-    return _Words(registry).rows(experiment)
+    return Words(registry).rows(experiment)
 
 
 @attrs.define
-class _Words:
+class Words:
     """Runs in words; what several of them have in common is worked out once."""
 
     registry: Registry
@@ -128,7 +118,7 @@ def _plan(experiment: Experiment, registry: Registry) -> _Plan:
 
 def _format(quantize: QuantizeOptions | None, plan: _Plan) -> str:
     kinds = collections.Counter(
-        (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantised
+        (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantized
     )
     if not kinds or quantize is None:
         text = "FP32: no weight is quantised" if plan else "FP32: nothing is quantised"
@@ -164,7 +154,7 @@ def _flows(quantize: QuantizeOptions | None, plan: _Plan) -> Iterator[tuple[str,
         return
     for name in ("activations", "gradients"):
         choices = [getattr(layer, name) for layer in plan.values()]
-        kinds = collections.Counter(shown(choice) for choice in choices if not choice.unquantised)
+        kinds = collections.Counter(shown(choice) for choice in choices if not choice.unquantized)
         options: ActivationOptions | GradientOptions = getattr(quantize, name)
         if kinds:
             formats = ", ".join(f"{format} ({_layers(number)})" for format, number in kinds.items())
@@ -184,7 +174,7 @@ def _scales(options: ScaleOptions, choices: Sequence[FormatChoice]) -> str:
     block_scale = options.block_scale
     shared = {"none": "scale 1", "block": f"one scale per block of {options.block}"}
     text = shared.get(options.granularity, f"one scale per {options.granularity}")
-    rule = options.scale_rule if block_scale.unquantised else f"in {shown(block_scale)}"
+    rule = options.scale_rule if block_scale.unquantized else f"in {shown(block_scale)}"
     if (options.granularity, rule) == ("tensor", "fit"):
         return ""
     return f", {text}" if rule == "fit" else f", {text} ({rule})"
@@ -194,7 +184,7 @@ def _beginnings(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """Yield what a run starts from, where that is no random float32 weights."""
     if experiment.init_from:
         yield "starts from", experiment.init_from
-    if not experiment.train.init_format.unquantised:
+    if not experiment.train.init_format.unquantized:
         yield "rounded first", f"initial Linear weights to {shown(experiment.train.init_format)}"
 
 
@@ -236,102 +226,6 @@ def share_on_grid(experiment: Experiment, registry: Registry) -> float:
     sizes = {layer: shape[0] * shape[1] for layer, shape in linears.items()}
     total = shapes.parameter_count(experiment.architecture, embeddings=False)
     return sum(sizes[layer] for layer, found in plan.items() if found.storage == "grid") / total
-
-
-# --- --check -----------------------------------------------------------------------------------------
-
-
-def check(file: ExperimentFile, out: Path, device: str = "auto") -> Iterator[str]:
-    """Yield the lines of `altgrad-run FILE --check`, for each device overlay that differs."""
-    yield f"{file.path} is right"
-    cpu, cuda = ([cell.experiment for cell in file.cells_on[one]] for one in DEVICES)
-    if device in DEVICES:
-        devices = {device: f"on {device}"}
-    else:
-        devices = {"cpu": "on any device"} if cpu == cuda else {one: f"on {one}" for one in DEVICES}
-    for one, label in devices.items():
-        cells = file.cells_on[one]
-        planned = _planned(file, cells)
-        runs = "1 run" if len(planned) == 1 else f"{len(planned)} runs"
-        yield ""
-        yield f"{label}: {runs}{_forecast(planned, file, out, one)}"
-        if file.comparison is not None:
-            yield from aligned(list(file.comparison.plan()))
-        yield from _checked(cells, file.registry, seeded=file.comparison is None)
-
-
-def _rows_of(cell: Cell, words: _Words, *, seeded: bool) -> Iterator[tuple[str, str]]:
-    """Yield the rows of a cell; a comparison gives its cells their seeds."""
-    seed = f", seed {cell.experiment.seed}"
-    for name, text in words.rows(cell.experiment):
-        yield name, text if seeded or name != "training" else text.removesuffix(seed)
-
-
-def _planned(file: ExperimentFile, cells: Sequence[Cell]) -> list[Cell]:
-    """Return a cell for each run; those of a comparison stand for all of their seeds and step sizes."""
-    if file.comparison is None:
-        return list(cells)
-    pairs = zip(file.comparison.groups, cells, strict=True)
-    return [cell for group, cell in pairs for _ in range(file.comparison.runs(group))]
-
-
-def _checked(cells: Sequence[Cell], registry: Registry, *, seeded: bool) -> Iterator[str]:
-    """Yield what the cells have in common, then what tells them apart."""
-    for overlay in cells[0].in_force:
-        if all(overlay in cell.in_force for cell in cells):
-            yield f"  with {overlay}"
-    words = _Words(registry)
-    described = [list(_rows_of(cell, words, seeded=seeded)) for cell in cells]
-    shared = [row for row in described[0] if all(row in one for one in described)]
-    yield from aligned(shared)
-    if len(cells) > 1:
-        yield from aligned([words.cell(cell) for cell in cells])
-
-
-def _forecast(cells: Sequence[Cell], file: ExperimentFile, out: Path, device: str) -> str:
-    """Return the tokens, and how long they take at the speed of earlier runs of this name here, if known."""
-    tokens = sum(cell.experiment.tokens for cell in cells)
-    text = f", {count(tokens)} tokens"
-    summaries = [read_json(path) for path in sorted((out / file.name).glob(f"*/{SUMMARY}"))]
-    here = [
-        summary
-        for summary in summaries
-        if summary and (summary.get("machine"), summary.get("device")) == (platform.node(), device)
-    ]
-    seconds = [_seconds(cell.experiment, here) for cell in cells]
-    if None in seconds:
-        return text
-    total = sum(one for one in seconds if one is not None)
-    return f"{text}, about {duration(total)} at the speed of earlier runs here{cost(total)}"
-
-
-def _seconds(experiment: Experiment, summaries: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the time a cell takes at the mean speed of the runs of its model; None: there is none."""
-    model = plain(experiment.model)
-    speeds = [
-        float(summary["tokens_per_second"])
-        for summary in summaries
-        if summary.get("model") == model and summary.get("tokens_per_second")
-    ]
-    return experiment.tokens / (sum(speeds) / len(speeds)) if speeds else None
-
-
-def cost(seconds: float) -> str:
-    """Return `, cost 0.12` at the price of $ALTGRAD_PRICE_PER_HOUR; empty where none is set."""
-    price = price_per_hour()
-    return f", cost {price * seconds / 3600:.2f}" if price else ""
-
-
-def price_per_hour() -> float:
-    """Return the price of $ALTGRAD_PRICE_PER_HOUR, 0 where none is set. Raises UsageError for no number."""
-    given = os.environ.get(PRICE_VARIABLE) or "0"
-    try:
-        price = float(given)
-    except ValueError:
-        price = math.nan
-    if not 0 <= price < math.inf:
-        raise UsageError(f"${PRICE_VARIABLE} is {given!r}; set it to a number, 0 or more, or unset it")
-    return price
 
 
 def duration(seconds: float) -> str:

@@ -26,7 +26,7 @@ from altgrad_core.options import (
     regexes,
     within,
 )
-from altgrad_core.quantize_options import UNQUANTISED
+from altgrad_core.quantize_options import UNQUANTIZED
 from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
 from altgrad_core.quantize_options import RuleOptions as RuleOptions
 from altgrad_core.shapes import Architecture
@@ -133,7 +133,7 @@ class TrainOptions:
     )
     init_format: FormatChoice = option(
         "round the initial Linear weights to this format's grid, as [quantize] would: a control",
-        default=UNQUANTISED,
+        default=UNQUANTIZED,
     )
     eval_every: int = option(
         "evaluation interval; 0: only at the end", unit="steps", default=100, validator=at_least(0)

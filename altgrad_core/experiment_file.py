@@ -55,7 +55,7 @@ def load_experiment(
     path = pathlib.Path(path)
     flags, bad_flags = _flags(overrides)
     text, raw = toml_file.read(path)
-    registry = registry or discover()
+    registry = discover() if registry is None else registry
     checked = _Checked(
         raw=raw,
         flags=flags,

@@ -46,7 +46,7 @@ _FRONT, _BEHIND = 15, 9
 """Characters before and after the values of a row: binade and codes, unit."""
 
 
-class Unquantised:
+class Unquantized:
     """The page of FP32 and none."""
 
     def lines(self, console: rich.console.Console) -> Iterator[str]:
@@ -99,7 +99,7 @@ class Page:
         return {**about, "special_codes": special, "values": values}
 
 
-def page(name: str, registry: Registry) -> Page | Unquantised:
+def page(name: str, registry: Registry) -> Page | Unquantized:
     """Return the page of a format by its name, or by an inline TOML table as in an experiment file.
 
     Raises UsageError for what is not installed, what is no such table, and what its plugin fails to build.
@@ -114,7 +114,7 @@ def page(name: str, registry: Registry) -> Page | Unquantised:
     except PluginError as error:
         raise UsageError(str(error)) from error
     if format is None:
-        return Unquantised()
+        return Unquantized()
     entry = registry.find("format", plugin)
     return Page(format=format, entry=entry, facts=facts(format), codes=codes(format), given=given)
 

@@ -63,7 +63,7 @@ def inexact_in_bfloat16(
 
 def _inexact_option(options: ScaleOptions) -> str:
     """Return the option that makes scales other than powers of two, if there is one."""
-    if options.granularity == "block" and not options.block_scale.unquantised:
+    if options.granularity == "block" and not options.block_scale.unquantized:
         return "block_scale"
     return "scale_rule" if options.scale_rule == "exact" else ""
 
@@ -99,7 +99,7 @@ def _uses(
         for table, options in _tables(quantize).items():
             own = None if index is None else getattr(quantize.rule[index], table)
             choice = own or options.format
-            if not choice.unquantised:
+            if not choice.unquantized:
                 below: Path = ("format",) if table == "format" else (table, "format")
                 yield table, ("rule", index, table) if own and index is not None else below, choice
 
@@ -111,7 +111,7 @@ def _tables(quantize: QuantizeOptions) -> Mapping[str, Any]:
 
 def is_scaled(options: ScaleOptions, choice: FormatChoice) -> bool:
     """Whether tensors in this format have a scale other than 1; False for a format that is none."""
-    if choice.unquantised:
+    if choice.unquantized:
         return False
     return options.granularity != "none" and bare_name(choice) not in NEVER_SCALED
 
@@ -129,7 +129,7 @@ def without_effect(quantize: QuantizeOptions, plan: Collection[rules.LayerPlan])
     They are no mistakes: a grid of runs may vary what makes them matter.
     """
     for table, options in _tables(quantize).items():
-        used = [layer for layer in plan if not getattr(layer, table).unquantised]
+        used = [layer for layer in plan if not getattr(layer, table).unquantized]
         prefix = "" if table == "format" else f"{table}."
         idle = dict(_idle_scales(options, [getattr(layer, table) for layer in used])) if used else {}
         if table == "format" and used:

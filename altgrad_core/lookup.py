@@ -37,9 +37,9 @@ def format_or_none(
     """Return a format as `get_format` does; None for None, "FP32" and "none": leave it alone."""
     if spec is None or isinstance(spec, Format):
         return spec
-    registry = registry or discover()
+    registry = discover() if registry is None else registry
     choice = _choice(spec, FormatChoice, registry)
-    return None if choice.unquantised else _built_format(choice, registry)
+    return None if choice.unquantized else _built_format(choice, registry)
 
 
 def get_stiffness(spec: Any, registry: Registry | None = None) -> Stiffness:
@@ -50,7 +50,7 @@ def get_stiffness(spec: Any, registry: Registry | None = None) -> Stiffness:
     """
     if callable(spec):
         return cast(Stiffness, spec)
-    registry = registry or discover()
+    registry = discover() if registry is None else registry
     if isinstance(spec, Mapping) and isinstance(of_format := spec.get("of_format"), Format):
         rest = {key: value for key, value in spec.items() if key != "of_format"}
         choice = _choice(rest, StiffnessChoice, registry)

@@ -133,7 +133,7 @@ def _update(run: Run, due: list[Watched], loss: Tensor) -> None:
     before = watch(run, due)
     try:
         run.optimizer.step()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         error.add_note(f"in a step of {run.experiment.optimizer.title(run.registry)}")
         raise
     run.step += 1

@@ -17,7 +17,7 @@ from altgrad_core.registry import RESERVED, Registry, shown
 
 Path = tuple[str | int, ...]
 
-UNQUANTISED = RESERVED["format"]
+UNQUANTIZED_NAMES = RESERVED["format"]
 """Format names that mean: leave it alone."""
 
 
@@ -140,8 +140,8 @@ class FormatChoice(Choice):
     kind = "format"
 
     @property
-    def unquantised(self) -> bool:
-        return self.plugin in UNQUANTISED
+    def unquantized(self) -> bool:
+        return self.plugin in UNQUANTIZED_NAMES
 
     def plain(self) -> Any:
         options = self.plain_options()
@@ -149,7 +149,7 @@ class FormatChoice(Choice):
 
 
 def _has_a_grid(_: Any, field: Any, value: FormatChoice | None) -> None:
-    if value is not None and value.unquantised:
+    if value is not None and value.unquantized:
         raise ValueError(f"{value.plugin} has no grid to take a geometry from; name a format of 3 to 16 bits")
 
 

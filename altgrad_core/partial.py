@@ -31,8 +31,10 @@ def _looked_at(*_: Any) -> Any:
 
 
 _OPERATORS = (
-    "getattr call bool hash str len iter contains getitem index float eq ne lt le gt ge "
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow"
+    "getattr call bool hash str repr format len iter contains getitem eq ne lt le gt ge "
+    "index int float complex abs neg pos invert round trunc floor ceil "
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod divmod rdivmod pow rpow "
+    "matmul rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift"
 )
 _Unknown: Any = type("_Unknown", (), {f"__{name}__": _looked_at for name in _OPERATORS.split()})
 
@@ -104,12 +106,7 @@ class _Reading:
             object.__setattr__(made, field.name, UNKNOWN)
             with contextlib.suppress(UnknownError):
                 object.__setattr__(made, field.name, self._field(field, value, made, problems, at))
-        try:
-            getattr(made, "__attrs_post_init__", lambda: None)()
-        except FieldError as error:
-            self.more.append(Problem((*at, *error.path), str(error)))
-        except Exception:  # noqa: BLE001 - a check of the whole may fail in any way on what is not whole
-            pass
+        self.more += _contradictions(made, at)
         return made
 
     def _field(
@@ -119,6 +116,20 @@ class _Reading:
             below = _below(problems, field.name)
             return self.read(value[field.name], field.type, below, (*at, field.name))
         return UNKNOWN if field.default is attrs.NOTHING else default_of(field, made)
+
+
+def _contradictions(made: Any, at: Path) -> list[Problem]:
+    """Return what the options' own check of the whole finds before it needs a value that is wrong."""
+    check = getattr(made, "__attrs_post_init__", lambda: None)
+    try:
+        check()
+    except UnknownError:
+        return []
+    except FieldError as error:
+        return [Problem((*at, *error.path), str(error))]
+    except (ValueError, TypeError) as error:
+        return [Problem(at, str(error))]
+    return []
 
 
 def _only(cls: Any) -> Any:

@@ -91,10 +91,7 @@ def prepare(
     """
     if isinstance(source, TextSource):
         tokenizers.vocabulary(tokenizer)
-        key = [CACHE_LAYOUT, source.fingerprint(), tokenizer]
-    else:
-        key = [CACHE_LAYOUT, source.fingerprint(), None]
-    folder = cache / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    place = folder(source, name, tokenizer, cache)
 
     def write(writer: Writer) -> None:
         if isinstance(source, TextSource):
@@ -102,15 +99,21 @@ def prepare(
         else:
             _write_tokens(source, name, writer)
 
-    contents = token_cache.opened(folder)
+    contents = token_cache.opened(place)
     if contents is not None and (found := _token_data(contents, source)) is not None:
         return found
     how = f" by the tokenizer {tokenizer}" if isinstance(source, TextSource) else ""
-    announce(f"preparing the tokens of {name!r}{how}; the next run finds them in {folder}")
-    found = _token_data(token_cache.build(folder, write), source)
+    announce(f"preparing the tokens of {name!r}{how}; the next run finds them in {place}")
+    found = _token_data(token_cache.build(place, write), source)
     if found is None:
         raise ValueError(f"data set {name!r}: its token files changed while they were read; start again")
     return found
+
+
+def folder(source: TextSource | TokenSource, name: str, tokenizer: str, cache: Path) -> Path:
+    """Return the folder of the cache in which the tokens of a data set are, or would be."""
+    key = [CACHE_LAYOUT, source.fingerprint(), tokenizer if isinstance(source, TextSource) else None]
+    return cache / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
 def _token_data(contents: Contents, source: TextSource | TokenSource) -> TokenData | None:

@@ -15,7 +15,7 @@ import attrs
 from altgrad_core.options import FieldError, FormatChoice, above, at_least, between, option, regexes
 from altgrad_core.partial import known
 
-UNQUANTISED = FormatChoice("FP32")
+UNQUANTIZED = FormatChoice("FP32")
 
 _WeightMode: TypeAlias = Literal["adaptive", "current", "initial", "static"]
 
@@ -47,7 +47,7 @@ class ScaleOptions:
     block: Literal[16, 32] = option('block length under granularity = "block"', unit="elements", default=32)
     block_scale: FormatChoice = option(
         "format of the blocks' scales, over one scale per tensor; E4M3 over blocks of 16 is NVFP4's",
-        default=UNQUANTISED,
+        default=UNQUANTIZED,
     )
     scale_rule: Literal["fit", "ocp", "exact"] = option(
         "fit: the largest power of two that never saturates; ocp: that of OCP MX; exact: no power of two",
@@ -66,7 +66,7 @@ class ScaleOptions:
     def _conflicts(self, scale_mode: str) -> Iterator[FieldError]:
         return conflicts(
             granularity=self.granularity,
-            block_scale=None if self.block_scale.unquantised else self.block_scale.plugin,
+            block_scale=None if self.block_scale.unquantized else self.block_scale.plugin,
             scale_rule=self.scale_rule,
             scale_mode=scale_mode,
             amax=self.amax,
@@ -79,7 +79,7 @@ class _FlowOptions(ScaleOptions):
     """What the two tables of flows, activations and gradients, share."""
 
     format: FormatChoice = option(
-        "a name, or {exponent_bits, mantissa_bits, bias, specials}", default=UNQUANTISED
+        "a name, or {exponent_bits, mantissa_bits, bias, specials}", default=UNQUANTIZED
     )
     scale_mode: Literal["delayed", "current", "static"] = option(
         "amax of the last steps, of this tensor, or given; default: delayed, current for channel and block",
@@ -214,7 +214,7 @@ class QuantizeOptions(ScaleOptions):
 
     def _geometry_conflicts(self) -> Iterator[FieldError]:
         for index, rule in enumerate(self.rule):
-            if rule.of_format is not None and not (rule.format is None and self.format.unquantised):
+            if rule.of_format is not None and not (rule.format is None and self.format.unquantized):
                 yield FieldError(
                     ("rule", index, "of_format"),
                     'is the geometry of weights that take quantize.format = "FP32"; leave it out',
@@ -247,7 +247,7 @@ class QuantizeOptions(ScaleOptions):
 
     def _rules_onto_the_grid(self) -> Iterator[int]:
         for index, rule in enumerate(self.rule):
-            if rule.storage == "grid" and not (rule.format or self.format).unquantised:
+            if rule.storage == "grid" and not (rule.format or self.format).unquantized:
                 yield index
 
 

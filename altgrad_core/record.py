@@ -261,7 +261,7 @@ def components_in_use(experiment: Experiment, registry: Registry) -> list[Regist
     return [
         registry.find(choice.kind, choice.plugin)
         for choice in _choices(experiment)
-        if not (isinstance(choice, FormatChoice) and choice.unquantised)
+        if not (isinstance(choice, FormatChoice) and choice.unquantized)
     ]
 
 

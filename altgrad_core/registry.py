@@ -1,39 +1,38 @@
 """What is installed: discovery of plugins, look-up of their components, collisions, broken plugins.
 
-pluggy validates and calls the hooks. Finding the entry points is done here, because pluggy's own loader
-stops at the first broken plugin without naming it and drops one of two entry points of the same name.
+`altgrad_core.plugin_contract` validates and calls the hooks. Finding the entry points is done here,
+because pluggy's own loader stops at the first broken plugin without naming it and drops one of two entry
+points of the same name.
 No torch is imported: a component's target is resolved only by `Registered.load`.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-import pluggy
 
-from altgrad_core import builtin
-from altgrad_core.hookspecs import KINDS, PROJECT, Component, Hooks
+from altgrad_core import builtin, plugin_contract
+from altgrad_core.columns import aligned
+from altgrad_core.hookspecs import KINDS, Component
+from altgrad_core.plugin_contract import RESERVED as RESERVED
+from altgrad_core.plugin_contract import ContractError
+from altgrad_core.wording import listed as listed
+from altgrad_core.wording import shown as shown
+from altgrad_core.wording import suggestion as suggestion
 
 ENTRY_POINT_GROUP = "altgrad"
 WITHOUT_VARIABLE = "ALTGRAD_WITHOUT"
 CORE_DISTRIBUTION = "altgrad-core"
 
-RESERVED: Mapping[str, tuple[str, ...]] = {"format": ("FP32", "none")}
-"""Kind to the names that mean no component: the formats "FP32" and "none" say `leave it alone`."""
-
 REFUSALS: Mapping[str, tuple[type[Exception], ...]] = {"dataset": (ValueError, OSError)}
 """Kind to the errors by which its components refuse what a user gave them, data that are absent or odd."""
-
-_NAME = re.compile(r"[^\s:/]+")
-_TARGET = re.compile(r"[\w.]+:\w+")
 
 
 class UsageError(ValueError):
@@ -50,10 +49,6 @@ class ConflictError(UsageError):
 
 class PluginError(RuntimeError):
     """An exception raised inside a plugin, with the plugin's name, distribution and version."""
-
-
-class _ContractError(Exception):
-    """A plugin module that breaks the contract in hookspecs.py."""
 
 
 @attrs.frozen(kw_only=True)
@@ -117,13 +112,37 @@ class Broken:
         return f"{self.distribution} {self.version} ({self.reason})"
 
 
-@attrs.frozen(kw_only=True, cache_hash=True)
+@attrs.frozen(kw_only=True, cache_hash=True, repr=False)
 class Registry:
-    """Every component of every usable plugin."""
+    """Every component of every usable plugin; in a notebook, what `altgrad plugins` prints of them."""
 
     registered: tuple[Registered, ...] = ()
     broken: tuple[Broken, ...] = ()
     blocked: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Registered]:
+        return iter(self.registered)
+
+    def __len__(self) -> int:
+        return len(self.registered)
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self, kind: str | None = None) -> Iterator[str]:
+        """Yield what is installed, of one kind or all; what is broken, in conflict or left out with why."""
+        entries = [entry for one in KINDS if kind in (None, one) for entry in self.of_kind(one)]
+        rows = [(entry.kind, entry.name, entry.owner, entry.component.summary) for entry in entries]
+        yield from aligned(rows, indent="")
+        if not entries:
+            yield f"no {kind or 'plugin'} is installed"
+        for broken in self.broken:
+            yield f"\nbroken: {broken}"
+        for owners in self.conflicts():
+            what = f"{owners[0].kind} {owners[0].name!r}"
+            yield f"\nconflict: {what} is owned by {_choices(owners)}"
+        if self.blocked:
+            yield f"\nleft out: {listed(self.blocked)}"
 
     def of_kind(self, kind: str) -> list[Registered]:
         return [entry for entry in self.registered if entry.kind == kind]
@@ -160,9 +179,7 @@ class Registry:
             return owners[0]
         if not owners:
             raise NotFoundError(self._not_found(kind, name))
-        choices = " or ".join(f'plugin = "{entry.distribution}:{bare}"' for entry in owners)
-        both = " and ".join(entry.owner for entry in owners)
-        raise ConflictError(f"{kind} {bare!r} is owned by {both}; say which: {choices}")
+        raise ConflictError(f"{kind} {bare!r} is owned by {_choices(owners)}")
 
     def _not_found(self, kind: str, name: str) -> str:
         names = sorted({entry.name for entry in self.of_kind(kind)})
@@ -178,36 +195,15 @@ class Registry:
         return message
 
 
+def _choices(owners: Sequence[Registered]) -> str:
+    """Return the owners of one name, and how to say which of them is meant."""
+    both = " and ".join(entry.owner for entry in owners)
+    choices = " or ".join(f'plugin = "{entry.distribution}:{entry.name}"' for entry in owners)
+    return f"{both}; say which: {choices}"
+
+
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error message, short and on one line whatever it is."""
-    try:
-        text = repr(value).lower() if isinstance(value, bool) else repr(value)  # as TOML writes it
-    except (ValueError, RecursionError):  # Python refuses to write out integers of thousands of digits
-        text = f"a very long {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or the empty text; case does not matter."""
-    by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(word.lower(), by_lower)
-    if not close:
-        return ""
-    given = word.lower()
-    best = max(close, key=lambda one: (_likeness(one, given), one[0] == given[0]))
-    return f"; did you mean {by_lower[best]!r}?"
-
-
-def _likeness(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _canonical(distribution: str) -> str:
@@ -233,7 +229,7 @@ def _discover(without: tuple[str, ...]) -> Registry:
         raise UsageError(
             f"--without (or ${WITHOUT_VARIABLE}) {unknown[0]!r}: no such plugin is installed{hint}"
         )
-    core = _collect(builtin, CORE_DISTRIBUTION, importlib.metadata.version(CORE_DISTRIBUTION))
+    core = _collected(builtin, CORE_DISTRIBUTION, importlib.metadata.version(CORE_DISTRIBUTION))
     loaded = [core, *(_load(plugin) for name, plugin in plugins.items() if name not in without)]
     return Registry(
         registered=tuple(entry for one in loaded for entry in one.registered),
@@ -265,9 +261,9 @@ def _metadata(distribution: importlib.metadata.Distribution, key: str) -> str:
 def _load(plugin: importlib.metadata.Distribution) -> Registry:
     distribution, version = _metadata(plugin, "Name"), _metadata(plugin, "Version")
     try:
-        return _collect(_entry_point(plugin).load(), distribution, version)
+        return _collected(_entry_point(plugin).load(), distribution, version)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others must work
-        reason = str(error) if isinstance(error, _ContractError) else _described(error)
+        reason = str(error) if isinstance(error, ContractError) else _described(error)
         one_line = " ".join(reason.split())
         return Registry(broken=(Broken(distribution=distribution, version=version, reason=one_line),))
 
@@ -276,69 +272,17 @@ def _entry_point(plugin: importlib.metadata.Distribution) -> importlib.metadata.
     try:
         points = list(plugin.entry_points.select(group=ENTRY_POINT_GROUP))
     except (TypeError, ValueError) as error:
-        raise _ContractError(f"its entry_points.txt is malformed: {error}") from error
+        raise ContractError(f"its entry_points.txt is malformed: {error}") from error
     if len(points) != 1:
-        raise _ContractError(f"has {len(points)} entry points in the group {ENTRY_POINT_GROUP!r}, not one")
+        raise ContractError(f"has {len(points)} entry points in the group {ENTRY_POINT_GROUP!r}, not one")
     return points[0]
 
 
-def _collect(module: object, distribution: str, version: str) -> Registry:
-    """Validate a plugin module with pluggy and call its hooks."""
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(Hooks)
-    manager.register(module, name=distribution)
-    _check_hooks(manager, module)
-    entries = [
-        Registered(kind=kind, component=_checked(component, kind), distribution=distribution, version=version)
-        for kind, hook in KINDS.items()
-        for component in _components(getattr(manager.hook, hook))
-    ]
-    names = [(entry.kind, entry.name) for entry in entries]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise _ContractError(f"registers the {repeated[0]} {repeated[1]!r} twice")
-    return Registry(registered=tuple(entries))
-
-
-def _check_hooks(manager: pluggy.PluginManager, module: object) -> None:
-    """Refuse what pluggy passes over in silence: a misspelt, unmarked or missing hook."""
-    callers = manager.get_hookcallers(module) or []
-    for caller in callers:
-        if not caller.has_spec():
-            raise _ContractError(f"unknown hook {caller.name!r}{suggestion(caller.name, KINDS.values())}")
-    marked = {caller.name for caller in callers}
-    for hook in KINDS.values():
-        if hook not in marked and callable(getattr(module, hook, None)):
-            raise _ContractError(f"{hook} is not marked with altgrad_core.hookspecs.hookimpl")
-    if not callers:
-        raise _ContractError(f"implements no hook; the hooks are: {listed(KINDS.values())}")
-
-
-def _components(hook: pluggy.HookCaller) -> Iterator[object]:
-    """Yield what the hook returns; pluggy drops a None, and a wrapper's components, in silence."""
-    results = hook()
-    if len(results) < len(hook.get_hookimpls()):
-        raise _ContractError(f"{hook.name} must return a list of Component, it returns None")
-    for components in results:
-        if not isinstance(components, Iterable):
-            raise _ContractError(f"{hook.name} must return a list of Component, not {shown(components)}")
-        yield from components
-
-
-def _checked(component: object, kind: str) -> Component:
-    hook = KINDS[kind]
-    if not isinstance(component, Component):
-        raise _ContractError(f"{hook} must return a list of Component, it holds {shown(component)}")
-    name, options, target = component.name, component.options, component.target
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable():
-        raise _ContractError(f"{hook}: the name {name!r} must be text without spaces, ':' and '/'")
-    if name in RESERVED.get(kind, ()):
-        raise _ContractError(f"{hook}: the name {name!r} means 'leave it alone'; choose another")
-    if not isinstance(component.summary, str) or not component.summary.isprintable():
-        raise _ContractError(f"{hook}: the summary of {name!r} must be one line of text")
-    if not (isinstance(options, type) and attrs.has(options) and issubclass(options, Hashable)):
-        raise _ContractError(
-            f"{hook}: options of {name!r} must be a frozen attrs class, not {shown(options)}"
+def _collected(module: object, distribution: str, version: str) -> Registry:
+    found = plugin_contract.components(module, distribution)
+    return Registry(
+        registered=tuple(
+            Registered(kind=kind, component=component, distribution=distribution, version=version)
+            for kind, component in found
         )
-    if not isinstance(target, str) or not _TARGET.fullmatch(target):
-        raise _ContractError(f"{hook}: target of {name!r} must be 'package.module:attribute', not {target!r}")
-    return component
+    )

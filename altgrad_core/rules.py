@@ -13,7 +13,7 @@ import attrs
 
 from altgrad_core import patterns
 from altgrad_core.options import FieldError, FormatChoice
-from altgrad_core.quantize_options import UNQUANTISED
+from altgrad_core.quantize_options import UNQUANTIZED
 from altgrad_core.registry import Registry, listed
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ class LayerPlan:
     format: FormatChoice
     storage: str
     geometry: bool = True
-    activations: FormatChoice = UNQUANTISED
-    gradients: FormatChoice = UNQUANTISED
+    activations: FormatChoice = UNQUANTIZED
+    gradients: FormatChoice = UNQUANTIZED
 
     @property
-    def unquantised(self) -> bool:
-        return all(one.unquantised for one in (self.format, self.activations, self.gradients))
+    def unquantized(self) -> bool:
+        return all(one.unquantized for one in (self.format, self.activations, self.gradients))
 
 
 def plan(
@@ -94,7 +94,7 @@ def plan(
     for problem in problems(quantize, layers, tied):
         raise problem
     every = _plans(quantize, layers, tied, registry)
-    return {layer: found for layer, found in every if not found.unquantised}
+    return {layer: found for layer, found in every if not found.unquantized}
 
 
 def covered(
@@ -106,6 +106,13 @@ def covered(
     the format alone changes how the same weights are stored, and not which weights train by which rule.
     """
     return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.geometry]
+
+
+def on_the_grid(
+    quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], registry: Registry
+) -> list[str]:
+    """Return the Linears whose weights live on the grid."""
+    return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.storage == "grid"]
 
 
 def geometries(quantize: QuantizeOptions, layers: Collection[str]) -> dict[str, FormatChoice]:
@@ -120,7 +127,7 @@ def covers(rule: RuleOptions, registry: Registry) -> bool:
     if rule.format is None:
         return True
     narrow = bits(rule.format, registry) <= WIDEST_GRID_BITS
-    return not rule.format.unquantised and (narrow or rule.storage is not None)
+    return not rule.format.unquantized and (narrow or rule.storage is not None)
 
 
 def problems(
@@ -134,7 +141,7 @@ def problems(
             yield FieldError(at, no_match(rule.layers, layers, "layer"))
         elif index not in matched.values():
             yield FieldError(at, f"is never reached: earlier rules match every layer of {rule.layers!r}")
-        on_grid = rule.storage == "grid" and not (rule.format or quantize.format).unquantised
+        on_grid = rule.storage == "grid" and not (rule.format or quantize.format).unquantized
         for layer in tied:
             if on_grid and matched.get(layer) == index:
                 yield FieldError(
@@ -173,13 +180,13 @@ def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, regist
     )
     geometry = rule is None or (not tied and covers(rule, registry))
     inherited = quantize.storage if geometry else "master"
-    storage = "master" if format.unquantised else (rule and rule.storage) or inherited
+    storage = "master" if format.unquantized else (rule and rule.storage) or inherited
     return LayerPlan(format, storage, geometry, *flows)
 
 
 def bits(format: FormatChoice, registry: Registry) -> int:
     """Return the width of a chosen format's code; 8 where it cannot be known without torch."""
-    if format.unquantised:
+    if format.unquantized:
         return 32
     component = registry.find("format", format.plugin).component
     return component.bits or getattr(format.options, "bits", None) or WIDEST_GRID_BITS

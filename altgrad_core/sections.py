@@ -57,7 +57,7 @@ class Sections:
     def _contradictions(self, sections: Mapping[str, Any]) -> list[Problem]:
         same = tuple(id(sections[key]) for key in COMPARED)
         if same not in self.checked:
-            self.checked[same] = list(contradictions(sections))
+            self.checked[same] = list(contradictions(sections, self.registry))
         return self.checked[same]
 
 

@@ -39,7 +39,8 @@ def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     begun, needs = now(), needs_of(due)
     before = _copied(run, _chosen(run, due)) if needs.intersection(COPIES) else {}
     if run.storage is not None:
-        run.storage.onlookers = _onlookers(run, due) if "landing" in needs else []
+        lands = "landing" in needs and run.storage.rounds_at_once
+        run.storage.onlookers = _onlookers(run, due) if lands else []
         recorded = before if "intended" in needs else {}
         on_grid = set(run.storage.weights) if recorded else ()
         weights = {run.trained[name]: copy for name, copy in recorded.items()}
@@ -53,20 +54,30 @@ def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
 
 def _onlookers(run: Run, due: Collection[Watched]) -> list[dict[Tensor, Onlooker | None]]:
     """Return what the due monitors that look on as weights land want these to be told to."""
-    looking = {id(one.plugin.landing): one for one in due if "landing" in one.needs()}
+    looking: dict[int, list[Watched]] = {}
+    for one in (one for one in due if "landing" in one.needs()):
+        looking.setdefault(id(getattr(one.plugin, "landing", None)), []).append(one)
     gradients = {
         name: parameter.grad
         for name, parameter in run.quantized.items()
         if parameter.grad is not None and (quantizer := quantizer_of(parameter)) and quantizer.stored
     }
     found: list[dict[Tensor, Onlooker | None]] = []
-    for watched in looking.values():
+    for sharing in looking.values():
         try:
-            wanted = watched.plugin.landing.onlookers(gradients)
-            found.append({run.trained[name]: one for name, one in wanted.items()})
+            found.append(_asked_of(run, sharing[0].plugin.landing.onlookers(gradients)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
-            run.drop(watched, "onlookers", error)
+            for watched in sharing:
+                run.drop(watched, "onlookers", error)
     return found
+
+
+def _asked_of(run: Run, wanted: Mapping[str, Onlooker | None]) -> dict[Tensor, Onlooker | None]:
+    """Return the same by Parameter. Raises TypeError for what is no pair of addresses."""
+    for name, one in wanted.items():
+        if one is not None and not (isinstance(one, tuple) and [type(part) for part in one] == [int, int]):
+            raise TypeError(f"of {name} it must return a function's address and its context's, not {one!r}")
+    return {run.trained[name]: one for name, one in wanted.items()}
 
 
 def _chosen(run: Run, due: Collection[Watched]) -> dict[str, nn.Parameter]:

@@ -24,7 +24,7 @@ from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
 from altgrad_core.options import (
-    UNQUANTISED,
+    UNQUANTIZED_NAMES,
     Choice,
     FieldError,
     FormatChoice,
@@ -250,7 +250,7 @@ def _choice(value: Any, cls: type[Choice], registry: Registry) -> Choice:
     if not isinstance(name, str):
         expected = "a name" if at else "a name, or a table with plugin = ..."
         raise _Problems([Problem(at, f"expected {expected}, got {shown(name)}")])
-    if cls is FormatChoice and name in UNQUANTISED:
+    if cls is FormatChoice and name in UNQUANTIZED_NAMES:
         if table:
             raise _Problems([Problem((key,), f"unknown key {key!r}; {name} has no options") for key in table])
         return cls("FP32")

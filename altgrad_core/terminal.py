@@ -10,7 +10,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import rich.console
 import rich.markup
@@ -20,12 +20,19 @@ from altgrad_core.durable import WriteError
 from altgrad_core.validation_metrics import HEADINGS
 
 
+class _Console(rich.console.Console):
+    """Into a pipe that nobody reads, an error: rich's own would end the process in silence."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # the BrokenPipeError that rich has caught
+
+
 class Terminal:
     """The output of one run; `quiet` keeps everything but warnings and errors to the log."""
 
     def __init__(self, *, quiet: bool = False, console: rich.console.Console | None = None) -> None:
         self.quiet = quiet
-        self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] = lambda line: None
         self._progress: rich.progress.Progress | None = None
         self._task: Any = None
@@ -44,7 +51,7 @@ class Terminal:
     def _print(self, line: str, style: str) -> None:
         try:
             self.console.print(rich.markup.escape(line), style=style or None)
-        except OSError as error:  # into a file, on a disk that is full
+        except OSError as error:  # into a file on a full disk, into a pipe whose reader has gone
             raise WriteError(f"the output cannot be written: {error.strerror}") from error
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:

@@ -94,15 +94,15 @@ class FoundingTracker:
         self.model = optimizers.model_of(arguments.parameters, arguments.device, arguments.format)
         self.optimizer = optimizers.adamw(altgrad.param_groups(self.model))
 
-    def _quantised(self) -> list[Tensor]:
+    def _quantized(self) -> list[Tensor]:
         found = ((weight, quantizer_of(weight)) for weight in self.model.parameters())
         return [quantizer.quantize(weight.detach()) for weight, quantizer in found if quantizer is not None]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        before = self._quantised()
+        before = self._quantized()
         self.optimizer.step()
-        flips = [(one != other).sum() for one, other in zip(before, self._quantised(), strict=True)]
+        flips = [(one != other).sum() for one, other in zip(before, self._quantized(), strict=True)]
         updates = [(weight.grad != 0).sum() for weight in self.model.parameters()]
         return torch.stack(flips).sum() / torch.stack(updates).sum()
 

@@ -1,11 +1,14 @@
 """Four steps of training, for what can only be seen in a run: monitors and policies.
 
+The last two are taken twice: once straight on, once by a run that goes on from a checkpoint.
+
 Data, format and optimizer are the kit's own, so that no other plugin is needed.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,18 +20,21 @@ import torch
 from torch import Tensor
 
 from altgrad_core import checkpoint, commands
+from altgrad_core.cells import RunResult
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.hookspecs import Component, NoOptions, OptimizerInputs
 from altgrad_core.options import written
-from altgrad_core.record import CHECKPOINTS, EVENTS, read_lines
+from altgrad_core.record import CHECKPOINTS, EVENTS, METRICS, SUMMARY, read_lines
 from altgrad_core.registry import CORE_DISTRIBUTION, Registered, Registry
 from altgrad_core.testing import optimizer_training
 
 SPLITS = ("train", "validation")
 
-EXPERIMENT = """
+STEPS = 4
+
+EXPERIMENT = f"""
 name = "conformance"
-steps = 4
+steps = {STEPS}
 [data]
 plugin = "conformance"
 [model]
@@ -41,6 +47,7 @@ batch_size = 2
 device = "cpu"
 eval_batches = 1
 log_every = 1
+checkpoint_every = {STEPS // 2}
 [quantize]
 format = "conformance"
 storage = "grid"
@@ -101,18 +108,32 @@ class SmallRun:
     outcome: str
     warnings: list[str]
     weights: Mapping[str, Tensor]
+    metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
 
 
-def trained(registry: Registry, tables: str) -> SmallRun:
-    """Train, with more tables in the file."""
+def trained(registry: Registry, tables: str) -> tuple[SmallRun, SmallRun]:
+    """Train, with more tables in the file; return that run, and the same resumed after half of the steps."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "experiment.toml")
         path.write_text(EXPERIMENT + tables)
-        result = commands.run(load_experiment(path, registry=equipped(registry)), scratch, quiet=True)
-        warnings = [one["message"] for one in read_lines(result.folder / EVENTS) if one["event"] == "warning"]
-        saved, _ = checkpoint.newest(result.folder / CHECKPOINTS)
-        weights = saved.model if saved is not None else {}
-    return SmallRun(outcome=result.outcome, warnings=warnings, weights=weights)
+        file = load_experiment(path, registry=equipped(registry))
+        straight = commands.run(file, scratch, quiet=True)
+        seen = _read(straight)
+        (straight.folder / SUMMARY).unlink(missing_ok=True)
+        shutil.rmtree(straight.folder / CHECKPOINTS / checkpoint.step_name(STEPS), ignore_errors=True)
+        return seen, _read(commands.run(file, scratch, quiet=True))
+
+
+def _read(result: RunResult) -> SmallRun:
+    saved, _ = checkpoint.newest(result.folder / CHECKPOINTS)
+    events = read_lines(result.folder / EVENTS)
+    return SmallRun(
+        outcome=result.outcome,
+        warnings=[one["message"] for one in events if one["event"] == "warning"],
+        weights=saved.model if saved is not None else {},
+        metrics=list(read_lines(result.folder / METRICS)),
+    )
 
 
 def in_file(heading: str, table: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,18 @@ def _documents(entry: Registered, source: Any, split: str) -> Sequence[Document]
     if not found or not all(isinstance(one, Document) for one in found):
         expected, fix = "one Document or more", "yield altgrad_core.hookspecs.Document(text=...)"
         fail(entry.name, "a split has documents", given=split, expected=expected, seen=found[:1], fix=fix)
+    count = getattr(source, "label_count", 0)
+    if wrong := [one for one in found if not _is_right(one, count or math.inf)]:
+        rule = "a document is text, and its labels are indices"
+        labels = f"labels from 0 to {count - 1}" if count else "labels of 0 or more"
+        expected, fix = f"a str, and {labels}", "number the labels 0, 1, 2, ..."
+        fail(entry.name, rule, given=split, expected=expected, seen=wrong[0], fix=fix)
     return found
+
+
+def _is_right(document: Document, label_count: float) -> bool:
+    labels = (type(label) is int and 0 <= label < label_count for label in document.labels)
+    return isinstance(document.text, str) and all(labels)
 
 
 def _tokens(entry: Registered, source: Any, split: str) -> Sequence[int]:
@@ -72,7 +84,18 @@ def check_executor(entry: Registered, registry: Registry) -> None:
     executor: Executor = built(entry, registry)
     with checking(entry.name, check_executor, "see altgrad_core.hookspecs.Executor"):
         for jobs in (1, 2):
-            seen = {one.cell: one.outcome for one in executor.run(CELLS, run_cell, jobs)}
+            found = executor.run(CELLS, run_cell, jobs)
+            if not isinstance(found, list):
+                rule, fix = "the results are a list", "list(...)"
+                fail(
+                    entry.name,
+                    rule,
+                    given=f"jobs={jobs}",
+                    expected="list",
+                    seen=type(found).__name__,
+                    fix=fix,
+                )
+            seen = {one.cell: one.outcome for one in found}
             expected = {cell: run_cell(cell).outcome for cell in CELLS}
             if seen != expected:
                 rule, fix = "every cell has one result, and one that fails stops no other", "see Executor"

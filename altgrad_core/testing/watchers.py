@@ -12,10 +12,11 @@ from altgrad_core.registry import Registered, Registry, UsageError
 from altgrad_core.step_seen import STEP_EXTRAS
 from altgrad_core.testing.components import built, table_of
 from altgrad_core.testing.expect import fail
-from altgrad_core.testing.small_runs import SmallRun, in_file, trained
+from altgrad_core.testing.small_runs import STEPS, SmallRun, in_file, trained
 from altgrad_core.watched import Watched
 
-RUN = "a run of 4 steps"
+RUN = f"a run of {STEPS} steps"
+RESUMED = f"{RUN}, resumed after {STEPS // 2}"
 
 
 def check_monitor(entry: Registered, registry: Registry) -> None:
@@ -24,12 +25,14 @@ def check_monitor(entry: Registered, registry: Registry) -> None:
     if unknown := sorted(set(watched.needs()) - {*STEP_EXTRAS}):
         expected, fix = f"any of {', '.join(STEP_EXTRAS)}", "see altgrad_core.hookspecs.Step"
         fail(entry.name, "needs must be known", given="needs", expected=expected, seen=unknown, fix=fix)
-    seen, alone = (
+    (seen, resumed), (alone, _) = (
         _trained(entry, registry, tables) for tables in (in_file("[[monitor]]", table_of(entry)), "")
     )
-    if dropped := [one for one in seen.warnings if one.startswith(f"{entry.name} of {entry.owner}")]:
-        rule, fix = "a monitor must stay in the run", "what is seen names the method"
-        fail(entry.name, rule, given=RUN, expected="no reason to drop it", seen=dropped[0], fix=fix)
+    for given, run in ((RUN, seen), (RESUMED, resumed)):
+        if dropped := [one for one in run.warnings if one.startswith(f"{entry.name} of {entry.owner}")]:
+            rule, fix = "a monitor must stay in the run", "what is seen names the method"
+            fail(entry.name, rule, given=given, expected="no reason to drop it", seen=dropped[0], fix=fix)
+    _expect_the_same(entry, _reported(entry, seen), _reported(entry, resumed))
     if not all(torch.equal(value, alone.weights[name]) for name, value in seen.weights.items()):
         rule, fix = (
             "a monitor must leave the run alone",
@@ -43,10 +46,34 @@ def check_fallback(entry: Registered, registry: Registry) -> None:
     watched = _watched(entry, registry, Policy, "needs and decide")
     monitors = sorted({need.partition("/")[0] for need in watched.needs()})
     tables = [in_file("[[monitor]]", {"plugin": one}) for one in monitors]
-    run = _trained(entry, registry, "".join([*tables, in_file("[[fallback]]", table_of(entry))]))
-    if run.outcome != "finished":
-        rule, fix = "a healthy run must come to its end", "act on what is wrong only, or raise the defaults"
-        fail(entry.name, rule, given=RUN, expected="finished", seen=run.outcome, fix=fix)
+    runs = _trained(entry, registry, "".join([*tables, in_file("[[fallback]]", table_of(entry))]))
+    for given, run in zip((RUN, RESUMED), runs, strict=True):
+        if run.outcome != "finished":
+            rule, fix = (
+                "a healthy run must come to its end",
+                "act on what is wrong only, or raise the defaults",
+            )
+            fail(entry.name, rule, given=given, expected="finished", seen=run.outcome, fix=fix)
+
+
+def _reported(entry: Registered, run: SmallRun) -> dict[str, Any]:
+    """Return what a monitor has reported, by step and name."""
+    return {
+        f"{name} in step {line['step']}": value
+        for line in run.metrics
+        for name, value in line.items()
+        if name.startswith(f"{entry.name}/")
+    }
+
+
+def _expect_the_same(entry: Registered, seen: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """Fail where a monitor says other things in a run that goes on from a checkpoint."""
+    for name in seen.keys() | resumed.keys():
+        first, again = seen.get(name), resumed.get(name)
+        if first != again:
+            rule = "a monitor must go on from a checkpoint as if there had been no pause"
+            fix = "give state_dict() what it remembers, and take it up in load_state_dict()"
+            fail(entry.name, rule, given=f"{name}, {RESUMED}", expected=first, seen=again, fix=fix)
 
 
 def _watched(entry: Registered, registry: Registry, protocol: Any, methods: str) -> Watched:
@@ -62,7 +89,7 @@ def _watched(entry: Registered, registry: Registry, protocol: Any, methods: str)
         fail(entry.name, rule, given="", expected="a whole number; names", seen=error, fix=fix)
 
 
-def _trained(entry: Registered, registry: Registry, tables: str) -> SmallRun:
+def _trained(entry: Registered, registry: Registry, tables: str) -> tuple[SmallRun, SmallRun]:
     try:
         return trained(registry, tables)
     except FAILED as error:

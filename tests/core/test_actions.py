@@ -492,14 +492,14 @@ def test_high_precision_is_off_the_grid(to, assembled):
     assert 0.3 < run.share_on_grid < 0.4  # attention has 4 of 12 parts
 
 
-def test_an_unquantised_tied_head_is_no_candidate(assembled):
+def test_an_unquantized_tied_head_is_no_candidate(assembled):
     run = assembled()
     switched(run, ".*", "LOG4")
     assert "lm_head" not in run.formats
     assert quantizer_of(run.model.lm_head.weight) is None
 
 
-def test_a_quantised_tied_head_is_switched_in_its_forward_pass(assembled):
+def test_a_quantized_tied_head_is_switched_in_its_forward_pass(assembled):
     run = assembled(HEAD)
     before = run.model.lm_head.weight.detach().clone()
     switched(run, "lm_head", "LOG4")

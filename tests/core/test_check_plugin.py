@@ -163,3 +163,63 @@ def test_a_plugin_that_is_not_installed_or_broken_is_refused_with_the_reason(ins
     refused = capsys.readouterr().err
     assert "no plugin of a distribution 'fak' is installed" in refused
     assert "the plugin is broken: fake 1.0 (ZeroDivisionError" in refused
+
+
+FORGETS = """
+class It:
+    needs, seen = (), 0
+    def __init__(self, options): pass
+    def observe(self, step):
+        self.seen += 1
+        return {"it/seen/total": float(self.seen)}
+"""
+REMEMBERS = (
+    FORGETS
+    + """
+    def state_dict(self): return {"seen": self.seen}
+    def load_state_dict(self, state): self.seen = state["seen"]
+"""
+)
+REFUSES = """
+    def state_dict(self): return {"seen": 1}
+    def load_state_dict(self, state): raise KeyError("no")
+"""
+
+
+def test_a_monitor_that_forgets_what_it_saw_before_a_pause_is_found_out(verdict):
+    found = verdict("monitor", FORGETS)
+    assert (found.outcome, "as if there had been no pause" in found.message) == ("failed", True)
+    assert "it/seen/total in step" in found.message
+
+
+def test_a_monitor_that_remembers_what_it_saw_before_a_pause_is_right(verdict):
+    assert verdict("monitor", REMEMBERS).outcome == "ok"
+
+
+@pytest.mark.parametrize(("kind", "source"), [("monitor", MONITOR), ("fallback", POLICY)])
+def test_one_that_cannot_take_up_its_own_state_is_found_out(verdict, kind, source):
+    found = verdict(kind, source + REFUSES)
+    assert (found.outcome, "load_state_dict raised KeyError" in found.message) == ("failed", True)
+
+
+@pytest.mark.parametrize("document", ["text=1", "text='a', labels=(2,)", "text='a', labels=(-1,)"])
+def test_documents_without_text_or_with_labels_that_are_none_are_found_out(verdict, document):
+    source = f"""
+class It:
+    label_count = 2
+    def __init__(self, options): pass
+    def fingerprint(self): return "1"
+    def documents(self, split): return [Document({document})]
+"""
+    found = verdict("dataset", source)
+    assert (found.outcome, "labels from 0 to 1" in found.message) == ("failed", True)
+
+
+def test_an_executor_whose_results_are_no_list_is_found_out(verdict):
+    source = """
+class It:
+    def __init__(self, options): pass
+    def run(self, cells, run_cell, jobs): return map(run_cell, cells)
+"""
+    found = verdict("executor", source)
+    assert (found.outcome, "the results are a list" in found.message) == ("failed", True)

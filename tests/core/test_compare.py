@@ -7,7 +7,7 @@ import attrs
 import pytest
 
 from altgrad_core import compare, comparing, rules
-from altgrad_core.describe import check
+from altgrad_core.check_page import check
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.grids import requested
 from altgrad_core.options import StiffnessChoice, option
@@ -77,7 +77,7 @@ RULES = """rule = [
 WITH_RULES = ONE_FORMAT.replace("bound = 8.0}", f"{RULES}}}")
 
 
-def test_on_float32_the_rules_cover_the_same_weights_and_quantise_none_of_them(experiment_at, registry):
+def test_on_float32_the_rules_cover_the_same_weights_and_quantize_none_of_them(experiment_at, registry):
     arm, *_, intrinsic = experiment_at(WITH_RULES, "model.tie_weights=false").cells_on["cpu"]
     assert compare.is_on_float32(intrinsic.experiment.quantize, registry)
     layers = ["lm_head", "h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
@@ -107,6 +107,25 @@ def test_runs_without_a_stiffness_have_no_geometries_on_float32(experiment_at):
     assert rules.geometries(reference.experiment.quantize, ["h.0.attn.c_attn"]) == {}
 
 
+def test_a_reference_on_float32_has_the_weights_of_rules_there_too_and_it_is_said(experiment_at, registry):
+    file = experiment_at(WITH_RULES + REFERENCES, "model.tie_weights=false")
+    (reference,) = (
+        cell for cell in file.cells_on["cpu"] if cell.name == "format=FP32,optimizer=AdamW(lr=0.001)"
+    )
+    assert compare.is_on_float32(reference.experiment.quantize, registry)
+    assert file.comparison.notes == (
+        "fp32 has the weights of the rules for '.*attn.*' (E3M4) on float32 too",
+    )
+
+
+def test_a_reference_that_lists_rules_keeps_their_formats(experiment_at):
+    own = REFERENCES.replace('"FP32"}', '"FP32", "quantize.rule" = [{layers = ".*attn.*", format = "E3M4"}]}')
+    file = experiment_at(WITH_RULES + own, "model.tie_weights=false")
+    (reference,) = (cell for cell in file.cells_on["cpu"] if "AdamW" in cell.name and "FP32" in cell.name)
+    assert [rule.format.plugin for rule in reference.experiment.quantize.rule] == ["E3M4"]
+    assert file.comparison.notes == ()
+
+
 def _no_other(_, field, value):
     if value.geometry.of_format is not None:
         raise ValueError("takes no of_format")
@@ -133,12 +152,12 @@ def test_an_optimizer_that_takes_no_other_geometry_has_no_runs_on_float32_and_it
     assert any(line.endswith(note) for line in check(file, tmp_path))
 
 
-def test_on_float32_other_weights_and_flows_are_quantised_as_before_as_they_are_in_a_reference(experiment_at):
+def test_on_float32_other_weights_and_flows_are_quantized_as_before_as_they_are_in_a_reference(experiment_at):
     flows = WITH_RULES.replace("rule =", 'activations = {format = "E5M2", margin = 2.0}, rule =')
     file = experiment_at(flows + REFERENCES, "model.tie_weights=false")
     arm, *_, reference, intrinsic = (cell.experiment.quantize for cell in file.cells_on["cpu"])
     for one in (reference, intrinsic):
-        assert one.format.unquantised
+        assert one.format.unquantized
         assert one.activations == arm.activations
         assert [one.rule[index].format.plugin for index in (0, 2)] == ["BF16", "FP32"]
         assert one.rule[3].activations.plugin == "E5M2"
@@ -156,7 +175,7 @@ def test_rules_that_exclude_no_weight_leave_no_rule_on_float32(experiment_at):
     assert experiment_at(text).cells_on["cpu"][-1].experiment.quantize.rule == ()
 
 
-def test_where_nothing_is_quantised_the_bound_and_the_weights_covered_tell_runs_apart(groups):
+def test_where_nothing_is_quantized_the_bound_and_the_weights_covered_tell_runs_apart(groups):
     tables = """
     quantize = [
       {format = "E5M2"}, {format = "E3M4"}, {format = "E5M2", bound = 4.0},
@@ -185,7 +204,7 @@ def test_a_format_axis_with_float32_needs_no_other_run_for_the_reference(groups)
     assert len(found) == 5
 
 
-def test_where_nothing_is_quantised_an_axis_of_quantize_tells_no_runs_apart(groups):
+def test_where_nothing_is_quantized_an_axis_of_quantize_tells_no_runs_apart(groups):
     text = ARMS.replace("[grid]", '[grid]\n"quantize.storage" = ["grid", "master"]') + REFERENCES
     kinds = [kinds for _, kinds, _ in groups(text)]
     assert kinds.count(["arm"]) == 8

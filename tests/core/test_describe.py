@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from altgrad_core.describe import check, rows, share_on_grid
+from altgrad_core.check_page import check
+from altgrad_core.describe import rows, share_on_grid
 
 
 def said(experiment, registry, text):

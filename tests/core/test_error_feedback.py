@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+from typing import ClassVar
 
 import attrs
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from altgrad_core.elementwise import wide_codes
 from altgrad_core.error_feedback import ErrorFeedback, ResidualCodes, gap_beside
+from altgrad_core.experiment_file import ExperimentError, load_experiment
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
 from altgrad_core.registry import Registry, UsageError
@@ -499,7 +501,7 @@ def test_a_refused_closure_leaves_the_weights_alone(uniform):
     assert weight.item() == 0.5
 
 
-def test_a_dequantised_model_is_given_no_residuals(uniform):
+def test_a_dequantized_model_is_given_no_residuals(uniform):
     model = perceptron(uniform)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     store_on_grid(optimizer, "error_feedback")
@@ -547,7 +549,7 @@ def test_a_file_names_the_format_of_residuals(experiment, line, expected):
 
 
 def test_a_file_may_ask_for_float32_residuals(experiment):
-    assert experiment(STORED + "residual_format = 'FP32'").quantize.residual_format.unquantised
+    assert experiment(STORED + "residual_format = 'FP32'").quantize.residual_format.unquantized
 
 
 def test_a_file_with_a_residual_format_and_no_residuals_is_refused(mistakes):
@@ -565,20 +567,64 @@ def test_an_unknown_residual_format_is_refused(mistakes):
     )
 
 
-def test_an_optimizer_that_rounds_by_itself_names_what_it_takes(tmp_path, registry, registered):
-    from altgrad_core.experiment_file import ExperimentError, load_experiment
+@attrs.frozen(kw_only=True)
+class Landing:
+    """Options of an optimizer that rounds by itself."""
 
-    @attrs.frozen(kw_only=True)
-    class OwnOptions:
-        storage_roundings = ("nearest_even", "stochastic")
+    stores_on_grid: ClassVar[bool] = True
+    storage_roundings: ClassVar[tuple[str, ...]] = ("nearest_even", "stochastic")
 
-    own = registered("optimizer", "Own", OwnOptions)
-    path = tmp_path / "e.toml"
-    path.write_text(STORED + '[optimizer]\nplugin = "Own"\n')
-    with pytest.raises(ExperimentError) as caught:
-        load_experiment(path, (), Registry(registered=(*registry.registered, own)))
-    (line,) = caught.value.lines
-    assert line.endswith(
+
+@attrs.frozen(kw_only=True)
+class Rounded:
+    """Options of one that is rounded, and has a moment for residuals where it is told to."""
+
+    momentum: float = 0.0
+
+    @property
+    def storage_roundings(self):
+        return ("nearest_even", "error_feedback", *(["eco"] if self.momentum else []))
+
+
+@pytest.fixture
+def problems(tmp_path, registry, registered):
+    """Return a function that gives the mistakes of a file with an optimizer of these options."""
+
+    def found(options, text, more=""):
+        path = tmp_path / "e.toml"
+        path.write_text(f'{text}[optimizer]\nplugin = "Own"\n{more}')
+        own = Registry(registered=(*registry.registered, registered("optimizer", "Own", options)))
+        try:
+            load_experiment(path, (), own)
+        except ExperimentError as error:
+            return [line.removeprefix(f"{tmp_path}/") for line in error.lines]
+        return []
+
+    return found
+
+
+def test_an_optimizer_that_rounds_by_itself_names_what_it_takes_whatever_the_storage(problems):
+    expected = [
         'e.toml:6: quantize.storage_rounding: "error_feedback" does not go with Own, which lands on the grid '
         'by itself; use "nearest_even" or "stochastic", or another optimizer'
-    )
+    ]
+    assert problems(Landing, STORED) == expected
+    assert problems(Landing, STORED.replace('"grid"', '"master"')) == expected
+    assert problems(Landing, STORED.replace("error_feedback", "stochastic")) == []
+
+
+def test_an_optimizer_that_is_rounded_names_what_goes_with_its_options(problems):
+    eco = STORED.replace("error_feedback", "eco")
+    assert problems(Rounded, STORED) == []
+    assert problems(Rounded, eco) == [
+        'e.toml:6: quantize.storage_rounding: "eco" does not go with Own and its options; use "nearest_even" '
+        'or "error_feedback", or another optimizer'
+    ]
+    assert problems(Rounded, eco, "momentum = 0.9") == []
+
+
+def test_nothing_is_refused_for_a_rounding_where_no_weight_is_on_the_grid(problems):
+    master = STORED.replace("error_feedback", "eco").replace('"grid"', '"master"')
+    assert problems(Rounded, master) == []
+    assert problems(Rounded, master + "[[quantize.rule]]\nlayers = '.*c_fc'\nstorage = 'grid'\n") != []
+    assert problems(Rounded, master.replace('"E5M2"', '"FP32"')) == []

@@ -594,7 +594,7 @@ def in_quantize(weights="", activations="", gradients=""):
 def test_activations_and_gradients_are_left_alone_unless_said_otherwise(experiment):
     quantize = experiment('name = "e"\nquantize.format = "E5M2"').quantize
     for flow in (quantize.activations, quantize.gradients):
-        assert (flow.format.unquantised, flow.scale_mode, flow.amax_history) == (True, "delayed", 16)
+        assert (flow.format.unquantized, flow.scale_mode, flow.amax_history) == (True, "delayed", 16)
 
 
 def test_a_flow_of_channels_or_blocks_has_a_current_scale(experiment):
@@ -779,10 +779,10 @@ def test_what_bfloat16_holds_or_nothing_uses_is_not_refused(experiment, options)
 
 
 @pytest.mark.parametrize(("dtype", "refused"), [("auto", False), ("float32", False), ("bf16", True)])
-def test_only_a_file_that_asks_for_bfloat16_by_name_is_refused_for_it(experiment, dtype, refused):
+def test_only_a_file_that_asks_for_bfloat16_by_name_is_refused_for_it(experiment, registry, dtype, refused):
     found = experiment(in_quantize('scale_rule = "exact"'), "train.dtype=float32")
     sections = attrs.asdict(found, recurse=False)
-    problems = list(contradictions({**sections, "train": TrainOptions(dtype=dtype)}))
+    problems = list(contradictions({**sections, "train": TrainOptions(dtype=dtype)}, registry))
     assert [problem.path for problem in problems] == [("quantize", "scale_rule")] * refused
 
 

@@ -135,7 +135,7 @@ def test_the_gradient_is_the_one_that_training_is_about_to_compute_bit_for_bit(
         assert same(found, train_once(run, step, optimizer))
 
 
-def test_under_float32_it_is_that_of_the_model_that_was_never_quantised(run_of, quantized):
+def test_under_float32_it_is_that_of_the_model_that_was_never_quantized(run_of, quantized):
     run, plain = run_of(quantized()), run_of(gpt())
     assert same(observed(run, 0, float32=True), observed(plain, 0))
     assert not same(observed(run, 0), observed(plain, 0))
@@ -282,7 +282,7 @@ def test_a_compiled_model_is_not_compiled_again(run_of, quantized):
         trained()
 
 
-def test_unquantized_gives_every_quantiser_back(quantized):
+def test_unquantized_gives_every_quantizer_back(quantized):
     model = quantized()
     before = everything(model)
     with contextlib.suppress(ZeroDivisionError), unquantized(model):

@@ -39,8 +39,8 @@ def test_e4m3_forward_and_e5m2_backward_agree_with_torchao(table, powers_of_two)
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * other.abs().max().item())
 
 
-def test_the_agreement_is_one_of_quantised_models(table):
+def test_the_agreement_is_one_of_quantized_models(table):
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     plain = perceptron()(x)
-    quantised = quantize_model(perceptron(), table("E4M3"))(x)
-    assert (quantised - plain).abs().max() > 1e-3 * plain.abs().max()
+    quantized = quantize_model(perceptron(), table("E4M3"))(x)
+    assert (quantized - plain).abs().max() > 1e-3 * plain.abs().max()

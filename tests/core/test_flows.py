@@ -74,7 +74,7 @@ def step(model, *amaxes):
 # --- what is computed -----------------------------------------------------------------------------------
 
 
-def test_both_products_of_the_backward_pass_see_the_quantised_output_gradient(e2m1):
+def test_both_products_of_the_backward_pass_see_the_quantized_output_gradient(e2m1):
     unscaled = {"format": e2m1, "granularity": "none"}
     model = linear([1.2, -0.6], [2.6, 0.1])  # in E2M1: [1, -0.5], [3, 0]
     quantize_model(model, e2m1, granularity="none", activations=unscaled, gradients=unscaled)
@@ -86,7 +86,7 @@ def test_both_products_of_the_backward_pass_see_the_quantised_output_gradient(e2
     assert model[0].weight.grad.tolist() == [[0.5, -6.0], [-1.0, 12.0]]
 
 
-def test_a_linear_may_have_activations_and_gradients_without_a_quantised_weight(e2m1):
+def test_a_linear_may_have_activations_and_gradients_without_a_quantized_weight(e2m1):
     unscaled = {"format": e2m1, "granularity": "none"}
     model = quantize_model(linear([1.2, -0.6]), "FP32", activations=unscaled, gradients=unscaled)
     assert quantized_layers(model) == {}
@@ -97,7 +97,7 @@ def test_a_linear_may_have_activations_and_gradients_without_a_quantised_weight(
     assert model[0].weight.grad.tolist() == [[0.5, 0.0]]
 
 
-def test_a_bias_is_added_unquantised(e2m1):
+def test_a_bias_is_added_unquantized(e2m1):
     model = linear([1.0], bias=True)
     model[0].bias.data.fill_(0.123)
     quantize_model(model, "FP32", activations={"format": e2m1, "granularity": "none"})
@@ -345,7 +345,7 @@ def test_the_draws_follow_from_the_generator_and_the_pass_alone(table):
     assert not torch.equal(draws[0], draws[2])
 
 
-def test_the_third_quantisation_draws_under_words_four_and_five_of_its_stream(table):
+def test_the_third_quantization_draws_under_words_four_and_five_of_its_stream(table):
     recipe = Recipe(format=table("E2M1"), granularity="none", rounding="stochastic")
     flow, x = FlowQuantizer(recipe, torch.device("cpu"), (7, 0, 3)), torch.full((100,), 4.5)
     found = [flow.quantized(x, True) for _ in range(3)]

@@ -35,27 +35,27 @@ def tokens():
 
 
 @pytest.fixture
-def quantised(gpt2, table):
+def quantized(gpt2, table):
     flow = {"format": table("E4M3"), "granularity": "channel"}
     return quantize_model(
         gpt2, table("E2M1"), granularity="block", block=16, activations=flow, gradients=table("E5M2")
     )
 
 
-def test_every_conv1d_is_quantised_and_the_tied_head_is_not(quantised):
+def test_every_conv1d_is_quantized_and_the_tied_head_is_not(quantized):
     names = [f"transformer.h.{n}.{part}" for n in range(2) for part in ("attn.c_attn", "attn.c_proj")]
-    assert set(names) < set(quantized_layers(quantised))
-    assert len(quantized_layers(quantised)) == 8
-    assert len(quantized_flows(quantised)) == 16
-    assert quantised.lm_head.weight is quantised.transformer.wte.weight
-    assert type(quantised.lm_head) is torch.nn.Linear
+    assert set(names) < set(quantized_layers(quantized))
+    assert len(quantized_layers(quantized)) == 8
+    assert len(quantized_flows(quantized)) == 16
+    assert quantized.lm_head.weight is quantized.transformer.wte.weight
+    assert type(quantized.lm_head) is torch.nn.Linear
 
 
-def test_it_trains(quantised, tokens):
-    optimizer = torch.optim.AdamW(quantised.parameters(), lr=3e-3)
+def test_it_trains(quantized, tokens):
+    optimizer = torch.optim.AdamW(quantized.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss = quantised(tokens, labels=tokens).loss
+        loss = quantized(tokens, labels=tokens).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -63,8 +63,8 @@ def test_it_trains(quantised, tokens):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_blocks_run_along_the_inputs_of_the_transposed_weight(quantised, gpt2):
-    layer = quantised.transformer.h[0].mlp.c_proj  # weight (96 in, 24 out)
+def test_blocks_run_along_the_inputs_of_the_transposed_weight(quantized, gpt2):
+    layer = quantized.transformer.h[0].mlp.c_proj  # weight (96 in, 24 out)
     recipe = Recipe(format=layer.quantizer.format, granularity="block", block=16)
     expected = recipe.quantize(layer.weight.t(), recipe.scale_of(layer.weight.t())).t()
     assert torch.equal(layer.quantizer.quantize(layer.weight), expected)

@@ -405,7 +405,7 @@ def test_a_format_table_without_plugin_is_exmy(registry):
 def test_fp32_and_none_mean_the_same(registry, value):
     chosen = read(value, FormatChoice, registry)
     assert chosen == FormatChoice("FP32")
-    assert chosen.unquantised
+    assert chosen.unquantized
     assert chosen.plain() == "FP32"
 
 

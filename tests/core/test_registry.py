@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from altgrad_core.experiment_file import load_experiment
 from altgrad_core.registry import (
     CORE_DISTRIBUTION,
     ConflictError,
@@ -410,3 +411,23 @@ def test_a_target_is_called_with_options_and_inputs(install):
 def test_a_target_that_is_no_function_is_the_component_itself(install):
     install("one", monitors("m", target="math:pi"))
     assert discover().find("monitor", "m").build(None) == pytest.approx(3.14159265)
+
+
+def test_in_a_notebook_a_registry_is_its_components_and_reads_like_the_command(registered):
+    entries = (registered("format", "E9M9"), registered("monitor", "flip"))
+    found = Registry(registered=entries, blocked=("acme",))
+    assert (list(found), len(found)) == (list(entries), 2)
+    assert repr(found).splitlines() == [
+        "format   E9M9  fake-plugins 1.0",
+        "monitor  flip  fake-plugins 1.0",
+        "",
+        "left out: acme",
+    ]
+    assert repr(Registry()) == "no plugin is installed"
+
+
+def test_a_registry_without_components_is_one_all_the_same(tmp_path):
+    path = tmp_path / "e.toml"
+    path.write_text('name = "e"')
+    with pytest.raises(UsageError, match="no dataset named 'licenses' is installed"):
+        load_experiment(path, (), Registry())

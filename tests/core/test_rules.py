@@ -106,7 +106,7 @@ def test_flows_are_those_of_their_tables_unless_a_rule_says_otherwise(registry):
     assert found[HEAD] == LayerPlan(FormatChoice("FP32"), "master", False, E5M2, BF16)
 
 
-def test_grid_storage_of_an_unquantised_weight_means_master(registry):
+def test_grid_storage_of_an_unquantized_weight_means_master(registry):
     quantize = QuantizeOptions(
         format=FormatChoice("FP32"), storage="grid", activations=ActivationOptions(format=E5M2)
     )

@@ -185,7 +185,7 @@ def test_a_scale_shrinks_at_once_and_grows_by_one_binade_a_step(uniform):
     assert storage.scales.rescales.tolist() == [3]
 
 
-def test_the_scale_tensor_is_the_quantisers_own_and_stays_the_same_object(uniform):
+def test_the_scale_tensor_is_the_quantizers_own_and_stays_the_same_object(uniform):
     weight, optimizer, storage = single([0.5], uniform)
     scale = quantizer_of(weight).scale
     push(weight, optimizer, 3.0)
@@ -428,7 +428,7 @@ def test_one_number_is_drawn_from_the_generator_and_none_means_seed_zero(uniform
     assert seeds[3] == 0
 
 
-def test_with_fp32_training_is_that_of_the_unquantised_model():
+def test_with_fp32_training_is_that_of_the_unquantized_model():
     runs = []
     for format in (None, "FP32"):
         model = perceptron(format)
@@ -519,7 +519,7 @@ copied_both_ways = pytest.mark.parametrize(
 
 
 @copied_both_ways
-def test_a_copy_of_the_model_alone_quantises_in_its_forward_pass(uniform, copied):
+def test_a_copy_of_the_model_alone_quantizes_in_its_forward_pass(uniform, copied):
     model = perceptron(uniform)
     storage = store_on_grid(torch.optim.SGD(model.parameters(), lr=0.05))
     twin, x = copied(model), torch.randn(8, 6, generator=generator())
@@ -612,7 +612,7 @@ def test_the_update_before_rounding_is_kept_where_it_is_watched(uniform):
 # --- refusals -------------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_without_quantised_weights_is_refused():
+def test_an_optimizer_without_quantized_weights_is_refused():
     with pytest.raises(ValueError, match=r"no quantised weight.*quantize_model"):
         store_on_grid(torch.optim.SGD(perceptron().parameters(), lr=0.1))
 

@@ -17,7 +17,7 @@ def leaf(*values):
     return torch.tensor(values, requires_grad=True)
 
 
-def test_forward_is_quantised_and_the_gradient_is_as_it_came(e2m1):
+def test_forward_is_quantized_and_the_gradient_is_as_it_came(e2m1):
     x = leaf(0.7, -2.4, 5.1, 100.0)
     y = quantize_ste(x, e2m1, granularity="none")
     assert y.tolist() == [0.5, -2.0, 6.0, 6.0]
@@ -40,7 +40,7 @@ def test_what_comes_out_may_be_changed_in_place(e2m1):
     assert x.grad.tolist() == [1.0, 0.0]
 
 
-def test_a_tensor_with_a_quantised_gradient_is_no_copy_and_torch_refuses_to_change_it(e2m1):
+def test_a_tensor_with_a_quantized_gradient_is_no_copy_and_torch_refuses_to_change_it(e2m1):
     x = leaf(0.7, -2.4)
     y = quantize_gradient(x, e2m1)
     assert y.data_ptr() == x.data_ptr()
@@ -61,7 +61,7 @@ def test_the_input_is_left_as_it_is(e2m1):
     assert x.tolist() == [pytest.approx(0.7), pytest.approx(0.9)]
 
 
-def test_the_gradient_is_quantised_on_its_way_back_and_the_value_is_untouched(e2m1):
+def test_the_gradient_is_quantized_on_its_way_back_and_the_value_is_untouched(e2m1):
     x = leaf(0.7, -2.4, 5.1)
     y = quantize_gradient(x, e2m1, granularity="none")
     assert torch.equal(y, x)
@@ -83,7 +83,7 @@ def test_the_scale_of_a_gradient_is_the_gradients_own(e2m1):
     assert x.grad[0].item() == pytest.approx(6e-6, rel=0.15)
 
 
-def test_a_second_derivative_passes_a_quantised_gradient_straight_through(e2m1):
+def test_a_second_derivative_passes_a_quantized_gradient_straight_through(e2m1):
     x = leaf(1.0, 2.0)
     loss = quantize_gradient(x, e2m1, granularity="none").square().sum()
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -155,7 +155,7 @@ def test_an_option_that_there_is_not_is_refused_by_name(e2m1, function):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_a_mapped_quantisation_is_that_of_each_sample_alone(e2m1, granularity):
+def test_a_mapped_quantization_is_that_of_each_sample_alone(e2m1, granularity):
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [9.0], [0.1]])
     found = torch.func.vmap(lambda one: quantize_ste(one, e2m1, granularity=granularity))(x)
     assert torch.equal(found, torch.stack([quantize_ste(one, e2m1, granularity=granularity) for one in x]))

@@ -131,7 +131,7 @@ def x():
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 
-def quantised_by_hand(weight, format=FINE):
+def quantized_by_hand(weight, format=FINE):
     """Q(w) under the largest power of two at which nothing saturates."""
     scale = 2.0**20
     while weight.detach().abs().max().item() * scale > format.largest:
@@ -146,13 +146,13 @@ def same_tensors(first, second):
 # --- what is quantised --------------------------------------------------------------------------------
 
 
-def test_the_forward_pass_sees_the_quantised_weights(mlp, x):
-    expected = F.linear(x, quantised_by_hand(mlp[0].weight), mlp[0].bias)
-    expected = F.linear(expected.relu(), quantised_by_hand(mlp[2].weight), mlp[2].bias)
+def test_the_forward_pass_sees_the_quantized_weights(mlp, x):
+    expected = F.linear(x, quantized_by_hand(mlp[0].weight), mlp[0].bias)
+    expected = F.linear(expected.relu(), quantized_by_hand(mlp[2].weight), mlp[2].bias)
     assert torch.equal(quantize_model(mlp, FINE)(x), expected)
 
 
-def test_a_model_in_nanogpts_style_is_quantised_but_for_its_tied_head(gpt, tokens):
+def test_a_model_in_nanogpts_style_is_quantized_but_for_its_tied_head(gpt, tokens):
     plain = gpt(tokens)
     assert quantize_model(gpt, COARSE) is gpt
     assert list(quantized_layers(gpt)) == LAYERS
@@ -188,7 +188,7 @@ def test_rows_and_blocks_have_scales_of_their_own_that_broadcast_and_stay_one_te
     quantize_model(mlp, FINE, granularity=granularity)
     scale = quantizer_of(mlp[0].weight).scale
     mlp[0].weight.data[3] *= 100
-    expected = torch.stack([quantised_by_hand(row) for row in mlp[0].weight])
+    expected = torch.stack([quantized_by_hand(row) for row in mlp[0].weight])
     assert torch.equal(mlp[0](x), F.linear(x, expected, mlp[0].bias))
     assert quantizer_of(mlp[0].weight).scale is scale
     assert scale.shape == shape
@@ -274,7 +274,7 @@ def evaluated(model, **options):
 
 
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
-def test_a_transformers_layer_evaluates_its_quantised_weights(copied):
+def test_a_transformers_layer_evaluates_its_quantized_weights(copied):
     model = seeded(transformer)
     plain = evaluated(model)
     model = copied(quantize_model(model, COARSE))
@@ -282,14 +282,14 @@ def test_a_transformers_layer_evaluates_its_quantised_weights(copied):
     assert not torch.allclose(evaluated(model), plain, atol=1e-3)
 
 
-def test_linears_quantised_without_their_transformer_are_evaluated_quantised_too():
+def test_linears_quantized_without_their_transformer_are_evaluated_quantized_too():
     model = seeded(transformer)
     quantize_model(nn.ModuleList([model.linear1, model.linear2]), COARSE)
     torch.testing.assert_close(evaluated(model), model(SEQUENCES).detach())
 
 
 @pytest.mark.parametrize("activations", [None, COARSE])
-def test_an_encoder_evaluates_padded_sequences_quantised(activations):
+def test_an_encoder_evaluates_padded_sequences_quantized(activations):
     model = seeded(lambda: nn.TransformerEncoder(transformer(), 2)).eval()
     padding = {"src_key_padding_mask": PADDED}
     plain = evaluated(model, **padding)
@@ -321,14 +321,14 @@ def test_hooks_of_others_stay_when_a_layer_is_dequantized(mlp, x):
 # --- what is quantised once -------------------------------------------------------------------------------
 
 
-def test_a_layer_that_the_model_calls_in_two_places_is_quantised_once():
+def test_a_layer_that_the_model_calls_in_two_places_is_quantized_once():
     layer = nn.Linear(4, 4)
     model = quantize_model(nn.Sequential(layer, nn.ReLU(), layer), FINE)
     assert list(quantized_layers(model)) == ["0"]
     assert model(torch.ones(1, 4)).shape == (1, 4)
 
 
-def test_linears_that_share_a_parameter_share_a_quantiser():
+def test_linears_that_share_a_parameter_share_a_quantizer():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     model = quantize_model(nn.Sequential(first, second), FINE)
@@ -346,7 +346,7 @@ def test_linears_that_share_a_parameter_cannot_have_two_formats():
     assert quantized_layers(model) == {}
 
 
-def test_a_parameter_that_another_model_has_quantised_is_refused_and_nothing_changes():
+def test_a_parameter_that_another_model_has_quantized_is_refused_and_nothing_changes():
     one, other = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     other[1].weight = one[0].weight
     quantize_model(one, FINE)
@@ -434,7 +434,7 @@ def on_meta(**options):
         {"granularity": "block", "scale_mode": "initial"},
     ],
 )
-def test_a_model_quantised_on_meta_computes_as_one_quantised_with_its_values(mlp, x, assign, options):
+def test_a_model_quantized_on_meta_computes_as_one_quantized_with_its_values(mlp, x, assign, options):
     model = on_meta(**options)
     if not assign:
         model.to_empty(device="cpu")
@@ -479,7 +479,7 @@ def test_an_optimizer_made_before_the_surgery_trains(mlp, x):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_quantiser_is_in_no_state(gpt):
+def test_the_quantizer_is_in_no_state(gpt):
     names = list(gpt.state_dict())
     quantize_model(gpt, FINE)
     assert list(gpt.state_dict()) == names
@@ -492,7 +492,7 @@ def test_the_quantiser_is_in_no_state(gpt):
 def test_gradients_pass_straight_through(mlp, x):
     reference = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     for layer in (reference[0], reference[2]):
-        layer.weight.data = quantised_by_hand(layer.weight)
+        layer.weight.data = quantized_by_hand(layer.weight)
     quantize_model(mlp, FINE)
     for model in (mlp, reference):
         model(x).square().sum().backward()
@@ -515,7 +515,7 @@ def test_the_scale_gets_no_gradient(mlp, x):
 # --- copies, moves, compilation -----------------------------------------------------------------------
 
 
-def test_a_deep_copy_has_a_quantiser_of_its_own_on_its_own_parameter(gpt, tokens):
+def test_a_deep_copy_has_a_quantizer_of_its_own_on_its_own_parameter(gpt, tokens):
     quantize_model(gpt, FINE)
     twin = copy.deepcopy(gpt)
     for mine, other in zip(quantized_layers(gpt).items(), quantized_layers(twin).items(), strict=True):
@@ -537,7 +537,7 @@ def test_a_deep_copy_shares_nothing_that_changes(mlp, x):
     assert torch.equal(twin(x), before)
 
 
-def test_a_pickled_model_comes_back_quantised(gpt, tokens):
+def test_a_pickled_model_comes_back_quantized(gpt, tokens):
     quantize_model(gpt, FINE)
     back = pickle.loads(pickle.dumps(gpt))
     assert torch.equal(back(tokens), gpt(tokens))
@@ -546,7 +546,7 @@ def test_a_pickled_model_comes_back_quantised(gpt, tokens):
     assert quantizer_of(layer.weight) is layer.quantizer
 
 
-def test_a_model_saved_whole_comes_back_quantised(mlp, x):
+def test_a_model_saved_whole_comes_back_quantized(mlp, x):
     quantize_model(mlp, FINE)
     file = io.BytesIO()
     torch.save(mlp, file)
@@ -556,7 +556,7 @@ def test_a_model_saved_whole_comes_back_quantised(mlp, x):
 
 def test_the_model_moves_to_another_dtype(mlp, x):
     quantize_model(mlp, FINE)
-    expected = quantised_by_hand(mlp[0].weight).double()
+    expected = quantized_by_hand(mlp[0].weight).double()
     mlp.to(torch.float64)
     assert torch.equal(mlp[0](x.double()), F.linear(x.double(), expected, mlp[0].bias))
     mlp(x.double()).sum().backward()
@@ -564,7 +564,7 @@ def test_the_model_moves_to_another_dtype(mlp, x):
     assert quantizer_of(mlp[0].weight) is mlp[0].quantizer
 
 
-def test_the_quantiser_follows_a_move_that_replaces_the_parameters(mlp, x):
+def test_the_quantizer_follows_a_move_that_replaces_the_parameters(mlp, x):
     quantize_model(mlp, FINE)
     before = mlp[0].weight
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -586,7 +586,7 @@ def test_under_bfloat16_autocast_the_grid_stays_exact(mlp, x):
     quantize_model(mlp, FINE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         seen = mlp[0](x)
-        expected = F.linear(x, quantised_by_hand(mlp[0].weight), mlp[0].bias)
+        expected = F.linear(x, quantized_by_hand(mlp[0].weight), mlp[0].bias)
     assert torch.equal(seen, expected)
 
 
@@ -647,7 +647,7 @@ def test_a_layer_parametrized_since_is_not_dequantized_and_nothing_changes(mlp):
     assert quantizer_of(mlp[2].weight) is None
 
 
-def test_a_dequantized_model_can_be_quantised_again(gpt, tokens):
+def test_a_dequantized_model_can_be_quantized_again(gpt, tokens):
     quantize_model(gpt, COARSE)
     quantize_model(dequantize_model(gpt), FINE)
     assert torch.equal(gpt(tokens), quantize_model(seeded(GPT), FINE)(tokens))
@@ -761,7 +761,7 @@ def test_a_rule_must_be_a_regular_expression_and_name_a_storage():
         Rule(".*mlp", FINE, storage="gird")
 
 
-def test_a_tied_head_is_quantised_where_a_rule_names_it(gpt, tokens):
+def test_a_tied_head_is_quantized_where_a_rule_names_it(gpt, tokens):
     plain = gpt(tokens)
     quantize_model(gpt, rules=[Rule("lm_head", COARSE)])
     quantizer = quantizer_of(gpt.lm_head.weight)
@@ -811,7 +811,7 @@ def counted(mlp):
     return mlp, format
 
 
-def test_each_weight_is_quantised_once_per_context(counted, x):
+def test_each_weight_is_quantized_once_per_context(counted, x):
     model, format = counted
     expected = model(x)
     format.calls = 0
@@ -847,7 +847,7 @@ def test_a_fused_step_is_seen_by_the_next_context(counted, x):
             loss.backward()
         outputs.append(loss.item())
         optimizer.step()
-        assert torch.equal(model[0](x), F.linear(x, quantised_by_hand(model[0].weight), model[0].bias))
+        assert torch.equal(model[0](x), F.linear(x, quantized_by_hand(model[0].weight), model[0].bias))
     assert len(set(outputs)) == 3
 
 
@@ -926,7 +926,7 @@ def test_groups_split_by_format_matrix_and_vector(gpt):
     assert all(one.dim() == 1 for one in groups[3]["params"])
 
 
-def test_the_scales_of_a_group_are_the_quantisers_own(mlp):
+def test_the_scales_of_a_group_are_the_quantizers_own(mlp):
     quantize_model(mlp, FINE)
     (group, _) = param_groups(mlp)
     assert all(
@@ -988,7 +988,7 @@ def hugging_face(monkeypatch):
 
 
 def test_hugging_faces_conv1d_is_a_linear_too(hugging_face, x):
-    expected = torch.addmm(hugging_face[0].bias, x, quantised_by_hand(hugging_face[0].weight))
+    expected = torch.addmm(hugging_face[0].bias, x, quantized_by_hand(hugging_face[0].weight))
     quantize_model(hugging_face, FINE)
     assert torch.equal(hugging_face[0](x), expected)
     assert hugging_face(x.expand(2, 5, 6)).shape == (2, 5, 3)
@@ -998,7 +998,7 @@ def test_hugging_faces_conv1d_is_a_linear_too(hugging_face, x):
 @pytest.mark.parametrize(("granularity", "shape"), [("channel", (1, 8)), ("block", (6, 8))])
 def test_channels_and_blocks_of_a_transposed_weight_run_along_its_inputs(hugging_face, granularity, shape):
     weight = hugging_face[0].weight
-    expected = torch.stack([quantised_by_hand(column) for column in weight.t()]).t()
+    expected = torch.stack([quantized_by_hand(column) for column in weight.t()]).t()
     quantize_model(hugging_face, FINE, granularity=granularity)
     assert torch.equal(quantizer_of(weight).quantize(weight), expected)
     assert quantizer_of(weight).scale.shape == shape
@@ -1022,5 +1022,5 @@ def test_the_state_of_any_optimizer_over_the_groups_loads_without_pickles_of_cod
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
 
-def test_a_quantised_layer_prints_its_format(mlp):
+def test_a_quantized_layer_prints_its_format(mlp):
     assert f"format={COARSE.name}" in repr(quantize_model(mlp, COARSE))

@@ -46,11 +46,11 @@ def another_scale(model):
     quantizer_of(model[0].weight).scale = torch.tensor(4.0)
 
 
-def unquantised(model):
+def unquantized(model):
     quantizer_of(model[0].weight).detach(model[0].weight)
 
 
-@pytest.mark.parametrize("change", [moved, stored, another_scale, unquantised], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("change", [moved, stored, another_scale, unquantized], ids=lambda one: one.__name__)
 def test_a_change_of_one_weight_makes_it_anew_and_leaves_the_others(model, look, change):
     before = look()
     change(model)
@@ -59,5 +59,5 @@ def test_a_change_of_one_weight_makes_it_anew_and_leaves_the_others(model, look,
     assert after["1.weight"] is before["1.weight"]
     assert after["0.weight"] is not before["0.weight"]
     assert after["0.weight"].value.data_ptr() == model[0].weight.data_ptr()
-    assert (after["0.weight"].format is None) == (change is unquantised)
+    assert (after["0.weight"].format is None) == (change is unquantized)
     assert after["0.weight"].storage == ("grid" if change is stored else "master")

@@ -151,7 +151,7 @@ def test_there_are_no_subnormals_without_an_exponent_field(reference):
 # --- what the table would show of a wrong quantiser ----------------------------------------------------
 
 
-def test_a_quantiser_like_the_reference_is_wrong_nowhere(reference, wrong_shares):
+def test_a_quantizer_like_the_reference_is_wrong_nowhere(reference, wrong_shares):
     assert wrong_shares(lambda x: reference.exact(x, reference.magnitudes(E4M3))) == {}
 
 
@@ -220,7 +220,7 @@ def test_a_mistake_in_small_tensors_alone_is_seen(reference, wrong_shares):
     assert set(shares) == set(reference.CLASSES) - {"NaN"}
 
 
-def test_a_quantiser_that_raises_is_a_cell_that_says_so(exactness, reference):
+def test_a_quantizer_that_raises_is_a_cell_that_says_so(exactness, reference):
     def quantizer(x):
         raise ValueError("no NaN, please")
 
@@ -284,7 +284,7 @@ def test_a_ratio_is_the_median_of_the_turns_ratios(benchmark):
     assert (low, middle, high) == (2.5, 3, 3.5)
 
 
-def test_quantising_with_amax_fits_the_largest_magnitude(quantize):
+def test_quantizing_with_amax_fits_the_largest_magnitude(quantize):
     x = torch.tensor([1.0, 0.3])  # the scale is 256: 76.8 lies between 72 and 80
     seen = quantize.quantize_with_amax(quantize.altgrad.get_format("E4M3"), x)
     assert seen.tolist() == [1.0, 80 / 256]
@@ -486,7 +486,7 @@ def test_a_slower_upstream_meets_its_target_and_a_slower_arm_does_not(benchmark)
     assert found == {"weights": (2.0, 5.0, False), "upstream nanoGPT": (2.0, 5.0, True)}
 
 
-def test_the_memory_of_quantised_weights_is_one_copy_of_them_and_that_of_stored_ones_none(training):
+def test_the_memory_of_quantized_weights_is_one_copy_of_them_and_that_of_stored_ones_none(training):
     rows = {row["who"]: row for row in training("--only memory --batch-sizes 1 --n-embd 48")["memory"]}
     assert len(rows) == 6
     parameters = 2 * 12 * 48**2 + (256 + 8 + 5) * 48

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -523,6 +524,52 @@ def test_listing_showing_and_checking_import_nothing_heavy(call, tmp_path):
     heavy = (*HEAVY, "numpy")
     done = in_a_process(sys.executable, "-c", WATCH.format(code=code, heavy=heavy), str(path))
     assert (done.returncode, done.stderr) == (0, "\n")
+
+
+OFFLINE = """
+name = "e"
+[data]
+plugin = "eurlex"
+"""
+REFUSED = re.compile(
+    r"the data set 'eurlex' cannot be prepared: no network: http://127.0.0.1:\d+ does not answer, and no "
+    r'copy of .*; set path to .*, or take plugin = "licenses", .*, which need no network\n\n'
+)
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A machine whose hub refuses connections, with empty caches; returns the file of an experiment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for cache in ("HF_HOME", "ALTGRAD_CACHE"):
+        monkeypatch.setenv(cache, str(tmp_path / cache))
+    path = tmp_path / "e.toml"
+    path.write_text(OFFLINE)
+    return path
+
+
+@pytest.mark.parametrize("grid", ["", "[grid]\nseed = [1, 2]\n"])
+def test_that_there_is_no_network_is_said_before_torch_is_imported(offline, tmp_path, grid):
+    offline.write_text(OFFLINE + grid)
+    arguments = [str(offline), "--out", str(tmp_path / "runs")]
+    code = f"from altgrad_core.apps import guarded, run_app; assert guarded(run_app, {arguments}) == 2"
+    done = in_a_process(sys.executable, "-c", WATCH.format(code=code, heavy=HEAVY))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert REFUSED.fullmatch(done.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_check_needs_no_network(offline):
+    assert guarded(run_app, [str(offline), "--check"]) == 0
+
+
+def test_a_grid_runs_the_cells_whose_data_are_there(offline, tmp_path, capsys):
+    offline.write_text(TINY + '[grid]\ndata = [{plugin = "eurlex"}, {plugin = "markov", tokens = 500}]\n')
+    assert guarded(run_app, [str(offline), "--out", str(tmp_path), "--quiet"]) == 1
+    assert re.search("failed .*\n.* finished ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("module", ["altgrad_core", *PLUGINS])

@@ -5,10 +5,12 @@ files, which the system tells of in other words.
 """
 
 import contextlib
+import os
 import pathlib
 import resource
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -133,6 +135,39 @@ def test_output_that_goes_to_a_full_disk_ends_a_run_in_one_line(write, start, en
     with pathlib.Path("/dev/full").open("w") as full:
         code, _, error = ended(start(write(SAVING), "--out", tmp_path, stdout=full))
     assert (code, error) == (1, "failed: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["plugins"], ["formats"], ["show", "AdamW"], ["--help"]])
+def test_a_command_whose_output_goes_to_a_full_disk_says_so_in_one_line(command, unbuffered):
+    altgrad = pathlib.Path(sys.executable).with_name("altgrad")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with pathlib.Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [altgrad, *command], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the output cannot be written: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("command", [["plugins"], ["formats"], ["show", "AdamW"], ["--help"]])
+def test_a_command_whose_reader_has_gone_ends_in_silence(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    altgrad = pathlib.Path(sys.executable).with_name("altgrad")
+    done = subprocess.run([altgrad, *command], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+
+
+def test_a_run_whose_reader_has_gone_ends_in_one_line(write, start, ended, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, _, error = ended(start(write(SAVING), "--out", tmp_path, stdout=writing))
+    os.close(writing)
+    assert (code, error) == (1, "failed: the output cannot be written: Broken pipe\n")
 
 
 def test_a_full_disk_leaves_nothing_of_prepared_tokens(disk):

@@ -269,7 +269,7 @@ def test_what_a_run_starts_from_is_in_its_resolved_options(run, source):
 
 
 @pytest.mark.parametrize("format", ["E4M3", "E7M0", "E0M7"])
-def test_unquantised_weights_can_start_where_those_of_the_grid_start(format, run):
+def test_unquantized_weights_can_start_where_those_of_the_grid_start(format, run):
     grid = run("grid", GRID.format(format) + STILL, "steps=1")
     control = run("control", STILL, "steps=1", f"train.init_format={format}")
     assert same(weights_of(control), weights_of(grid))

@@ -219,6 +219,64 @@ def test_what_is_not_what_its_kind_asks_for_ends_the_run_in_one_line(flag, parts
     assert (code, line.startswith(f"failed: {reason}")) == (1, True), line
 
 
+LEAVING = (
+    "import sys\n\nimport torch\n\n\nclass Part(torch.optim.SGD):\n"
+    "    def __init__(self, options, inputs):\n        super().__init__(inputs.groups, lr=0.1)\n\n"
+    "    def step(self, closure=None):\n        sys.exit(3)"
+)
+LEAVING_FORMAT = (
+    "import sys\n\nfrom altgrad_core.format import Format\n\n\nclass Leaving(Format):\n"
+    "    def fake_quantize(self, *args, **kwargs):\n        sys.exit(3)\n\n"
+    "    quantize = fake_quantize\n\n\n"
+    "def Part(options):\n    return Leaving(name='acme', bits=3, values=[-2.0, -1.0, 0.0, 1.0, 2.0])"
+)
+
+
+@pytest.mark.parametrize(
+    ("parts", "flag", "notes"),
+    [
+        (
+            LEAVING,
+            "optimizer.plugin='acme'",
+            [
+                "in a step of optimizer 'acme' of acme 3.1",
+                "raised in acme_parts of acme 3.1, here for optimizer 'acme'",
+            ],
+        ),
+        (
+            LEAVING_FORMAT,
+            "quantize.format='acme'",
+            ["raised in acme_parts of acme 3.1, here for format 'acme'"],
+        ),
+        (
+            WORKING.replace("observe(self, step)", "tokens(self, split)").replace(
+                "return {'acme/count/total': 1.0}",
+                "raise SystemExit(3)\n\n    vocab_size = 4\n    loss_floor = None\n\n"
+                "    def fingerprint(self):\n        return 'acme'",
+            ),
+            "data.plugin='acme'",
+            [
+                "while the tokens of dataset 'acme' of acme 3.1 were prepared",
+                "raised in acme_parts of acme 3.1, here for dataset 'acme'",
+            ],
+        ),
+    ],
+)
+def test_a_plugin_that_leaves_the_process_ends_the_run_and_is_named(
+    parts, flag, notes, acme, train, tmp_path
+):
+    acme(parts)
+    with pytest.raises(RuntimeError, match="SystemExit: 3") as raised:
+        train("", flags=(flag,))
+    assert raised.value.__notes__ == notes
+    (path,) = (tmp_path / "runs").rglob("summary.json")
+    summary = read_json(path)
+    assert (summary["outcome"], summary["message"]) == (
+        "failed",
+        "; ".join(["RuntimeError: SystemExit: 3", *notes]),
+    )
+
+
 @pytest.mark.parametrize("answer", ["None", "[1.0]", "sys.exit(3)"])
 def test_a_monitor_that_answers_with_no_table_is_dropped(answer, acme, train, warnings):
     acme("import sys\n\n\n" + WORKING.replace("{'acme/count/total': 1.0}", answer))

@@ -257,7 +257,7 @@ def test_a_monitor_that_tells_the_policy_nothing_is_refused_before_the_first_ste
         run(SMALL.format(lr=STEP) + observed)
 
 
-def test_an_unquantised_run_is_told_that_there_is_no_format_to_move(run):
+def test_an_unquantized_run_is_told_that_there_is_no_format_to_move(run):
     result = run(SMALL.format(lr=STEP) + DEFAULT, "steps=2")
     warnings = [
         line["message"] for line in read_lines(result.folder / "events.jsonl") if line["event"] == "warning"

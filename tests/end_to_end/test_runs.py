@@ -257,7 +257,7 @@ def test_the_model_file_loads_strictly_into_a_plain_model(write, tmp_path, last_
     GPT(options, vocabulary, torch.Generator()).load_state_dict(saved.model, strict=True)
 
 
-def test_fp32_everywhere_equals_the_unquantised_run(write, tmp_path, last_checkpoint, run, same_tree):
+def test_fp32_everywhere_equals_the_unquantized_run(write, tmp_path, last_checkpoint, run, same_tree):
     one = run(write(TINY + ARMS["unquantised"]), tmp_path / "one")
     named = TINY + ARMS["unquantised"] + "[quantize]\nformat='FP32'\nstorage='grid'\n"
     other = run(write(named, "other.toml"), tmp_path / "other")

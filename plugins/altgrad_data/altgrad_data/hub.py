@@ -65,6 +65,11 @@ class HubTexts:
         settings = (self._labels, self.label_count)
         return content_hash(files, attrs.astuple(self._origin), LAYOUT, *settings, len(files))
 
+    def refuse_absent(self) -> None:
+        """Raise ConnectionError where there is no network and no copy of the data set on this machine."""
+        if not self._files and not copy_of(self._origin).is_dir() and not _answers():
+            raise _absent(self._origin)
+
     def documents(self, split: str) -> Iterator[Document]:
         for where, row in self._rows(split):
             text = text_of(row, "text", "", where)
@@ -126,25 +131,37 @@ def from_hub(origin: Origin, split: str) -> Iterable[Row]:
 
     Raises ConnectionError where there is no network and no copy on this machine.
     """
-    endpoint = os.environ.get("HF_ENDPOINT") or HUB
-    offline = _offline_asked() or not reachable(endpoint)
+    offline = not _answers()
     if offline and not copy_of(origin).is_dir():
-        raise ConnectionError(
-            f"no network: {endpoint} {'is not to be asked' if _offline_asked() else 'does not answer'}, and "
-            f"no copy of {origin.address} is in {copy_of(origin).parents[1]}; set path to a folder of its "
-            'Parquet files or to a .jsonl file with the same columns, or take plugin = "licenses", "text", '
-            '"jsonl", "bin" or "markov", which need no network'
-        )
+        raise _absent(origin)
     datasets = _datasets()
     with _without_network(datasets) if offline else contextlib.nullcontext():
         try:
             rows: Iterable[Row] = datasets.load_dataset(origin.repository, origin.configuration, split=split)
         except Exception as error:  # the hub's clients have no error in common
             raise ConnectionError(
-                f"{origin.address} could not be loaded from {endpoint}: {type(error).__name__}: {error}; "
+                f"{origin.address} could not be loaded from {_endpoint()}: {type(error).__name__}: {error}; "
                 "try again, or set path to files of its own"
             ) from error
     return rows
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or HUB
+
+
+def _answers() -> bool:
+    """Whether the hub may be asked, and takes a connection."""
+    return not _offline_asked() and reachable(_endpoint())
+
+
+def _absent(origin: Origin) -> ConnectionError:
+    return ConnectionError(
+        f"no network: {_endpoint()} {'is not to be asked' if _offline_asked() else 'does not answer'}, and "
+        f"no copy of {origin.address} is in {copy_of(origin).parents[1]}; set path to a folder of its "
+        'Parquet files or to a .jsonl file with the same columns, or take plugin = "licenses", "text", '
+        '"jsonl", "bin" or "markov", which need no network'
+    )
 
 
 def copy_of(origin: Origin) -> Path:

@@ -31,6 +31,14 @@ PLACEMENTS = {"gradient": (1.0, 0.0), "update": (0.0, 1.0), "both": (1.0, 1.0)}
 _BETAS = "decay of the first and second moment's averages"
 _DECAY = "decoupled decay of matrices; vectors have none"
 
+_ROUNDINGS = ("nearest_even", "stochastic", "error_feedback")
+"""What [quantize] storage_rounding may be where an optimizer has no first moment for "eco"."""
+
+
+def _roundings(betas: tuple[float, float]) -> tuple[str, ...]:
+    """Return what [quantize] storage_rounding may be with Adam's moments: "eco" too, if the first decays."""
+    return (*_ROUNDINGS, "eco") if betas[0] else _ROUNDINGS
+
 
 @attrs.frozen(kw_only=True)
 class AdamWOptions:
@@ -45,6 +53,10 @@ class AdamWOptions:
     betas: tuple[float, float] = option(_BETAS, default=(0.9, 0.95), validator=within(0, 1))
     eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
     weight_decay: float = option(_DECAY, default=0.1, validator=at_least(0))
+
+    @property
+    def storage_roundings(self) -> tuple[str, ...]:
+        return _roundings(self.betas)
 
 
 @attrs.frozen(kw_only=True)
@@ -93,6 +105,10 @@ class ManifoldAdamWOptions:
         "count how far each quantised weight moves, in ULPs, at 4 bytes a weight", default=False
     )
 
+    @property
+    def storage_roundings(self) -> tuple[str, ...]:
+        return _roundings(self.betas)
+
 
 @attrs.frozen(kw_only=True)
 class GridOptimOptions:
@@ -100,8 +116,10 @@ class GridOptimOptions:
 
     step_size: ClassVar[str] = "step_scale"
     """Which option is the step size that [compare] tunes; lr where a class says nothing."""
+    stores_on_grid: ClassVar[bool] = True
+    """It lands on the grid by itself, and rounds again after a change of scale only."""
     storage_roundings: ClassVar[tuple[str, ...]] = ("nearest_even", "stochastic")
-    """What [quantize] storage_rounding may be: it rounds again after a change of scale only, by itself."""
+    """What [quantize] storage_rounding may be; where a class says nothing, the run finds out."""
 
     step_scale: float = option(
         "rungs per unit of direction; with normalize = adam, rungs per step",
@@ -127,6 +145,8 @@ class GridOptimOptions:
 class MadamOptions:
     """Multiplicative updates; the bound on |w| is [quantize]'s, and the paper's is 3."""
 
+    storage_roundings: ClassVar[tuple[str, ...]] = _ROUNDINGS
+
     lr: float = option("share of |w| per unit of direction", default=0.01, validator=at_least(0))
     other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
     beta: float = option("decay of the second moment's average", default=0.999, validator=within(0, 1))
@@ -144,6 +164,8 @@ class MadamOptions:
 @attrs.frozen(kw_only=True)
 class RiemannianAdamOptions:
     """geoopt's RiemannianAdam on the manifold of the format's grid; needs altgrad-optim[geoopt]."""
+
+    storage_roundings: ClassVar[tuple[str, ...]] = _ROUNDINGS
 
     lr: float = option("learning rate", unit="ULPs per step", default=0.1, validator=at_least(0))
     other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))

@@ -92,8 +92,9 @@ class GeometryOptimizer(torch.optim.Optimizer):
         return without_geometry(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        options = self.defaults.keys() & self.param_groups[0].keys()  # torch adds to the defaults of a copy
         for group in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - group.keys()):
+            if missing := sorted(options - group.keys()):
                 whose = f"loaded state dict is not that of a {type(self).__name__}"
                 raise ValueError(f"{whose}: its groups have no {missing[0]!r}")
         with geometry_kept(self):

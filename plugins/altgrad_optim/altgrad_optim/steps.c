@@ -331,7 +331,7 @@ static Moved grid_piece(const Member *t, Correction c, Keys keys, int64_t at, in
     int32_t draws[GRID_PIECE];
     Moved seen = NOTHING_MOVED;
     *updates += any_rates(t, c, keys, at, n, o, w, r, draws, 0);
-    if (t->intended) SIMD EACH t->intended[at + i] = w[i] != w[i] ? NAN : -limited(r[i], -o->clip, o->clip);
+    if (t->intended) SIMD EACH t->intended[at + i] = -limited(r[i], -o->clip, o->clip); /* NaN stays */
     t->moves(w, r, draws, to, n, walk, &seen, t->context);
     before.kept[at / GRID_PIECE] = NOT_KEPT;
     if (seen.lost || (o->adam && o->decay != 0)) keep(w, before, at, n); /* Adam's decay is of the weight before */

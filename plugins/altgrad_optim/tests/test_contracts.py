@@ -8,6 +8,7 @@ from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.options import StiffnessChoice
 from altgrad_core.registry import discover
+from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model
 from altgrad_core.testing.optimizers import check_optimizer
 from altgrad_optim import AdamWOptions, GridOptim, GridOptimOptions, ManifoldAdamW, ManifoldAdamWOptions
@@ -178,3 +179,40 @@ def test_the_shop_window_knows_its_optimizers():
     assert altgrad_optim.GridOptim is GridOptim
     with pytest.raises(AttributeError, match="has no attribute 'Lion'"):
         _ = altgrad_optim.Lion
+
+
+# --- which storage roundings go with an optimizer ---------------------------------------------------------
+
+
+ROUNDED = {
+    "AdamW": AdamWOptions(),
+    "AdamW without a first moment": AdamWOptions(betas=(0.0, 0.9)),
+    "ManifoldAdamW": ManifoldAdamWOptions(),
+    "ManifoldAdamW without a first moment": ManifoldAdamWOptions(betas=(0.0, 0.9)),
+    "Madam": altgrad_optim.MadamOptions(),
+    "RiemannianAdam": altgrad_optim.RiemannianAdamOptions(),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", "error_feedback", "eco"])
+def test_options_name_the_storage_roundings_that_storage_takes(name, rounding, groups):
+    options, found = ROUNDED[name], discover().find("optimizer", name.partition(" ")[0])
+    if found.name == "RiemannianAdam":
+        pytest.importorskip("geoopt")
+    optimizer = found.build(options, inputs(groups, storage="grid", storage_rounding=rounding))
+    if rounding in options.storage_roundings:
+        assert len(store_on_grid(optimizer, rounding).weights) == 1
+    else:
+        with pytest.raises(ValueError, match=f"storage rounding '{rounding}'"):
+            store_on_grid(optimizer, rounding)
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", "error_feedback", "eco"])
+def test_the_options_of_grid_optim_name_the_roundings_that_it_takes(rounding, groups):
+    if rounding in GridOptimOptions.storage_roundings:
+        assert GridOptim(groups, storage="grid", storage_rounding=rounding).stores_on_grid
+    else:
+        with pytest.raises(ValueError, match="storage_rounding"):
+            GridOptim(groups, storage="grid", storage_rounding=rounding)
+    assert GridOptimOptions.stores_on_grid == GridOptim.stores_on_grid

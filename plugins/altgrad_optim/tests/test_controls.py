@@ -206,7 +206,7 @@ def test_madam_agrees_with_the_grids_step_at_powers_of_two_to_first_order(table)
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_with_every_format_fp32_training_is_that_of_the_unquantised_model(name, table):
+def test_with_every_format_fp32_training_is_that_of_the_unquantized_model(name, table):
     models = [
         model_of(None),
         model_of("FP32"),

@@ -816,7 +816,7 @@ def test_grid_step_moves_by_whole_rungs_between_all_values(formats):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_copy_of_a_model_alone_quantises_and_one_with_its_optimizer_uses_the_grid(table, together):
+def test_a_copy_of_a_model_alone_quantizes_and_one_with_its_optimizer_uses_the_grid(table, together):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8))
     quantize_model(model, table("E4M3"))

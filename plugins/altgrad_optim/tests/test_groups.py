@@ -1,5 +1,6 @@
 """Options of groups, schedules, what is loaded into what, and compiled steps."""
 
+import copy
 import math
 
 import pytest
@@ -144,3 +145,11 @@ def test_a_step_under_torch_compile_is_the_step(arm, table):
 
     torch._dynamo.reset()
     assert torch.equal(trained(compiled=True), trained(compiled=False))
+
+
+@pytest.mark.parametrize("make", [GridOptim, ManifoldAdamW, Madam])
+def test_a_copy_of_an_optimizer_takes_up_a_state_as_the_optimizer_does(make):
+    optimizer = make([{"params": [nn.Parameter(torch.ones(3))]}])
+    copied = copy.deepcopy(optimizer)
+    copied.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(copied.state_dict())

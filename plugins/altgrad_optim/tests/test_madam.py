@@ -260,7 +260,7 @@ def inputs(groups, **options):
     return OptimizerInputs(groups=groups, generator=generator(), registry=discover(), **options)
 
 
-def test_every_option_arrives_and_the_bound_is_left_to_the_quantiser(table):
+def test_every_option_arrives_and_the_bound_is_left_to_the_quantizer(table):
     options = MadamOptions(
         lr=0.1, other_lr=0.2, beta=0.3, clip=4.0, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7, decay_lr=0.8
     )
@@ -279,7 +279,7 @@ def test_the_defaults_of_files_and_of_python_are_the_same():
 
 
 @pytest.mark.parametrize("storage", ["master", "grid"])
-def test_an_experiment_runs_and_the_quantisers_bound_holds(storage, tmp_path, monkeypatch):
+def test_an_experiment_runs_and_the_quantizers_bound_holds(storage, tmp_path, monkeypatch):
     installed = {(entry.kind, entry.name) for entry in discover().registered}
     if not {("dataset", "markov"), ("format", "E4M3")} <= installed:
         pytest.skip("the data and formats plugins are not installed")

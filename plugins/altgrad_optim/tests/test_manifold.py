@@ -481,7 +481,7 @@ def test_a_scheduler_starts_from_the_lr_it_finds(table):
     assert lrs(optimizer) == [0.25]
 
 
-def test_a_model_may_be_quantised_after_its_optimizer_was_made(table):
+def test_a_model_may_be_quantized_after_its_optimizer_was_made(table):
     late, early = model_of(None), model_of(table("E4M3"))
     options = {"lr": 0.5, "other_lr": 0.01, "eps": 1e-8}
     optimizers = [ManifoldAdamW(late.parameters(), **options), ManifoldAdamW(early.parameters(), **options)]
@@ -781,7 +781,7 @@ def borrowing(format):
     return {"plugin": "grid", "of_format": format}
 
 
-def test_without_any_quantised_weight_matrices_take_the_geometry_of_of_format_at_lr(table):
+def test_without_any_quantized_weight_matrices_take_the_geometry_of_of_format_at_lr(table):
     model, twin = model_of(None), model_of(None)
     optimizer = ManifoldAdamW(param_groups(model), lr=0.5, other_lr=0.01, stiffness=borrowing(table("E5M2")))
     groups = param_groups(twin)
@@ -805,7 +805,7 @@ def test_a_group_made_by_hand_borrows_the_geometry_with_everything_in_it(table):
     assert torch.equal(run([vector], borrower, 1)[0], run([twin], ManifoldAdamW(fitted, lr=0.5), 1)[0])
 
 
-def test_beside_a_quantised_weight_the_others_stay_plain(table):
+def test_beside_a_quantized_weight_the_others_stay_plain(table):
     arms = []
     for stiffness in ("grid", borrowing(table("E5M2"))):
         model = model_of(table("E4M3"))

@@ -316,3 +316,22 @@ def test_weights_that_the_loops_cannot_read_take_the_same_step_in_torch(format):
         return own[0].detach()
 
     assert torch.equal(train(lambda x: x), train(lambda x: x.t().contiguous().t()))
+
+
+@pytest.mark.parametrize("normalize", ["adam", "none"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_what_is_intended_for_a_weight_that_is_nan_is_the_same_in_c_and_in_torch(normalize, decay, eagerly):
+    def train():
+        model = quantized(weights(), TABLE)
+        optimizer = GridOptim(altgrad.param_groups(model), normalize=normalize, weight_decay=decay)
+        optimizer.watch = True
+        with torch.no_grad():
+            model[0].weight[0, 0] = torch.nan
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return [*optimizer.intended.values()]
+
+    fast = train()
+    assert bool(fast[0].isnan().any()) == bool(decay)
+    assert same(fast, eagerly(train))

@@ -119,7 +119,7 @@ def test_on_a_uniform_format_the_position_is_the_distance_in_spacings(table):
     torch.testing.assert_close(found.moved, (weight.detach() - start) * 128, rtol=0, atol=2e-5)
 
 
-def quantised(table, format="E4M3", width=6, **options):
+def quantized(table, format="E4M3", width=6, **options):
     torch.manual_seed(0)
     return quantize_model(
         nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 2)), table(format), **options
@@ -147,7 +147,7 @@ def same(one, other):
 
 
 def test_what_nearest_rounding_takes_away_is_counted_all_the_same(table):
-    model = quantised(table)
+    model = quantized(table)
     weight = model[0].weight
     weight.data.fill_(1.0)
     optimizer = ManifoldAdamW(param_groups(model), lr=0.125, **BY_HAND)
@@ -168,7 +168,7 @@ def weight_rung(weight, table):
 def test_a_residual_that_is_given_back_is_no_movement(table):
     found = []
     for residual in (None, "FP32"):
-        model = quantised(table)
+        model = quantized(table)
         optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
         if residual:
             store_on_grid(optimizer, "error_feedback", residual_format=residual, scale_mode="initial")
@@ -180,7 +180,7 @@ def test_a_residual_that_is_given_back_is_no_movement(table):
 def test_counting_changes_no_bit_of_the_training(table):
     ends = []
     for track in (False, True):
-        model = quantised(table)
+        model = quantized(table)
         optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=track)
         store_on_grid(optimizer, "stochastic")
         train(model, optimizer, 5)
@@ -192,7 +192,7 @@ def test_fused_loops_and_torchs_operations_count_alike_to_the_bit(table, monkeyp
     found = []
     for available in (native_steps.available, lambda: False):
         monkeypatch.setattr(native_steps, "available", available)
-        model = quantised(table)
+        model = quantized(table)
         optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
         train(model, optimizer, 5)
         found.append(moved(model, optimizer))
@@ -200,7 +200,7 @@ def test_fused_loops_and_torchs_operations_count_alike_to_the_bit(table, monkeyp
 
 
 def test_a_scale_for_each_channel_counts_in_each_channels_spacing(table):
-    model = quantised(table)
+    model = quantized(table)
     dequantize_model(model)
     model[0].weight.data.mul_(torch.tensor([[2.0**-channel] for channel in range(8)]))
     quantize_model(model, table("E0M7"), granularity="channel", scale_mode="initial")
@@ -234,7 +234,7 @@ def test_weights_in_bfloat16_are_counted_in_float32(formats):
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(table):
-    model = quantised(table)
+    model = quantized(table)
     optimizer = ManifoldAdamW(param_groups(model), lr=1e-2)
     train(model, optimizer, 1)
     assert positions(model, optimizer) == [None, None]
@@ -242,7 +242,7 @@ def test_nothing_is_kept_unless_it_is_asked_for(table):
 
 
 def test_weights_without_a_grid_have_no_position(table):
-    model = quantised(table)
+    model = quantized(table)
     optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
     assert positions(model, optimizer) == [None, None], "no step has been taken"
     train(model, optimizer, 1)
@@ -275,8 +275,8 @@ def test_a_weight_that_has_no_gradient_does_not_move(table):
     assert torch.equal(optimizer.position_of(weight).moved, found.moved)
 
 
-def test_a_weight_that_is_quantised_no_more_has_no_position(table):
-    model = quantised(table)
+def test_a_weight_that_is_quantized_no_more_has_no_position(table):
+    model = quantized(table)
     optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
     train(model, optimizer, 1)
     dequantize_model(model)
@@ -320,7 +320,7 @@ def test_loading_leaves_the_saved_state_its_own(table):
 
 
 def test_a_deep_copy_counts_on_by_itself(table):
-    model = quantised(table)
+    model = quantized(table)
     optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
     train(model, optimizer, 2)
     twin, its_optimizer = copy.deepcopy((model, optimizer))

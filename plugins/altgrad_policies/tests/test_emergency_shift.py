@@ -219,7 +219,7 @@ def test_a_run_that_is_too_short_for_its_schedule_to_be_judged_is_told_so(run_of
     assert not told or "30 steps of the run are looked at, patience is 31" in run.warnings[0]
 
 
-def test_a_run_without_quantised_weights_is_told_so(started):
+def test_a_run_without_quantized_weights_is_told_so(started):
     assert started()[1].warnings == []
     assert started({"head": None})[1].warnings == [
         "emergency_shift has no format to move: no weights are quantised"
@@ -266,7 +266,7 @@ def test_of_several_formats_the_first_with_a_next_one_moves(started, read):
     assert policy.decide(1, read(loss=math.nan)).layers == r"h\.0\.mlp|h\.1\.mlp"
 
 
-def test_without_quantised_weights_there_is_nothing_to_move(started, read):
+def test_without_quantized_weights_there_is_nothing_to_move(started, read):
     policy, _ = started({"head": None}, nan_patience=2)
     assert isinstance(policy.decide(1, read(loss=math.nan)), SkipStep)
     action = policy.decide(2, read(loss=math.nan))
