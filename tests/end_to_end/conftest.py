@@ -216,10 +216,13 @@ def launch(forking, monkeypatch):
 
 @pytest.fixture(scope="session")
 def start():
-    """Return a function that starts `altgrad-run` in a new interpreter, and returns the process."""
+    """Return a function that starts `altgrad-run` in a new interpreter, and returns the process.
 
-    def start(*arguments, **more):
-        whole = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    before: what the interpreter runs first, as text.
+    """
+
+    def start(*arguments, before="", **more):
+        whole = [sys.executable, "-c", f"{before}\n{SCRIPT}", *map(str, arguments)]
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(whole, **{**piped, **more})
 
@@ -243,8 +246,8 @@ def wait_until():
 
     def wait_until(condition):
         deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
+        while not (found := condition()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert condition()
+        assert found
 
     return wait_until

@@ -568,12 +568,20 @@ def test_of_two_processes_that_begin_one_run_one_is_refused(write, launch, tmp_p
 
 # --- signals -----------------------------------------------------------------------------------------
 
-LONG = {
-    "a step": ("train.gradient_accumulation=40",),
-    "an evaluation": ("train.eval_every=1", "train.eval_batches=40"),
-    "a save": ("train.checkpoint_every=1",),
-}
-"""Where a run spends nearly all of its time, by overrides."""
+STRUCK = """
+import importlib, os
+place, _, name = {function!r}.rpartition(".")
+module, _, owner = place.partition(":")
+owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+whole, calls = getattr(owner, name), []
+def struck(*arguments, **options):
+    calls.append(name)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), {number})
+    return whole(*arguments, **options)
+setattr(owner, name, struck)
+"""
+"""What a process runs first, so that a signal reaches it within a call of one function."""
 
 
 def overriding(overrides):
@@ -582,31 +590,29 @@ def overriding(overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "number", "code"),
+    ("function", "call", "number", "code"),
     [
-        ("a step", signal.SIGTERM, 143),
-        ("an evaluation", signal.SIGINT, 130),
-        ("a save", signal.SIGTERM, 143),
-        ("a save", signal.SIGINT, 130),
+        ("torch:Tensor.backward", 6, signal.SIGTERM, 143),
+        ("altgrad_core.tasks:TokenScores.add", 8, signal.SIGINT, 130),
+        ("altgrad_core.checkpoint.save_file", 3, signal.SIGTERM, 143),
+        ("altgrad_core.checkpoint._digest", 8, signal.SIGINT, 130),
+        ("altgrad_core.checkpoint._replace", 3, signal.SIGTERM, 143),
     ],
 )
 def test_a_signal_gets_its_checkpoint_wherever_it_comes(
-    place, number, code, write, launch, tmp_path, lines, wait_until
+    function, call, number, code, write, launch, start, ended, tmp_path, lines
 ):
     path = write(TINY + ARMS["GridOptim"] + WATCHED)
-    options = overriding((*LONG[place], "steps=12", "train.log_every=1"))
+    often = ("steps=12", "train.log_every=1", "train.eval_every=1", "train.checkpoint_every=2")
+    options = overriding(often)
     whole, parts = tmp_path / "whole" / "tiny" / "run", tmp_path / "parts" / "tiny" / "run"
     launch(path, "--out", tmp_path / "whole", *options).join()
-    first = launch(path, "--out", tmp_path / "parts", *options)
-    wait_until(lambda: len(lines(parts, "metrics.jsonl")) > 2)
-    if place == "a save":
-        wait_until(lambda: list(parts.rglob(".unfinished-*")))
-    os.kill(first.pid, number)
-    first.join()
-    assert first.exitcode == code
-    found, passed_over = checkpoint.newest(parts / "checkpoints")
+    strike = STRUCK.format(function=function, call=call, number=int(number))
+    found, _, err = ended(start(path, "--out", tmp_path / "parts", *options, "--quiet", before=strike))
+    assert found == code, err
+    saved, passed_over = checkpoint.newest(parts / "checkpoints")
     assert passed_over == []
-    assert found.state["step"] == lines(parts, "metrics.jsonl")[-1]["step"]
+    assert 0 < saved.state["step"] == lines(parts, "metrics.jsonl")[-1]["step"] < 12
     second = launch(path, "--out", tmp_path / "parts", *options)
     second.join()
     assert second.exitcode == 0
@@ -615,18 +621,20 @@ def test_a_signal_gets_its_checkpoint_wherever_it_comes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("function", "number", "code"),
+    [("array", signal.SIGTERM, 143), ("finish", signal.SIGINT, 130), ("finish", signal.SIGTERM, 143)],
+)
 def test_a_signal_while_data_are_prepared_leaves_nothing_half_done(
-    number, code, write, launch, cache, tmp_path, wait_until
+    function, number, code, write, launch, start, ended, cache, tmp_path
 ):
     path = write(PLAIN)
-    options = overriding(("data.tokens=300000", "steps=3"))
     before = {one.name for one in cache.iterdir()}
-    first = launch(path, "--out", tmp_path, *options)
-    wait_until(lambda: {one.name for one in cache.iterdir()} != before)
-    os.kill(first.pid, number)
-    first.join()
-    assert first.exitcode == code
+    strike = STRUCK.format(function=f"altgrad_core.token_cache:Writer.{function}", call=1, number=int(number))
+    environment = {**os.environ, "ALTGRAD_CACHE": str(cache)}
+    options = overriding((f"data.tokens={30000 + len(before)}", "steps=3"))
+    found, _, err = ended(start(path, "--out", tmp_path, *options, before=strike, env=environment))
+    assert found == code, err
     assert {one.name for one in cache.iterdir()} == before
     assert not list(tmp_path.rglob("step_*"))
     second = launch(path, "--out", tmp_path, "--set", "steps=3")
@@ -703,17 +711,17 @@ def test_a_signal_while_the_model_is_compiled_gets_its_checkpoint(write, launch,
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, launch, tmp_path, lines, wait_until):
+def test_a_process_that_is_stopped_for_a_while_keeps_sane_timers(write, start, ended, tmp_path, wait_until):
     path, folder = write(TINY + STORED + "[[monitor]]\nplugin = 'flip'\n"), tmp_path / "tiny" / "run"
-    options, begun = ("train.log_every=1", "steps=9", "train.gradient_accumulation=60"), time.monotonic()
-    process = launch(path, "--out", tmp_path, *overriding(options))
-    wait_until(lambda: len(lines(folder, "metrics.jsonl")) > 4)
-    time.sleep(0.05)  # in step 5: nothing is saved or evaluated before it
-    os.kill(process.pid, signal.SIGSTOP)
+    options, begun = ("train.log_every=1", "steps=9"), time.monotonic()
+    in_the_fifth = STRUCK.format(function="torch:Tensor.backward", call=9, number=int(signal.SIGSTOP))
+    process = start(path, "--out", tmp_path, *overriding(options), before=in_the_fifth)
+    state = pathlib.Path(f"/proc/{process.pid}/stat")
+    wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
     time.sleep(4)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join()
-    assert process.exitcode == 0
+    process.send_signal(signal.SIGCONT)
+    code, _, err = ended(process)
+    assert code == 0, err
     logged = [line for line in read_lines(folder / "metrics.jsonl") if line["step"]]
     assert [line["step"] for line in logged if "time/step" not in line] == [5]
     assert [line["step"] for line in logged if "cost/flip" not in line] == [5]

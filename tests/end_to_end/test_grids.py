@@ -176,27 +176,35 @@ def test_two_commands_share_a_grid_and_run_no_cell_twice(write, tmp_path):
         assert (folder / "log.txt").read_text().count("finished at step") == 1
 
 
-LONGER = ("steps=150", "train.checkpoint_every=5")
+LONGER = ("steps=40", "train.checkpoint_every=5")
 
 
-def goes_on(path, out, whole, capsys):
+def goes_on(path, out, whole, capsys, overrides):
     """Run a grid to its end, and compare it with one that was never interrupted."""
     first = out / "tiny" / "seed=1"
     assert (read_json(first / "summary.json") or {}).get("outcome") in (None, "terminated")
-    assert run(path, out, *LONGER) == 0
+    assert run(path, out, *overrides) == 0
     assert set(outcomes(capsys.readouterr().out).values()) == {"finished"}
-    run(path, whole, *LONGER)
+    run(path, whole, *overrides)
     for seed in ("seed=1", "seed=2"):
         assert model_bytes(out / "tiny" / seed) == model_bytes(whole / "tiny" / seed)
 
 
-def test_a_command_that_is_killed_in_mid_grid_is_gone_on_with(write, tmp_path, capsys, wait_until):
-    path, out = write([1, 2]), tmp_path / "runs"
-    command = forked(path, out, *LONGER)
-    wait_until(lambda: list(out.glob("tiny/seed=1/checkpoints/step_*")))
-    command.kill()
+def test_a_command_that_is_killed_in_mid_grid_is_gone_on_with(write, tmp_path, capsys, monkeypatch):
+    path, out, saves, whole = write([1, 2]), tmp_path / "runs", [], checkpoint.save
+
+    def killed_in_the_third(*arguments):
+        saves.append(whole(*arguments))
+        if len(saves) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return saves[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed_in_the_third)
+        command = forked(path, out, *LONGER)
     command.join()
-    goes_on(path, out, tmp_path / "whole", capsys)
+    assert command.exitcode == -signal.SIGKILL
+    goes_on(path, out, tmp_path / "whole", capsys, LONGER)
 
 
 @pytest.mark.slow  # three processes that import torch
@@ -204,7 +212,8 @@ def test_the_processes_of_a_command_that_is_killed_write_their_checkpoints(
     write, tmp_path, capsys, wait_until, start
 ):
     path, out = write([1, 2]), tmp_path / "runs"
-    flags = [part for one in LONGER for part in ("--set", one)]
+    longer = ("steps=500", "train.checkpoint_every=5")  # they are still at it when their command is killed
+    flags = [part for one in longer for part in ("--set", one)]
     command = start(path, "--out", out, "--jobs", "2", *flags, "--quiet", start_new_session=True)
     wait_until(lambda: list(out.glob("tiny/seed=1/checkpoints/step_*")))
     workers = {int(lock.read_text().split()[1]) for lock in out.glob("tiny/*/.lock")}
@@ -212,7 +221,7 @@ def test_the_processes_of_a_command_that_is_killed_write_their_checkpoints(
     command.communicate()
     wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers))
     assert read_json(out / "tiny" / "seed=1" / "summary.json")["outcome"] == "terminated"
-    goes_on(path, out, tmp_path / "whole", capsys)
+    goes_on(path, out, tmp_path / "whole", capsys, longer)
 
 
 # --- executors ---------------------------------------------------------------------------------------

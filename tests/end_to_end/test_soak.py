@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_in_a_new_process_equals_an_uninterrupted_one_bit_for
     whole.join()
     first = launch(path, "--out", tmp_path / "parts", *sparse)
     folder = tmp_path / "parts" / "tiny" / "run"
-    wait_until(lambda: step_of(folder) == 30, first)
+    wait_until(lambda: step_of(folder) >= 30, first)
     os.kill(first.pid, signal.SIGTERM)
     first.join()
     second = launch(path, "--out", tmp_path / "parts", *sparse)
