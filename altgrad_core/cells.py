@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from altgrad_core import baseline, checkpoint, describe, memory, run_checkpoint
+from altgrad_core import baseline, checkpoint, describe, memory, pages, run_checkpoint
 from altgrad_core.axes import SINGLE
 from altgrad_core.durable import WriteError
 from altgrad_core.experiment import Cell, Experiment
@@ -65,6 +65,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         folder.begin(file, cell, resolved(file, cell, device))
         if (ended := _ended(folder, terminal)) is not None:
             return ended
+        pages.keep()
         terminal.log = folder.log
         compared_with = baseline.read(file.baseline, cell.experiment.task)  # before the training, not after
         run = _assembled(cell, file.registry, folder, terminal, device)

@@ -1,13 +1,14 @@
-"""What training costs: quantised steps, upstream's, memory, and how soon a command is at its first step.
+"""What training costs: quantized steps, upstream's, memory, and how soon a command is at its first step.
 
     python benchmarks/train.py [--upstream ../nanoGPT] [--batch-sizes 8 16 32 64] [--device cuda] [--json]
     python benchmarks/train.py --n-layer 4 --n-head 4 --n-embd 128 --block-size 64     # nanoGPT's for a CPU
 
 Steps are the training loop's own, of runs on tokens of a Markov chain: the batch, forward and backward, the
 gradient's norm and its limit, fused AdamW. Runs that differ in [quantize] alone take turns in one process, in
-an order that alternates. A ratio is the median over the turns of (its time / the unquantised run's in that
+an order that alternates. A ratio is the median over the turns of (its time / the unquantized run's in that
 turn), with its quartiles. Upstream nanoGPT's model, loaded with the same weights, takes its turns in the loop
-of its train.py: the same batches, dtype, optimizer, limit of the norm, and torch.compile where ours has it.
+of its train.py: the same batches, dtype, limit of the norm, and torch.compile where ours has it; once with
+its own configure_optimizers (AdamW, fused on a GPU alone), once with fused AdamW as here.
 
 Memory is what train_memory.py tells of, the commands' seconds are what starting.py does.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -38,10 +40,11 @@ from upstream import upstream_model
 from altgrad_core.run_state import Run
 
 UPSTREAM = "upstream nanoGPT"
-AGAIN = "unquantised, again"
+UPSTREAM_FUSED = "upstream nanoGPT, AdamW fused"
+AGAIN = "unquantized, again"
 """A second run of the same: how far its ratio is from 1 is what this race cannot tell."""
 PARTS = ("steps", "memory", "starts")
-TARGETS = {  # a step of ours takes at most so many times an unquantised one; upstream's at least so many
+TARGETS = {  # a step of ours takes at most so many times an unquantized one; upstream's at least so many
     "weights": {"cpu": 1.10, "cuda": 1.05},
     "weights, activations, gradients": {"cpu": 1.5, "cuda": 1.3},
     UPSTREAM: {"cpu": 1.0, "cuda": 1.0},
@@ -57,22 +60,27 @@ class Row:
     seconds: float
     tokens_per_second: float
     ratio: float | None
-    """To the unquantised step; None for that one itself."""
+    """To the unquantized step; None for that one itself."""
     quartiles: tuple[float, float] | None
     target: float | None
     met: bool | None
 
 
-def upstream_step(run: Run, folder: Path) -> Callable[[], None]:
-    """Return a step of upstream's train.py, on the weights and tokens of a run."""
+def upstream_step(run: Run, folder: Path, fused: bool) -> Callable[[], None]:
+    """Return a step of upstream's train.py, on the weights and tokens of a run.
+
+    fused: whether its AdamW is, whatever its configure_optimizers says.
+    """
     options, train = run.experiment.model, run.experiment.train
     original = upstream_model(folder, options).to(run.device)
     original.load_state_dict(run.model.state_dict(), strict=True)
-    groups = [
-        {"params": [p for p in original.parameters() if (p.dim() >= 2) == matrix], "weight_decay": decay}
-        for matrix, decay in ((True, 0.1), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it counts
+        optimizer = original.configure_optimizers(0.1, 1e-3, (0.9, 0.95), run.device.type)
+    if fused:
+        groups = [
+            {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     model: Any = original if run.compiled is run.model else torch.compile(original)
     device = run.device.type
 
@@ -93,12 +101,13 @@ def upstream_step(run: Run, folder: Path) -> Callable[[], None]:
 def steps(batch_size: int, arguments: argparse.Namespace) -> list[Row]:
     """Race a step of every arm, and upstream's, at one batch size."""
     with contextlib.ExitStack() as stack:
-        arms = {**ARMS, AGAIN: ARMS["unquantised"]}
+        arms = {**ARMS, AGAIN: ARMS["unquantized"]}
         runs = {who: stack.enter_context(assembled(arm, batch_size, arguments)) for who, arm in arms.items()}
-        plain = runs.pop("unquantised")
+        plain = runs.pop("unquantized")
         takes: dict[str, Callable[[], Any]] = {who: one_step(run) for who, run in runs.items()}
         if arguments.upstream:
-            takes[UPSTREAM] = upstream_step(plain, arguments.upstream)
+            for who, fused in ((UPSTREAM, False), (UPSTREAM_FUSED, True)):
+                takes[who] = upstream_step(plain, arguments.upstream, fused)
         base, times = race(
             one_step(plain), takes, turns=arguments.turns, budget=arguments.budget, device=arguments.device
         )
@@ -110,7 +119,7 @@ def rows(
     base: list[float], times: Mapping[str, list[float]], batch_size: int, tokens: int, device: str
 ) -> Iterator[Row]:
     """Yield what is printed of a race; `tokens` are those of a step."""
-    for who, own in {"unquantised": base, **times}.items():
+    for who, own in {"unquantized": base, **times}.items():
         seconds = statistics.median(own)
         facts = {"batch_size": batch_size, "seconds": seconds, "tokens_per_second": tokens / seconds}
         if own is base:
@@ -127,7 +136,7 @@ def rows(
 
 def show(found: list[Row], console: Console) -> None:
     table = Table(
-        "a step", "batch", "ms", "tokens/s", "times unquantised", "quartiles", "target", "met", box=box.SIMPLE
+        "a step", "batch", "ms", "tokens/s", "times unquantized", "quartiles", "target", "met", box=box.SIMPLE
     )
     for row in found:
         numbers = f"{1000 * row.seconds:.1f}", f"{row.tokens_per_second:,.0f}"
