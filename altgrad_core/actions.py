@@ -1,4 +1,4 @@
-"""Actions that change how a run quantises: an adjusted scale, another format.
+"""Actions that change how a run quantizes: an adjusted scale, another format.
 
 They are carried out between backward pass and optimizer step, on the uncompiled model's own objects: a
 compiled model notices by itself, and is compiled again where a format has changed.
@@ -7,8 +7,8 @@ compiled model notices by itself, and is compiled again where a format has chang
 of up to 8 bits stay stored where the layer's weight was, wider ones and "none" are trained by plain AdamW on
 a float32 master. Scales are fitted anew and unadjusted, weights stored on a grid are rounded to the new one
 (nearest even), the bound stays the multiple of the initial rms that it was. Moments, the options of the
-layer's parameter group, and the quantisation of inputs and gradients stay as they are. A tied head that no
-rule quantises is no candidate; one that a rule does quantise changes in its forward pass alone.
+layer's parameter group, and the quantization of inputs and gradients stay as they are. A tied head that no
+rule quantizes is no candidate; one that a rule does quantize changes in its forward pass alone.
 
 `AdjustScale` multiplies what the scaling rule finds by a power of two. Factors multiply up, and end with the
 format of a weight.
@@ -34,7 +34,7 @@ from altgrad_core.hookspecs import Action, AdjustScale, ClipGradients, ScaleLear
 from altgrad_core.layer_recipes import LayerRecipes, refuse_inexact
 from altgrad_core.lookup import format_or_none
 from altgrad_core.options import FormatChoice
-from altgrad_core.quantize_options import QuantizeOptions, RuleOptions
+from altgrad_core.quantize_options import FLOWS, QuantizeOptions, RuleOptions
 from altgrad_core.quantized_linear import Quantized
 from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.recipe import recipe_from
@@ -46,18 +46,19 @@ if TYPE_CHECKING:
     from altgrad_core.run_state import Run
 
 HIGH_PRECISION = "FP32"
-"""What stands for the format of a weight that is not quantised any more."""
+"""What stands for the format of a weight that is not quantized any more."""
 
-FLOWS = ("activations", "gradients")
+_AS_BEFORE = object()
+"""Stands for the format of weights that nobody has switched."""
 
 
 def formats_of(model: nn.Module) -> dict[str, str]:
-    """Return the format of each quantised weight by the module path of its Linear."""
+    """Return the format of each quantized weight by the module path of its Linear."""
     return {layer: quantizer.format.name for layer, quantizer in quantized_layers(model).items()}
 
 
 def carry_out(run: Run, action: Action) -> dict[str, Any]:
-    """Change how the run quantises, where the action asks for that, and return what an event tells of it.
+    """Change how the run quantizes, where the action asks for that, and return what an event tells of it.
 
     Raises ValueError for what cannot be, with the way out, and has then changed nothing.
     """
@@ -81,11 +82,8 @@ def _refuse_unless_positive(field: str, value: Any) -> None:
         raise ValueError(f"{field}={value!r} is no finite number above 0")
 
 
-# --- another format ----------------------------------------------------------------------------------
-
-
 def switch_format(run: Run, pattern: str, to: str) -> dict[str, str]:
-    """Quantise the weights of the layers that match in another format; returns their formats before.
+    """Quantize the weights of the layers that match in another format; returns their formats before.
 
     Layers in that format already are left alone.
     """
@@ -93,7 +91,7 @@ def switch_format(run: Run, pattern: str, to: str) -> dict[str, str]:
     if problems:
         raise ValueError("; ".join(one.message for one in problems))
     format = format_or_none(choice, run.registry)
-    alike, matched = _sharing(run.model), {*_matched(pattern, run.formats, "a quantised weight")}
+    alike, matched = _sharing(run.model), {*_matched(pattern, run.formats, "a quantized weight")}
     weights: dict[str, Any] = {layer: run.model.get_submodule(layer).weight for layer in run.formats}
     moving = [layer for layer in weights if alike[layer] & matched and _format(weights[layer]) != format]
     planned = {layer: _planned(run, layer, choice) for layer in moving if layer == min(alike[layer])}
@@ -112,7 +110,7 @@ def _format(weight: Tensor) -> Format | None:
 
 
 def _sharing(model: nn.Module) -> dict[str, set[str]]:
-    """Return for each quantised Linear those that share its weight, itself among them."""
+    """Return for each quantized Linear those that share its weight, itself among them."""
     holders: dict[int, set[str]] = {}
     layers = {name: one for name, one in model.named_modules() if isinstance(one, Quantized)}
     for name, layer in layers.items():
@@ -123,7 +121,7 @@ def _sharing(model: nn.Module) -> dict[str, set[str]]:
 def _planned(run: Run, layer: str, choice: FormatChoice) -> LayerRecipes:
     """Return what the layer's own rule, or [quantize], would make of its weight in that format."""
     quantize = run.experiment.quantize
-    assert quantize is not None  # there are quantised layers
+    assert quantize is not None  # there are quantized layers
     plan = rules.plan(
         _with_format(quantize, layer, choice, run.registry),
         [layer],
@@ -143,7 +141,7 @@ def _planned(run: Run, layer: str, choice: FormatChoice) -> LayerRecipes:
             f"{layer!r} would be stored on a grid, and no weight was when the run began; name a format of "
             'more than 8 bits, or "none"'
         )
-    return LayerRecipes(weights=recipe, storage=plan.storage, geometry=plan.geometry)
+    return LayerRecipes(weights=recipe, storage=plan.storage, covered=plan.covered)
 
 
 def _with_format(
@@ -177,7 +175,7 @@ def _regridding(run: Run, weights: Collection[Tensor]) -> Iterator[None]:
 
 
 def regroup(optimizer: Any, weights: Collection[Tensor]) -> None:
-    """Have the groups' `format` and `scale` tell of these weights what their quantisers do.
+    """Have the groups' `format` and `scale` tell of these weights what their quantizers do.
 
     A group of one format stays one; where only some of its weights have another now, they become a group of
     their own with the same options.
@@ -187,22 +185,21 @@ def regroup(optimizer: Any, weights: Collection[Tensor]) -> None:
         parts: dict[Any, list[Tensor]] = {}
         for weight in group["params"]:
             quantizer = quantizer_of(weight)
-            seen = quantizer.format if quantizer is not None and quantizer.geometry else None
-            parts.setdefault((seen,) if id(weight) in changed else "as before", []).append(weight)
-        stays, *leave = sorted(parts, key=lambda kind: kind != "as before")
-        others = [_part({**group}, kind, parts[kind]) for kind in leave]
+            seen = quantizer.format if quantizer is not None and quantizer.covered else None
+            parts.setdefault(seen if id(weight) in changed else _AS_BEFORE, []).append(weight)
+        stays, *leave = sorted(parts, key=lambda format: format is not _AS_BEFORE)
+        others = [_part({**group}, format, parts[format]) for format in leave]
         _part(group, stays, parts[stays])
         optimizer.param_groups.extend(others)
 
 
-def _part(group: dict[str, Any], kind: Any, weights: list[Tensor]) -> dict[str, Any]:
-    """Make of a group that of some of its weights: as before, or of the format in `kind`."""
+def _part(group: dict[str, Any], format: Any, weights: list[Tensor]) -> dict[str, Any]:
+    """Make of a group that of some of its weights, in a format: one, None, or _AS_BEFORE."""
     scales = group.get("scale")
     if isinstance(scales, list | tuple):
         own = {id(weight): scale for weight, scale in zip(group["params"], scales, strict=True)}
         scales = [own[id(weight)] for weight in weights]
-    if kind != "as before":
-        (format,) = kind
+    if format is not _AS_BEFORE:
         scales = None if format is None else [_scale(weight) for weight in weights]
         group["format"] = format
     group["params"], group["scale"] = weights, scales
@@ -215,15 +212,12 @@ def _scale(weight: Tensor) -> Tensor:
     return quantizer.scale
 
 
-# --- an adjusted scale -------------------------------------------------------------------------------
-
-
 def adjust_scales(run: Run, pattern: str, factor: float, of: str) -> dict[str, float]:
     """Multiply the scales of the layers that match; returns their adjustments, all factors together."""
     refuse_factor(factor)
     if of == "weights":
         found = quantized_layers(run.model)
-        matched = _matched(pattern, found, "a quantised weight")
+        matched = _matched(pattern, found, "a quantized weight")
         adjust_weights(run, {found[layer]: factor for layer in matched})
         return {layer: found[layer].adjustment for layer in matched}
     if of not in FLOWS:
@@ -233,7 +227,7 @@ def adjust_scales(run: Run, pattern: str, factor: float, of: str) -> dict[str, f
         for name, flow in quantized_flows(run.model).items()
         if name.endswith(f".{of}")
     }
-    matched = _matched(pattern, flows, f"quantised {of}")
+    matched = _matched(pattern, flows, f"quantized {of}")
     for layer in matched:
         flows[layer].adjust(factor)
     return {layer: float(flows[layer].adjustment) for layer in matched}
@@ -265,9 +259,6 @@ def _matched(pattern: str, layers: Collection[str], what: str) -> Sequence[str]:
     if not found:
         raise ValueError(f"layers={rules.no_match(pattern, layers, f'layer with {what}')}")
     return found
-
-
-# --- resume ------------------------------------------------------------------------------------------
 
 
 def repeat(run: Run, switches: Sequence[Sequence[str]], adjustments: Mapping[str, float]) -> None:

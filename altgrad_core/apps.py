@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -9,29 +10,31 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import attrs
 import cyclopts
 from cyclopts import Parameter
 
 from altgrad_core import output
 from altgrad_core.durable import WriteError
 from altgrad_core.hookspecs import KINDS
-from altgrad_core.registry import (
-    NotFoundError,
-    Registered,
-    Registry,
-    UsageError,
-    discover,
-    listed,
-    suggestion,
-)
+from altgrad_core.registry import Registered, UsageError, discover
+from altgrad_core.wording import listed, shown, suggestion
 
 _VERSION_FLAGS = ["--version"]
 _SWITCH = Parameter(negative=(), show_default=False)
+_Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
 Without = Annotated[
     tuple[str, ...],
     Parameter(help="Leave out this distribution's plugins.", negative=(), show_default=False),
 ]
+
+
+def _whole_number(_: type[int], tokens: Sequence[cyclopts.Token]) -> int:
+    """Read an integer; the library's own way rounds what is none."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{shown(tokens[0].value)} is no whole number") from None
+
 
 SPINS = ("GOMP_SPINCOUNT", "2000")
 """How long a waiting OpenMP thread spins before it sleeps: docs/decisions/005-threads-that-sleep.md."""
@@ -68,10 +71,12 @@ def guarded(command: cyclopts.App, tokens: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader, head perhaps, has gone; what was run has its code
         pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"{shown(str(error.filename))}: no file has so long a name", file=sys.stderr)
+        return 2
     return code if isinstance(code, int) else 0
-
-
-# --- altgrad-run -------------------------------------------------------------------------------------
 
 
 @run_app.default
@@ -84,7 +89,7 @@ def run(
     device: str = "auto",
     check: Annotated[bool, _SWITCH] = False,
     resume: Path | None = None,
-    jobs: int = 1,
+    jobs: Annotated[int, Parameter(converter=_whole_number)] = 1,
     quiet: Annotated[bool, _SWITCH] = False,
     without: Without = (),
 ) -> int:
@@ -146,22 +151,17 @@ def _print(lines: Iterable[str]) -> int:
     return 0
 
 
-# --- altgrad -----------------------------------------------------------------------------------------
-
-
 @app.command
 def plugins(
     *,
-    kind: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    kind: Annotated[str | None, Parameter(help=f"Only this kind: {listed(KINDS)}.")] = None,
+    as_json: _Json = False,
     without: Without = (),
 ) -> int:
     """List what is installed; broken and conflicting plugins with the reason.
 
     Parameters
     ----------
-    kind
-        Only this kind: format, stiffness, optimizer, monitor, fallback, dataset, executor.
     as_json
         Print JSON.
     without
@@ -171,34 +171,8 @@ def plugins(
         _refuse_unknown_kind("--kind", kind)
     registry = discover(without)
     if as_json:
-        entries = [entry for one in KINDS if kind in (None, one) for entry in registry.of_kind(one)]
-        return _print([json.dumps(_listing(registry, entries), indent=1)])
+        return _print([json.dumps(registry.plain(kind), indent=1)])
     return _print(registry.lines(kind))
-
-
-def _listing(registry: Registry, entries: Sequence[Registered]) -> dict[str, Any]:
-    return {
-        "components": [
-            {
-                "kind": entry.kind,
-                "name": entry.name,
-                "summary": entry.component.summary,
-                "distribution": entry.distribution,
-                "version": entry.version,
-            }
-            for entry in entries
-        ],
-        "broken": [attrs.asdict(broken) for broken in registry.broken],
-        "conflicts": [
-            {
-                "kind": owners[0].kind,
-                "name": owners[0].name,
-                "distributions": [entry.distribution for entry in owners],
-            }
-            for owners in registry.conflicts()
-        ],
-        "left_out": list(registry.blocked),
-    }
 
 
 @app.command
@@ -218,7 +192,7 @@ def show(name: str, /, *, without: Without = ()) -> int:
     kind, _, bare = name.rpartition("/")
     if kind:
         _refuse_unknown_kind("the kind", kind)
-    found = registry.find(kind, bare) if kind else _of_any_kind(registry, bare)
+    found = registry.find(kind, bare) if kind else _the_only_one(bare, registry.find_of_any_kind(bare))
     return _print(component_page.lines(found, registry))
 
 
@@ -227,7 +201,7 @@ def formats(
     name: str | None = None,
     /,
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    as_json: _Json = False,
     without: Without = (),
 ) -> int:
     """List the number formats; of one, show its values and pictures of its grid.
@@ -258,7 +232,7 @@ def diff(
     second: Path,
     /,
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    as_json: _Json = False,
 ) -> int:
     """Show two runs side by side: options, metrics and tensors; exits with 1 where they differ.
 
@@ -279,15 +253,19 @@ def diff(
 
 
 @app.command
-def new_plugin(name: str, /, *, kind: str, into: Path = Path()) -> int:
+def new_plugin(
+    name: str,
+    /,
+    *,
+    kind: Annotated[str, Parameter(help=f"What it offers: {listed(KINDS)}.")],
+    into: Path = Path(),
+) -> int:
     """Write a package of your own with one component, ready to `pip install -e`; its tests pass.
 
     Parameters
     ----------
     name
         What pip is to call it, such as altgrad-eighths.
-    kind
-        What it offers: format, stiffness, optimizer, monitor, fallback, dataset, executor.
     into
         The folder in which the package's own folder is made.
     """
@@ -297,7 +275,7 @@ def new_plugin(name: str, /, *, kind: str, into: Path = Path()) -> int:
     folder = new_plugin.write(name, kind, into)
     for path in sorted(one for one in folder.rglob("*") if one.is_file()):
         print(path)
-    print(f"next: pip install -e {folder} && pytest {folder} && altgrad check-plugin {name}")
+    print(f"next: pip install -e '{folder}[test]' && pytest {folder} && altgrad check-plugin {name}")
     return 0
 
 
@@ -319,18 +297,7 @@ def check_plugin(distribution: str, /) -> int:
     return int(any(verdict.outcome == "failed" for verdict in verdicts))
 
 
-def _of_any_kind(registry: Registry, name: str) -> Registered:
-    found = []
-    for kind in KINDS:
-        try:
-            found.append(registry.find(kind, name))
-        except NotFoundError:
-            continue
-    if not found:
-        known = {entry.name for entry in registry.registered}
-        hint = suggestion(name, sorted(known)) or "; `altgrad plugins` lists what there is"
-        broken = f"; broken plugins, where it may be: {listed(map(str, registry.broken))}"
-        raise UsageError(f"nothing named {name!r} is installed{hint}{broken if registry.broken else ''}")
+def _the_only_one(name: str, found: Sequence[Registered]) -> Registered:
     if len(found) > 1:
         choices = " or ".join(f"altgrad show {entry.kind}/{name}" for entry in found)
         raise UsageError(f"{name!r} is the name of several components; say which: {choices}")

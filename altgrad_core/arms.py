@@ -14,8 +14,8 @@ from altgrad_core.compare import CompareOptions
 from altgrad_core.options import Path
 from altgrad_core.overrides import Override, spelled, split
 from altgrad_core.partial import UNKNOWN, known
-from altgrad_core.registry import listed, suggestion
 from altgrad_core.structuring import Problem
+from altgrad_core.wording import listed, suggestion
 
 HERE: Path = ("compare",)
 STEP_OF = "step_of"

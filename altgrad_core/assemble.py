@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from altgrad_core import data_set, initial_weights, kernels, rules, shapes, watchers
 from altgrad_core.actions import formats_of
@@ -20,12 +20,13 @@ from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.layer_recipes import LayerRecipes, refuse_inexact
 from altgrad_core.lookup import format_or_none
 from altgrad_core.master_bound import MasterBound
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import RunFolder
 from altgrad_core.registry import PluginError, Registry, UsageError
 from altgrad_core.run_state import Run
 from altgrad_core.storage import GridStorage, store_on_grid
-from altgrad_core.surgery import quantize_layers, quantizer_of
+from altgrad_core.surgery import quantize_layers
 from altgrad_core.tasks import task_for
 from altgrad_core.terminal import Terminal
 
@@ -110,7 +111,7 @@ def _autocast(experiment: Experiment, device: str) -> bool:
 def _quantize(
     model: nn.Module, experiment: Experiment, registry: Registry, autocast: bool
 ) -> Mapping[nn.Parameter, Format | None]:
-    """Quantise what [quantize] says; returns the weights that it covers, those with a format of FP32 too.
+    """Quantize what [quantize] says; returns the weights that it covers, those with a format of FP32 too.
 
     With each, the format whose geometry it takes where it has none, as far as a rule says so.
     """
@@ -123,7 +124,7 @@ def _quantize(
         layer: LayerRecipes(
             weights=recipe_from(quantize, plan.format, registry),
             storage=plan.storage,
-            geometry=plan.geometry,
+            covered=plan.covered,
             activations=recipe_from(quantize.activations, plan.activations, registry),
             gradients=recipe_from(quantize.gradients, plan.gradients, registry),
         )
@@ -159,19 +160,23 @@ def _optimizer(
         covers=quantize is not None,
     )
     optimizer = experiment.optimizer.build(registry, inputs)
-    if (lacking := _lacking(optimizer)) is not None:
+    if (lacking := _lacking(optimizer, model)) is not None:
         raise PluginError(f"{experiment.optimizer.title(registry)} {lacking}: mend its plugin")
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return cast(torch.optim.Optimizer, optimizer)
 
 
-def _lacking(optimizer: Any) -> str | None:
-    """Return what keeps a thing from being an optimizer that a run can use, None where nothing does."""
+def _lacking(optimizer: Any, model: nn.Module) -> str | None:
+    """Return what keeps a thing from being an optimizer of this model, None where nothing does."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return f"is no torch.optim.Optimizer but {type(optimizer).__name__}"
-    if not all("lr" in group for group in optimizer.param_groups):
+    if not all(isinstance(group.get("lr"), float | int | Tensor) for group in optimizer.param_groups):
         return "has a parameter group without lr, which the schedule sets"
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    if left := [name for name, one in trained.items() if id(one) not in taken]:
+        return f"leaves out {len(left)} of the {len(trained)} parameters it was given, {left[0]} for one"
     return None
 
 

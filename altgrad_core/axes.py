@@ -15,8 +15,8 @@ from typing import Any
 
 from altgrad_core.options import Path
 from altgrad_core.overrides import Origin, Override, from_table
-from altgrad_core.registry import shown
 from altgrad_core.structuring import Problem
+from altgrad_core.wording import shown
 
 SINGLE = "run"
 """The name of the only cell of a file without a grid."""

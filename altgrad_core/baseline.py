@@ -6,6 +6,7 @@ No option of the run: it may be named, or exchanged, once the run is over.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def read(folder: str, task: str) -> Baseline | None:
     """
     if not folder:
         return None
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     summary = read_json(path / SUMMARY)
     if summary is None:
         problem = "has not ended" if (path / RESOLVED).exists() else "is no run folder"

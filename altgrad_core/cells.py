@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import platform
 import traceback
@@ -12,18 +11,20 @@ from typing import Any
 
 import attrs
 
-from altgrad_core import baseline, checkpoint, describe, memory, pages, run_checkpoint
-from altgrad_core.axes import SINGLE
+from altgrad_core import baseline, checkpoint, memory, pages, run_checkpoint, run_page
+from altgrad_core.assemble import assemble, device_for
 from altgrad_core.durable import WriteError
 from altgrad_core.experiment import Cell, Experiment
 from altgrad_core.experiment_file import ExperimentFile
+from altgrad_core.loop import train
 from altgrad_core.memory import OutOfMemoryError
-from altgrad_core.price import cost, price_per_hour
-from altgrad_core.record import EVENTS, RunFolder, components_in_use, resolved
+from altgrad_core.price import price_per_hour
+from altgrad_core.provenance import components_in_use, resolved
+from altgrad_core.record import CLOCKS, METRICS, RunFolder, read_lines
 from altgrad_core.registry import CORE_DISTRIBUTION, PluginError, Registry, UsageError
+from altgrad_core.run_state import Run
 from altgrad_core.step_folders import of_steps
 from altgrad_core.terminal import Terminal
-from altgrad_core.validation_metrics import METRICS
 from altgrad_core.watched import PluginFailure
 
 FAILED = (PluginError, PluginFailure, WriteError, OutOfMemoryError)
@@ -46,20 +47,17 @@ class RunResult:
 
 def placed(file: ExperimentFile, asked: str = "auto") -> list[tuple[Cell, str]]:
     """Return the file's cells with the device each of them runs on; the cells of a grid may differ."""
-    from altgrad_core.assemble import device_for
-
     devices = [device_for(cell.experiment, asked) for cell in file.cells_on["cpu"]]
     return [(file.cells_on[device][index], device) for index, device in enumerate(devices)]
 
 
 def folder_of(file: ExperimentFile, cell: Cell, out: Path) -> Path:
+    """Return where a cell is run: OUT/NAME/CELL."""
     return out / file.name / cell.name
 
 
 def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal: Terminal) -> RunResult:
     """Run one cell in its folder: from the start, from its newest checkpoint, or not at all if over."""
-    from altgrad_core.loop import train
-
     folder = RunFolder(path)
     try:
         folder.begin(file, cell, resolved(file, cell, device))
@@ -70,7 +68,7 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         compared_with = baseline.read(file.baseline, cell.experiment.task)  # before the training, not after
         run = _assembled(cell, file.registry, folder, terminal, device)
         _resume(run)
-        _header(run, file, cell, device)
+        run_page.header(run, file, cell, device)
         terminal.begin(run.step, cell.experiment.steps)
         try:
             with memory.told(cell.experiment), _exits_as_errors():
@@ -84,17 +82,15 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         if compared_with is not None:
             run.summary["baseline"] = baseline.compared(run.summary["final"], compared_with)
         folder.finish(run.summary)
-        _report(run, file, compared_with)
+        run_page.report(run, file, compared_with)
         return RunResult(folder=path, outcome=outcome, summary=run.summary, asked=run.asked)
     finally:
         terminal.log = lambda line: None
         folder.close()
 
 
-def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Terminal, device: str) -> Any:
+def _assembled(cell: Cell, registry: Registry, folder: RunFolder, terminal: Terminal, device: str) -> Run:
     """Return the run of a cell; where that fails, leave a summary, in which what was known before stays."""
-    from altgrad_core.assemble import assemble
-
     try:
         with memory.told(cell.experiment), _exits_as_errors():
             return assemble(cell, registry, folder, terminal, device)
@@ -134,7 +130,7 @@ def _ended(folder: RunFolder, terminal: Terminal) -> RunResult | None:
     return None
 
 
-def _record_failure(run: Any, error: Exception, device: str) -> None:
+def _record_failure(run: Run, error: Exception, device: str) -> None:
     """Leave an event and a summary, as far as the disk takes them; the error itself goes on its way."""
     _blame(error, run.experiment, run.registry)
     run.message = _message(error)
@@ -170,9 +166,11 @@ def _blame(error: Exception, experiment: Experiment, registry: Registry) -> None
     )
 
 
-def _resume(run: Any) -> None:
+def _resume(run: Run) -> None:
     checkpoint.recover(run.folder.checkpoints)
     if not of_steps(run.folder.checkpoints):
+        if any(line["step"] for line in read_lines(run.folder.path / METRICS)):
+            run.terminal.say(f"{run.folder.path} has no checkpoint of a step: beginning anew at step 0")
         run.folder.rewind(-1)
         return
     saved, passed_over = checkpoint.newest(run.folder.checkpoints)
@@ -186,31 +184,7 @@ def _resume(run: Any) -> None:
     run.terminal.say(f"resuming {run.folder.path} at step {run.step}")
 
 
-def _header(run: Any, file: ExperimentFile, cell: Cell, device: str) -> None:
-    terminal = run.terminal
-    title = file.name if cell.name == SINGLE else f"{file.name} / {cell.name}"
-    terminal.say(f"{title} on {device}", style="bold")
-    terminal.table(
-        [
-            *describe.rows(cell.experiment, file.registry),
-            ("text", _text(run)),
-            ("folder", str(run.folder.path)),
-            *([("frozen", f"{run.frozen:,} numbers do not train")] if run.frozen else []),
-            *([("overrides", "; ".join(cell.in_force))] if cell.in_force else []),
-            *([("price", f"{price:g} an hour")] if (price := price_per_hour()) else []),
-        ]
-    )
-
-
-def _text(run: Any) -> str:
-    """Return how much there is to learn from, and how often the run is to read it."""
-    task, tokens = run.task, len(run.tokens.train)
-    passes = run.experiment.steps * task.per_step / task.epoch
-    documents = "" if task.read == "tokens" else f"{task.epoch:,} documents of "
-    return f"{documents}{tokens:,} training tokens, {passes:.2f} passes over them"
-
-
-def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
+def _summary(run: Run, outcome: str, device: str) -> dict[str, Any]:
     price = price_per_hour()
     tokens = run.step * run.experiment.tokens_per_step
     return {
@@ -220,9 +194,7 @@ def _summary(run: Any, outcome: str, device: str) -> dict[str, Any]:
         "step": run.step,
         "tokens": tokens,
         "passes": run.passes,
-        "final": {
-            key: value for key, value in run.last.items() if not key.startswith(("time/", "cost/", "memory/"))
-        },
+        "final": {key: value for key, value in run.last.items() if not key.startswith(CLOCKS)},
         "best": run.best,
         "loss_floor": run.tokens.loss_floor,
         "share_on_grid": run.share_on_grid,
@@ -246,55 +218,3 @@ def _what(cell: str, experiment: Experiment, device: str) -> dict[str, Any]:
         "device": device,
         "machine": platform.node(),
     }
-
-
-def _report(run: Any, file: ExperimentFile, compared_with: baseline.Baseline | None) -> None:
-    """Print the summary, and the next command to type."""
-    summary, terminal = run.summary, run.terminal
-    final, best = summary["final"], summary["best"]
-    terminal.say(
-        f"{summary['outcome']} at step {summary['step']} after {describe.duration(run.seconds)}", style="bold"
-    )
-    rows = [("reason", summary["message"])] if summary["message"] else []
-    shown = METRICS[summary["task"]]
-    if evaluated := [one.words.format(final[name]) for name, one in shown.items() if name in final]:
-        rows.append(("validation", ", ".join(evaluated)))
-    if compared_with is not None:
-        rows += baseline.rows(final, compared_with)
-    if best:
-        rows.append(("best", f"{best['validation/loss']:.4f} at step {best['step']:.0f}"))
-    if summary["loss_floor"] is not None:
-        rows.append(("floor", f"{summary['loss_floor']:.4f} nats per token, the source's entropy"))
-    rows += _what_policies_did(summary)
-    rows.append(("on the grid", f"{summary['share_on_grid']:.1%} of the non-embedding parameters"))
-    rows.append(("text", f"{summary['passes']:.2f} passes over the training {run.task.read}"))
-    if summary["tokens_per_second"]:
-        rows.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s{cost(run.seconds)}"))
-    rows.append(("folder", str(run.folder.path)))
-    if run.cell == SINGLE or summary["outcome"] != "finished":  # a grid goes on by itself
-        rows.append(("next", _next(run, file)))
-    if compared_with is not None and summary["outcome"] == "finished":
-        rows.append(("compare", baseline.command(run.folder.path, compared_with)))
-    terminal.table(rows)
-
-
-def _what_policies_did(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return how often which policy acted, and, where formats were switched, what they are now."""
-    rows = []
-    for policy, kinds in summary["actions"].items():
-        rows.append((policy, ", ".join(f"{count} x {kind}" for kind, count in kinds.items())))
-    if summary["formats"]:
-        now = collections.Counter(summary["formats"].values())
-        rows.append(("formats now", ", ".join(f"{name} in {count} layers" for name, count in now.items())))
-    return rows
-
-
-def _next(run: Any, file: ExperimentFile) -> str:
-    """Return what to type next."""
-    folder, seed = run.folder.path, (run.experiment.seed + 1) % 2**63  # TOML's integers have 64 bits
-    if run.summary["outcome"] == "finished":
-        command = f"altgrad-run {file.path} --set seed={seed} --out {folder.parent.parent}-seed{seed}"
-        return f"another seed: {command}"
-    if run.summary["outcome"] == "stopped":
-        return f"{folder / EVENTS} tells how it came to this; the file's next try needs another --out"
-    return f"to go on: altgrad-run {file.path} --resume {folder}, with the same --set if there was any"

@@ -49,6 +49,7 @@ class Checkpoint:
 
 
 def step_name(step: int) -> str:
+    """Return what the folder of a step's checkpoint is called."""
     return f"{PREFIX}{step:08d}"
 
 

@@ -21,6 +21,7 @@ def altgrad() -> None:
 
 
 def _command(name: str) -> int:
-    from altgrad_core import apps
+    from altgrad_core import apps, output
 
+    output.escape()
     return apps.guarded(getattr(apps, name))

@@ -13,6 +13,7 @@ from altgrad_core.experiment import Cell
 from altgrad_core.experiment_file import ExperimentFile
 from altgrad_core.grids import Request, is_local, requested, run_grid
 from altgrad_core.hookspecs import CellResult
+from altgrad_core.interrupts import ASKED
 from altgrad_core.record import EXPERIMENT, RESOLVED, SUMMARY, begun, read_json
 from altgrad_core.registry import UsageError
 from altgrad_core.run_state import EXIT_CODES
@@ -98,7 +99,7 @@ def _closing(
     if unbegun:
         print(f"not begun: {unbegun}")
         codes = [EXIT_CODES["interrupted"], *codes]
-    if unbegun or any(result.outcome in ("interrupted", "terminated", "busy") for result in results):
+    if unbegun or any(result.outcome in (*ASKED, "busy") for result in results):
         print("run the same command to go on")
     return max(codes, default=0)
 

@@ -39,10 +39,11 @@ from altgrad_core.options import (
     plain,
 )
 from altgrad_core.quantize_options import UNQUANTIZED, QuantizeOptions, RuleOptions
-from altgrad_core.registry import Registry, listed, shown
+from altgrad_core.registry import Registry
 from altgrad_core.rules import covers
 from altgrad_core.tuning import MOST_EXTENSIONS, rounded
-from altgrad_core.validation_metrics import more_is_better
+from altgrad_core.validation_metrics import LOSS, more_is_better
+from altgrad_core.wording import listed, shown
 
 
 def _some(_: Any, field: Any, value: Sequence[Any]) -> None:
@@ -83,9 +84,7 @@ class CompareOptions:
     seeds: tuple[int, ...] = option(
         "seeds that the arms are compared on", default=(3, 4, 5, 6, 7), validator=_seeds
     )
-    metric: str = option(
-        "what is compared, at the end of a run; less is better, but of an F1", default="validation/loss"
-    )
+    metric: str = option("what is compared, at the end of a run; less is better, but of an F1", default=LOSS)
     smallest_effect: float = option(
         "smaller differences count as none, in the metric's own unit: nats for a loss",
         default=0.005,
@@ -239,7 +238,7 @@ def at(base: Cell, group: Group, seed: int, factor: float, step_source: Cell) ->
 
 
 def is_on_float32(quantize: QuantizeOptions, registry: Registry) -> bool:
-    """Whether the weights that a [quantize] table covers are all unquantised."""
+    """Whether the weights that a [quantize] table covers are all unquantized."""
     own = [rule for rule in quantize.rule if rule.format is not None and covers(rule, registry)]
     return quantize.format.unquantized and not own
 

@@ -22,8 +22,9 @@ from altgrad_core.experiment import Cell
 from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.grids import Request, over, run_grid
 from altgrad_core.hookspecs import CellResult
+from altgrad_core.interrupts import ASKED
 from altgrad_core.options import plain
-from altgrad_core.record import SUMMARY, read_json
+from altgrad_core.record import SUMMARY, read_json, refuse_unwritable
 from altgrad_core.tuning import Tuning
 from altgrad_core.validation_metrics import more_is_better
 
@@ -32,7 +33,7 @@ _Run: TypeAlias = tuple[str, int, float]
 
 _MEASURED = ("finished", "skipped", "stopped")
 """Outcomes after which a run's folder tells what came out."""
-_UNDONE = ("interrupted", "terminated", "busy")
+_UNDONE = (*ASKED, "busy")
 """Outcomes after which the command has come to its end."""
 
 
@@ -62,6 +63,7 @@ class Comparing:
     def run(self) -> None:
         """Run all there is to run; a run that fails leaves its own group without a choice, and no other."""
         self._tune(self._recall)
+        refuse_unwritable(self.record.path.parent)
         self.record.begin(self._plain())
         self._tell()
         if self._tune(self._run_and_read):
@@ -188,8 +190,6 @@ class Comparing:
             factor = f"x {chosen[group.name]:g}" if group.name in chosen else "none: a tuning run failed"
             yield f"  {factor:>8}  {group.name}{edge}"
         yield from (f"note: {note}" for note in self.comparison.notes)
-
-    # --- what a report is told ------------------------------------------------------------------------
 
     def _tell(self) -> None:
         """Write what has come out, if anything has: runs that are refused tell of nothing."""

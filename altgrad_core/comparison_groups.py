@@ -34,10 +34,11 @@ from altgrad_core.options import Path, default_of, plain, written
 from altgrad_core.overrides import Origin, Override, from_table, spelled
 from altgrad_core.partial import is_whole, known
 from altgrad_core.quantize_options import QuantizeOptions
-from altgrad_core.registry import Registry, listed, suggestion
+from altgrad_core.registry import Registry
 from altgrad_core.rules import covers
 from altgrad_core.structuring import Problem
 from altgrad_core.validation_metrics import METRICS
+from altgrad_core.wording import listed, suggestion
 
 _FLOAT32 = Override(("quantize", "format"), "FP32", Origin(HERE))
 
@@ -322,7 +323,7 @@ def _metric_problems(options: CompareOptions, cells: Sequence[Cell]) -> Iterator
     if source in ("validation", "train", "epoch"):
         return
     for cell in cells:
-        names = [choice.plugin.rpartition(":")[2] for choice in cell.experiment.monitor]
+        names = [choice.bare_name for choice in cell.experiment.monitor]
         if not quantity or source not in names:
             hint = suggestion(source, names) or "; add it, or compare validation/loss"
             yield Problem(place, f"no monitor {source!r} reports {options.metric!r}{hint}")

@@ -79,6 +79,7 @@ def _is_record(found: Mapping[str, Any]) -> bool:
     groups = found.get("groups")
     return (
         isinstance(found.get("hash"), str)
+        and isinstance(found.get("earlier_hashes", []), list)
         and isinstance(groups, list)
         and all(isinstance(group, dict) and "name" in group for group in groups)
     )

@@ -94,9 +94,6 @@ def _either(names: Any) -> str:
     return f"{', '.join(others)} or {last}" if others else str(last)
 
 
-# --- the snippet -------------------------------------------------------------------------------------
-
-
 def _snippet(entry: Registered, registry: Registry, fields: Any) -> Iterator[str]:
     """Yield TOML that can be pasted: required options have an example, the others their default."""
     name = _unambiguous(entry, registry)

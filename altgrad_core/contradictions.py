@@ -39,8 +39,8 @@ def _of_the_model(sections: Mapping[str, Any], registry: Registry) -> Iterator[P
         return
     data = sections["data"]
     architecture = Architecture(sections["model"], data.vocab_size, data.labels(sections["task"]))
-    if endless := list(_endless(sections, architecture)):
-        yield from endless
+    if unusable := list(_unusable_patterns(sections, architecture)):
+        yield from unusable
         return
     yield from known(
         _rules(sections, architecture),
@@ -54,7 +54,7 @@ def _of_the_model(sections: Mapping[str, Any], registry: Registry) -> Iterator[P
 def _listed_twice(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Two of one name, from whichever distribution: metrics and checkpoints go by the bare name."""
     for kind in ("monitor", "fallback"):
-        names = [choice.plugin.rpartition(":")[2] for choice in sections[kind]]
+        names = [choice.bare_name for choice in sections[kind]]
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield Problem((kind, index), f"{name!r} is listed twice; keep one")
@@ -118,12 +118,14 @@ def _labels(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("data",), "classification needs to know how many labels there are; set label_count")
 
 
-def _endless(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
-    """Yield the patterns that take too long on the names of the model, with which all are matched."""
+def _unusable_patterns(sections: Mapping[str, Any], architecture: Architecture) -> Iterator[Problem]:
+    """Yield the patterns that are none, or take too long on the names of the model that all are tried on."""
     parameters = shapes.parameter_shapes(architecture)
     names = [*parameters, *(name.rpartition(".")[0] for name in parameters), architecture.head]
     for path, pattern in known(*(found(sections) for found in (_observed, _frozen, _ruled))):
-        if isinstance(pattern, str) and (problem := patterns.endless(pattern, names)):
+        if not isinstance(pattern, str):
+            continue
+        if problem := patterns.problem(pattern) or patterns.endless(pattern, names):
             yield Problem(path, f"{pattern!r} {problem}")
 
 

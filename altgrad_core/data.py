@@ -1,4 +1,4 @@
-"""Batches from a row of tokens, as nanoGPT draws them; and, by name, what prepares the tokens.
+"""Batches from a row of tokens, as nanoGPT draws them.
 
 Windows of `block_size` tokens at random offsets, the targets one token further on. The offsets are a pure
 function of (seed, step, micro-batch), computed by the counter-based Philox generator: nothing has to be
@@ -17,12 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from altgrad_core.cache_folder import default_cache as default_cache
-from altgrad_core.preparing import SPLITS as SPLITS
-from altgrad_core.preparing import Documents as Documents
-from altgrad_core.preparing import TokenData as TokenData
-from altgrad_core.preparing import Tokens as Tokens
-from altgrad_core.preparing import prepare as prepare
+from altgrad_core.preparing import Tokens
 
 TRAINING_STREAM = 0x64617461
 """Second word of Philox's key ("data"): keeps these draws apart from others made with the same seed."""

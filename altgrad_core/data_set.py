@@ -9,10 +9,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from altgrad_core import preparing
+from altgrad_core import preparing, tokenizers
 from altgrad_core.cache_folder import default_cache
 from altgrad_core.experiment import DataOptions
 from altgrad_core.experiment_file import ExperimentFile
+from altgrad_core.hookspecs import TextSource, TokenSource
 from altgrad_core.options import DatasetChoice
 from altgrad_core.preparing import TokenData
 from altgrad_core.record import SUMMARY
@@ -23,7 +24,7 @@ def tokens(options: DataOptions, registry: Registry, announce: Callable[[str], N
     """Return the tokens of a data set, from the cache if they are in it. Raises UsageError, and says why."""
     choice = options.source
     with _named(choice, registry):
-        source = choice.build(registry)
+        source = _built(choice, registry)
         found = preparing.prepare(source, choice.plugin, options.tokenizer, default_cache(), announce)
     if found.vocab_size != options.vocab_size:
         raise UsageError(
@@ -53,16 +54,34 @@ def _refusal(options: DataOptions, registry: Registry) -> UsageError | None:
     choice = options.source
     try:
         with _named(choice, registry):
-            source = choice.build(registry)
-            if not hasattr(source, "refuse_absent"):
-                return None
-            if not preparing.folder(source, choice.plugin, options.tokenizer, default_cache()).is_dir():
-                source.refuse_absent()
+            for refuse in _asked(_built(choice, registry), options):
+                refuse()
     except UsageError as error:
         return error
     except PluginError:  # the run says so, in its folder too
         return None
     return None
+
+
+def _asked(source: TextSource | TokenSource, options: DataOptions) -> list[Callable[[], None]]:
+    """Return what raises, at once, where tokens cannot be had; nothing where they are prepared already."""
+    asked = [source.refuse_absent] if hasattr(source, "refuse_absent") else []
+    if isinstance(source, TextSource) and tokenizers.must_download(options.tokenizer):
+        asked.append(tokenizers.refuse_unreachable)
+    if asked and preparing.folder(source, options.source.plugin, options.tokenizer, default_cache()).is_dir():
+        return []
+    return asked
+
+
+def _built(choice: DatasetChoice, registry: Registry) -> TextSource | TokenSource:
+    """Return a data set. Raises PluginError for what is none, and UsageError as the plugin does."""
+    source = choice.build(registry)
+    if not isinstance(source, (TextSource, TokenSource)):
+        kind = type(source).__name__
+        raise PluginError(
+            f"{choice.title(registry)} is no TextSource and no TokenSource but {kind}: mend its plugin"
+        )
+    return source
 
 
 @contextlib.contextmanager

@@ -18,22 +18,21 @@ from altgrad_core import checkpoint, run_checkpoint
 from altgrad_core.actions import carry_out
 from altgrad_core.hookspecs import Action, AdjustScale, SkipStep, Stop, SwitchFormat
 from altgrad_core.run_state import Run
+from altgrad_core.untouched import setting_changed, settings
 from altgrad_core.watched import PluginFailure, Watched
 
 READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
 """What policies are always given."""
 
 
-def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
+def decision(run: Run, loss: Tensor, norm: Tensor) -> Action | None:
     """Make the step's one host read and return the first action of a policy, None where all is well.
 
     Policies are shown what was observed in the step before: an older observation is not shown twice.
     """
-    fresh, run.fresh = run.fresh, set()
+    wanted = run.observed.take_fresh([need for policy in run.policies for need in policy.needs()])
     if not run.policies:
         return None
-    needs = [need for policy in run.policies for need in policy.needs()]
-    wanted = {need: run.observed[need] for need in needs if need in fresh}
     read = dict(
         zip(
             ["train/loss", "train/gradient_norm", *wanted],
@@ -47,17 +46,26 @@ def decision(run: Run, loss: Tensor, norm: Tensor) -> Any:
         _keep_last_finite(run)
     run.was_finite = all(finite)
     for watched in run.policies:
-        try:
-            action = watched.plugin.decide(run.step + 1, read)
-        except (Exception, SystemExit) as error:
-            raise PluginFailure(watched.error("decide", error)) from error
+        action = _answer(run, watched, read)
         if action is not None:
             _record_action(run, watched, action, read, _carried_out(run, watched, action))
             return action
     return None
 
 
-def _carried_out(run: Run, watched: Watched, action: Any) -> dict[str, Any]:
+def _answer(run: Run, watched: Watched, read: Mapping[str, float]) -> Action | None:
+    """Ask one policy, which gets a table of its own. Raises PluginFailure where it fails."""
+    before = settings(run.device)
+    try:
+        action: Action | None = watched.plugin.decide(run.step + 1, dict(read))
+    except (Exception, SystemExit) as error:
+        raise PluginFailure(watched.error("decide", error)) from error
+    if (left := setting_changed(before, run.device)) is not None:
+        raise PluginFailure(f"{watched.name} of {watched.owner} {left}: a policy answers by its action alone")
+    return action
+
+
+def _carried_out(run: Run, watched: Watched, action: Action) -> dict[str, Any]:
     """Carry out an action on formats and scales; return what an event tells of it beside its fields."""
     if not isinstance(action, Action):
         raise PluginFailure(
@@ -72,7 +80,7 @@ def _carried_out(run: Run, watched: Watched, action: Any) -> dict[str, Any]:
         ) from error
 
 
-def skips_update(run: Run, action: Any) -> bool:
+def skips_update(run: Run, action: Action | None) -> bool:
     """Whether the optimizer does not step: a policy says so, or answers a step that is not finite otherwise.
 
     Gradients that are not finite come from the format, or the scale, that has just been given up.
@@ -93,7 +101,7 @@ def _keep_last_finite(run: Run) -> None:
 
 
 def _record_action(
-    run: Run, watched: Watched, action: Any, read: Mapping[str, float], effects: Mapping[str, Any]
+    run: Run, watched: Watched, action: Action, read: Mapping[str, float], effects: Mapping[str, Any]
 ) -> None:
     counts = run.action_counts.setdefault(watched.name, {})
     counts[type(action).__name__] = counts.get(type(action).__name__, 0) + 1

@@ -12,7 +12,13 @@ from altgrad_core import rules, shapes
 from altgrad_core.experiment import CLASSIFICATION, Cell, Experiment
 from altgrad_core.format_uses import is_scaled, without_effect
 from altgrad_core.options import Choice, FormatChoice
-from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, ScaleOptions
+from altgrad_core.quantize_options import (
+    FLOWS,
+    ActivationOptions,
+    GradientOptions,
+    QuantizeOptions,
+    ScaleOptions,
+)
 from altgrad_core.registry import Registry
 
 
@@ -121,7 +127,7 @@ def _format(quantize: QuantizeOptions | None, plan: _Plan) -> str:
         (shown(layer.format), layer.storage) for layer in plan.values() if not layer.format.unquantized
     )
     if not kinds or quantize is None:
-        text = "FP32: no weight is quantised" if plan else "FP32: nothing is quantised"
+        text = "FP32: no weight is quantized" if plan else "FP32: nothing is quantized"
         return text + _bound(quantize)
     text = ", ".join(
         f"{name} stored as {storage} ({_layers(number)})" for (name, storage), number in kinds.items()
@@ -149,10 +155,10 @@ def _without_effect(quantize: QuantizeOptions | None, plan: _Plan) -> Iterator[t
 
 
 def _flows(quantize: QuantizeOptions | None, plan: _Plan) -> Iterator[tuple[str, str]]:
-    """Yield what activations and gradients become, where they are quantised."""
+    """Yield what activations and gradients become, where they are quantized."""
     if quantize is None:
         return
-    for name in ("activations", "gradients"):
+    for name in FLOWS:
         choices = [getattr(layer, name) for layer in plan.values()]
         kinds = collections.Counter(shown(choice) for choice in choices if not choice.unquantized)
         options: ActivationOptions | GradientOptions = getattr(quantize, name)

@@ -15,12 +15,9 @@ from typing import Any
 import attrs
 
 from altgrad_core.options import written
-from altgrad_core.record import CHECKPOINTS, METRICS, RESOLVED, SUMMARY, begun, read_json, read_lines
+from altgrad_core.record import CHECKPOINTS, CLOCKS, METRICS, RESOLVED, SUMMARY, begun, read_json, read_lines
 from altgrad_core.registry import UsageError
 from altgrad_core.step_folders import of_steps
-
-CLOCKS = ("time/", "cost/", "memory/")
-"""Metrics that differ from run to run on any machine."""
 
 MADE_WITH = ("device", "device_name", "machine", "threads", "python", "torch", "plugins", "commit")
 """What resolved.json tells of where a run was made."""
@@ -76,7 +73,7 @@ class TensorsDiff:
 
 
 @attrs.frozen
-class Comparison:
+class RunsDiff:
     """Two runs side by side."""
 
     first: str
@@ -95,10 +92,10 @@ class Comparison:
         return {"differs": self.differs, **attrs.asdict(self)}
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare(first: Path, second: Path) -> RunsDiff:
     """Compare two run folders. Raises UsageError where one of them is none."""
     one, other = _resolved(first), _resolved(second)
-    return Comparison(
+    return RunsDiff(
         first=str(first),
         second=str(second),
         outcomes=(_outcome(first), _outcome(second)),
@@ -127,9 +124,6 @@ def _outcome(folder: Path) -> str:
     return f"not ended, at step {steps[-1]}" if steps else "not begun"
 
 
-# --- options -------------------------------------------------------------------------------------------
-
-
 def settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Setting, ...]:
     """Return the options that differ, in the order of the first, then of what only the second has."""
     leaves = [dict(_leaves(options, "")) for options in (one, other)]
@@ -152,9 +146,6 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     for key, inner in value.items():
         yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-
-
-# --- metrics -------------------------------------------------------------------------------------------
 
 
 def metrics(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> MetricsDiff:
@@ -186,9 +177,6 @@ def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tupl
         for name, value in one.items()
         if name in other and repr(value) != repr(other[name])  # NaN has one spelling, and -0.0 its own
     }
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------
 
 
 def tensors(first: Path, second: Path) -> TensorsDiff:

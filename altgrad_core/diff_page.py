@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from altgrad_core.columns import aligned
-from altgrad_core.diff import Comparison, MetricsDiff, Setting, TensorsDiff
+from altgrad_core.diff import MetricsDiff, RunsDiff, Setting, TensorsDiff
 
 SHOWN = 8
 """Metrics that are listed; the others are counted."""
@@ -13,7 +13,7 @@ SHOWN = 8
 _SIDES = ("first", "second")
 
 
-def lines(found: Comparison) -> Iterator[str]:
+def lines(found: RunsDiff) -> Iterator[str]:
     """Yield the page of a comparison; the last line is the verdict."""
     for side, folder, outcome in zip(_SIDES, (found.first, found.second), found.outcomes, strict=True):
         yield f"{side:<6}  {folder}: {outcome}"
@@ -64,7 +64,7 @@ def _tensors(found: TensorsDiff) -> Iterator[str]:
         yield f"  not compared: {reason}"
 
 
-def _verdict(found: Comparison) -> str:
+def _verdict(found: RunsDiff) -> str:
     if not found.differs:
         return "the runs are equal"
     places = []

@@ -1,4 +1,4 @@
-"""Batches of labelled documents, each as windows of its first tokens.
+"""Batches of labeled documents, each as windows of its first tokens.
 
 What `altgrad_core.data` does for a row of tokens: training draws documents with replacement, by the same
 numbers of (seed, step, micro-batch); evaluation reads the same documents whatever the seed, each once.
@@ -20,7 +20,7 @@ from altgrad_core.text_classifier import PADDING
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class LabelledDocuments:
+class LabeledDocuments:
     """The documents of a split, as a classifier reads them."""
 
     tokens: Tokens

@@ -20,13 +20,13 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str, writer: str = "") -> None:
-    """Write a file of text: readers, and a crash, find the old one or the new one, and nothing beside it.
+    """Write a file of UTF-8: readers, and a crash, find the old one or the new one, and nothing beside it.
 
     writer: tells those apart who may write it at once.
     """
     scratch = path.with_name(f".{path.name}{writer}")
     try:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)

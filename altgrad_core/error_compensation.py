@@ -100,9 +100,6 @@ def adam_rate(
     return rate
 
 
-# --- torch's own optimizers ---------------------------------------------------------------------------
-
-
 def _reader(optimizer: torch.optim.Optimizer) -> Callable[[Any, Tensor], Momentum | None]:
     if hasattr(optimizer, "momentum_of"):
         return _offered

@@ -26,9 +26,7 @@ from altgrad_core.options import (
     regexes,
     within,
 )
-from altgrad_core.quantize_options import UNQUANTIZED
-from altgrad_core.quantize_options import QuantizeOptions as QuantizeOptions
-from altgrad_core.quantize_options import RuleOptions as RuleOptions
+from altgrad_core.quantize_options import UNQUANTIZED, QuantizeOptions
 from altgrad_core.shapes import Architecture
 from altgrad_core.tokenizers import tokenizer_name, vocabulary
 
@@ -169,7 +167,7 @@ class Experiment:
     data: DataOptions = option("the text", default=DataOptions(source=DatasetChoice(DEFAULT_PLUGINS["data"])))
     model: ModelOptions = option("nanoGPT", default=ModelOptions())
     train: TrainOptions = option("the loop", default=TrainOptions())
-    quantize: QuantizeOptions | None = option("absent: nothing is quantised", default=None)
+    quantize: QuantizeOptions | None = option("absent: nothing is quantized", default=None)
     optimizer: OptimizerChoice = option(
         "the optimizer", default=OptimizerChoice(DEFAULT_PLUGINS["optimizer"])
     )

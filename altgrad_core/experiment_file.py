@@ -23,9 +23,10 @@ from altgrad_core.experiment import DEFAULT_PLUGINS, Cell, Experiment
 from altgrad_core.mistakes import ExperimentError, Mistakes, one_line
 from altgrad_core.options import ExecutorChoice, Path, written
 from altgrad_core.overrides import Override, Tree, from_flag, from_table, spelled
-from altgrad_core.registry import Registry, UsageError, discover, listed, shown, suggestion
+from altgrad_core.registry import Registry, UsageError, discover
 from altgrad_core.sections import Sections
 from altgrad_core.structuring import Problem
+from altgrad_core.wording import listed, shown, suggestion
 
 DEVICES = ("cpu", "cuda")
 
@@ -46,6 +47,8 @@ class ExperimentFile:
     """What a file with [compare] compares."""
     baseline: str = ""
     """The folder of the run that summaries compare with; empty: none."""
+    flags: tuple[str, ...] = ()
+    """The `key=value` overrides that it was read with."""
 
 
 def load_experiment(
@@ -75,6 +78,7 @@ def load_experiment(
         executor=checked.driver["executor"] or ExecutorChoice("local"),
         comparison=checked.comparison,
         baseline=checked.driver["baseline"] or "",
+        flags=tuple(overrides),
     )
 
 

@@ -8,7 +8,7 @@ of the Linears) takes passes of its own:
 
 The model runs uncompiled and in evaluation mode: no dropout is drawn, no amax history advances. Q(w) is
 computed once and held. Scales that follow the weights, counters of stochastic rounding, training flags,
-quantisers and random states are given back at the end, after an error too; gradients come from
+quantizers and random states are given back at the end, after an error too; gradients come from
 `torch.autograd.grad`, so that nothing reaches `.grad`.
 
 A monitor observes a step when its update is done: the weights are those that the coming step will see. With
@@ -46,7 +46,7 @@ def extra_passes(run: Run, *, float32: bool = False) -> Iterator[Loss]:
 
     Gradients are enabled; enter `torch.no_grad()` inside where none is wanted.
 
-    float32: the reference: the same weights, quantised nowhere, and no autocast. Weights that are stored on
+    float32: the reference: the same weights, quantized nowhere, and no autocast. Weights that are stored on
         a grid are used as they are, masters as masters.
     """
     devices = [run.device] if run.device.type == "cuda" else []
@@ -103,7 +103,7 @@ def _calling(seen: Seen, name: str) -> Callable[[nn.Module, Any, Any], None]:
 
 @contextlib.contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """Let the quantised Linears use weights, inputs and output gradients as they are, inside the context."""
+    """Let the quantized Linears use weights, inputs and output gradients as they are, inside the context."""
     layers = [module for module in model.modules() if isinstance(module, Quantized)]
     kept = [(one.quantizer, one.input_quantizer, one.gradient_quantizer) for one in layers]
     try:
@@ -117,7 +117,7 @@ def unquantized(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Give the scales and counters of the quantisers back, in place; their histories do not move here."""
+    """Give the scales and counters of the quantizers back, in place; their histories do not move here."""
     quantizers = {id(one): one for one in quantized_layers(model).values() if one.follows}.values()
     scales = [(one, one.scale.clone(), one.unfitted) for one in quantizers]
     counters = [(flow.counter, flow.counter.clone()) for flow in quantized_flows(model).values()]

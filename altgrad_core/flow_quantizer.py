@@ -1,6 +1,6 @@
-"""How what flows through one Linear is quantised: its input activations, or its output gradients.
+"""How what flows through one Linear is quantized: its input activations, or its output gradients.
 
-A flow is quantised once, on its way, so that a scale must be known before the next step's tensor is. The
+A flow is quantized once, on its way, so that a scale must be known before the next step's tensor is. The
 *delayed* scale (NVIDIA's Transformer Engine; Micikevicius et al., arXiv 2209.05433) takes the largest amax
 of the last steps. Its history advances after use, once per training step: the loop's `held_weights` keeps it
 fixed over the micro-batches and enters their common amax at the end. Outside of that context each training
@@ -12,7 +12,7 @@ the Linear's latest training pass, and enters an amax only where that pass could
 gradients (`use_reentrant=True`). Where a Linear runs twice before its replays, or is compiled and replayed,
 only `held_weights` around both passes keeps the scales alike.
 
-All state is tensors on the device, written in place: nothing synchronises, and a compiled model is not
+All state is tensors on the device, written in place: nothing synchronizes, and a compiled model is not
 compiled again when it changes.
 """
 
@@ -37,15 +37,15 @@ _NO_BACKWARD = -1
 
 
 class FlowQuantizer:
-    """Quantises one Linear's inputs (`quantized`) or output gradients (`through`).
+    """Quantizes one Linear's inputs (`quantized`) or output gradients (`through`).
 
-    stream: names the random numbers of stochastic rounding; the quantisation that n others came before
+    stream: names the random numbers of stochastic rounding; the quantization that n others came before
         draws its own under keys that are the stream's words 2n and 2n + 1.
 
     Attributes:
         recipe: how.
         history: (amax_history,) float32, the newest amax first; 0 where there is none yet.
-        counter: 0-d int32, how many quantisations have counted.
+        counter: 0-d int32, how many quantizations have counted.
         ranges: what counts overflow and underflow in training passes; None: nobody, as in a copy.
         adjustment: 0-d float32, a power of two that multiplies whatever scale the recipe's rule finds.
 
@@ -94,7 +94,7 @@ class FlowQuantizer:
         return straight_through(x, quantization)
 
     def through(self, y: Tensor, counts: bool) -> Tensor:
-        """Return y, nobody else's, whose gradient will come back quantised."""
+        """Return y, nobody else's, whose gradient will come back quantized."""
 
         @torch.no_grad()
         def quantized(gradient: Tensor) -> Tensor:
@@ -111,8 +111,6 @@ class FlowQuantizer:
         """Multiply every scale from here on by a power of two."""
         self.adjustment.copy_(adjusted(self.adjustment, factor))
         self._is_adjusted = True
-
-    # --- the history ---------------------------------------------------------------------------------
 
     def hold(self, counts: bool = False) -> bool:
         """Keep the history as it is until `release`; False where it is held already.
@@ -178,10 +176,8 @@ class FlowQuantizer:
         moved = torch.cat((amax.reshape(1), self.history[:-1]))
         self.history.copy_(torch.where(scaling.usable(amax), moved, self.history))
 
-    # --- random numbers, state -----------------------------------------------------------------------
-
     def _draws(self, counts: bool) -> Tensor | None:
-        """Return the keys of this quantisation's random numbers; None where it needs none."""
+        """Return the keys of this quantization's random numbers; None where it needs none."""
         if self.recipe.rounding != "stochastic":
             return None
         words = 2 * self.counter + torch.arange(2, dtype=torch.int32, device=self.counter.device)

@@ -8,7 +8,7 @@ arithmetic that gives the same bits faster; the public methods, which check and 
 Three integer or real views of one value:
 
 - the *value* itself, a float32;
-- its *rung*: the signed index from zero (0, +1 the smallest positive value, ...). Neighbours differ by
+- its *rung*: the signed index from zero (0, +1 the smallest positive value, ...). Neighbors differ by
   one rung, so rungs are the uniform integer domain of which the grid is a warped image;
 - its *code*: the bit pattern that stores it.
 """
@@ -67,8 +67,6 @@ class Format:
         self._values = checked_table(name, bits, values)
         self._held: dict[torch.dtype, bool] = {}
 
-    # --- what the format is -------------------------------------------------------------------------
-
     @property
     def values(self) -> Tensor:
         """The finite values, strictly increasing, 1-d float32 on the CPU. Read it; never write it."""
@@ -102,8 +100,6 @@ class Format:
             name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)
         }
         return {name: value for name, value in self.__dict__.items() if name not in derived}
-
-    # --- the contract -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def quantize(
@@ -247,8 +243,8 @@ class Format:
             return self._table.block_loops()
         return None
 
-    # --- the arithmetic, here by table: what a format with structure overrides -----------------------
-    # x is float32 or float64; every method returns a new tensor.
+    # The arithmetic, here by table: what a format with structure overrides. x is float32 or float64; every
+    # method returns a new tensor.
 
     def _quantize(self, x: Tensor, rounding: str, overflow: str, uniform: Tensor | None) -> Tensor:
         """Round x, keeping its dtype; `uniform` is given exactly when `rounding` is stochastic."""
@@ -311,8 +307,6 @@ class Format:
     @cached_property
     def _table(self) -> TableRounding:
         return TableRounding(self.values)
-
-    # --- checks -------------------------------------------------------------------------------------
 
     def _check_holds(self, x: Tensor) -> None:
         """Refuse a dtype that cannot hold every value of the format."""

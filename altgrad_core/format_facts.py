@@ -139,9 +139,6 @@ def same_grid(formats: Mapping[str, Format]) -> list[tuple[str, str, float]]:
     return found
 
 
-# --- notation ------------------------------------------------------------------------------------------
-
-
 def exact(x: float) -> str:
     """Return a finite number exactly; after a `~`, to six digits, where that would be long."""
     if x <= 0:

@@ -34,7 +34,8 @@ from altgrad_core.format_picture import ASCII, Ink, pictures
 from altgrad_core.format_table import LEAVE_ALONE, owner
 from altgrad_core.lookup import format_or_none
 from altgrad_core.options import written
-from altgrad_core.registry import PluginError, Registered, Registry, UsageError, listed
+from altgrad_core.registry import PluginError, Registered, Registry, UsageError
+from altgrad_core.wording import listed
 
 _FEWEST_COLUMNS = 64
 _MOST_LISTED = 8
@@ -140,9 +141,6 @@ def _spec(name: str) -> Any:
         raise UsageError(f"{name!r} is no inline TOML table such as {example}: {error}") from error
 
 
-# --- facts -----------------------------------------------------------------------------------------------
-
-
 def _facts(page: Page) -> Iterator[tuple[str, str]]:
     one = page.facts
     yield "bits", f"{one.bits}{_fields(one)}"
@@ -173,8 +171,6 @@ def _special_codes(codes: Codes, bits: int) -> Iterator[str]:
         if found:
             yield f"{name} {hexadecimal(found, bits)}"
 
-
-# --- values ----------------------------------------------------------------------------------------------
 
 Coded = tuple[int, float]
 """A code and the magnitude of its value."""

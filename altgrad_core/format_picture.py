@@ -93,9 +93,6 @@ def pictures(format: Format, width: int, ink: Ink) -> Iterator[str]:
     yield from _log_floor(axis, width, ink)
 
 
-# --- density -------------------------------------------------------------------------------------------
-
-
 def _linear(format: Format, width: int, ink: Ink) -> Iterator[str]:
     """Yield the density on a linear axis; from 0 where the negative values only mirror the others."""
     columns = LINEAR_COLUMNS if width >= LINEAR_COLUMNS + _MARGIN else LINEAR_COLUMNS // 2
@@ -136,9 +133,6 @@ def _log_floor(axis: LogAxis, width: int, ink: Ink) -> Iterator[str]:
     for at, label in ticks.items():
         labels = f"{labels:<{min(at, width - _MARGIN - len(label))}}{label}"
     yield " " * _MARGIN + labels
-
-
-# --- spacing -------------------------------------------------------------------------------------------
 
 
 def _log2_spacing(format: Format, axis: LogAxis) -> list[float]:

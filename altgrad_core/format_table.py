@@ -17,7 +17,8 @@ import rich.table
 from altgrad_core.format_facts import FormatFacts, exact, facts, same_grid
 from altgrad_core.lookup import get_format
 from altgrad_core.options import fixed_default, written
-from altgrad_core.registry import Registered, Registry, listed
+from altgrad_core.registry import Registered, Registry
+from altgrad_core.wording import listed
 
 LEAVE_ALONE = (
     '"FP32" and "none" are no formats: where an experiment file asks for one, they say `leave it alone`,'
@@ -44,7 +45,7 @@ class Overview:
 
     def lines(self, console: rich.console.Console) -> Iterator[str]:
         """Yield the table, and what the plugins say of the formats, as wide as the console."""
-        yield from _drawn(_table(self), console)
+        yield from _table(self)
         yield ""
         yield from _drawn(_pairs(_notes(self)), console)
         if self.families:
@@ -109,13 +110,15 @@ def _fields(entry: Registered) -> tuple[Any, ...]:
     return tuple(attrs.fields(entry.component.options))
 
 
-def _table(seen: Overview) -> rich.table.Table:
-    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
-    for name, (_, one) in sorted(seen.built.items(), key=lambda item: item[1][1].bits):
-        table.add_row(name, *_cells(one))
-    return table
+def _table(seen: Overview) -> Iterator[str]:
+    """Yield the table's lines, as wide as they are: half a number, on a narrow console, is a wrong one."""
+    by_width = sorted(seen.built.items(), key=lambda item: item[1][1].bits)
+    rows = [_COLUMNS, *((name, *_cells(one)) for name, (_, one) in by_width)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(_COLUMNS, row, widths, strict=True)
+        padded = (cell.rjust(width) if name in _NUMBERS else cell.ljust(width) for name, cell, width in cells)
+        yield " ".join(padded).rstrip()
 
 
 def _cells(one: FormatFacts) -> Iterator[str]:

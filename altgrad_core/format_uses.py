@@ -15,10 +15,10 @@ import attrs
 from altgrad_core import rules
 from altgrad_core.options import FieldError, FormatChoice, Path, default_of, written
 from altgrad_core.quantize_options import ScaleOptions
-from altgrad_core.registry import listed
+from altgrad_core.wording import listed
 
 if TYPE_CHECKING:
-    from altgrad_core.experiment import QuantizeOptions
+    from altgrad_core.quantize_options import QuantizeOptions
 
 NEVER_SCALED = ("BF16", "E8M7", "FP16", "E5M10")
 """Formats, by both of their names, that cover the range of real tensors by themselves: their scale is 1."""
@@ -28,14 +28,6 @@ BFLOAT16_DIGITS, BFLOAT16_BOTTOM = 8, -133
 
 _SHAPE = re.compile(r"E(\d+)M(\d+)(?!\d)")
 _OTHER_NAMES = {"FP16": (5, 10), "BF16": (8, 7)}
-
-
-def bare_name(choice: FormatChoice) -> str:
-    """Return a format's name without the distribution that may stand in front of it."""
-    return choice.plugin.rpartition(":")[2]
-
-
-# --- bfloat16 ------------------------------------------------------------------------------------------
 
 
 def inexact_in_bfloat16(
@@ -85,9 +77,9 @@ def _shape(choice: FormatChoice) -> tuple[int, int] | None:
     numbers = [getattr(choice.options, name, None) for name in ("exponent_bits", "mantissa_bits")]
     if isinstance(numbers[0], int) and isinstance(numbers[1], int):
         return numbers[0], numbers[1]
-    if found := _SHAPE.match(bare_name(choice)):
+    if found := _SHAPE.match(choice.bare_name):
         return int(found[1]), int(found[2])
-    return _OTHER_NAMES.get(bare_name(choice))
+    return _OTHER_NAMES.get(choice.bare_name)
 
 
 def _uses(
@@ -113,14 +105,11 @@ def is_scaled(options: ScaleOptions, choice: FormatChoice) -> bool:
     """Whether tensors in this format have a scale other than 1; False for a format that is none."""
     if choice.unquantized:
         return False
-    return options.granularity != "none" and bare_name(choice) not in NEVER_SCALED
+    return options.granularity != "none" and choice.bare_name not in NEVER_SCALED
 
 
 def _shown(choice: FormatChoice) -> str:
-    return written(choice) if choice.plain_options() else bare_name(choice)
-
-
-# --- without effect ------------------------------------------------------------------------------------
+    return written(choice) if choice.plain_options() else choice.bare_name
 
 
 def without_effect(quantize: QuantizeOptions, plan: Collection[rules.LayerPlan]) -> Iterator[tuple[str, str]]:

@@ -28,6 +28,7 @@ def evaluation_batches(run: Run, count: int) -> Iterator[Batch]:
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a run's forward passes: bfloat16 autocast, or none."""
     if run.autocast:
         return torch.autocast(run.device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

@@ -167,7 +167,7 @@ class GridScales:
             self._write()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state; the scales themselves are the quantisers' and follow from the exponents."""
+        """Return the state; the scales themselves are the quantizers' and follow from the exponents."""
         return {"exponents": self.exponents, "seen": self.seen, "rms": self.rms, "rescales": self.rescales}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 
 
 def grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the quantised weights whose rule does not say storage="master", group by group."""
+    """Return the quantized weights whose rule does not say storage="master", group by group."""
     return [
         parameter
         for group in optimizer.param_groups
@@ -23,7 +23,7 @@ def first_grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     weights = grid_weights(optimizer)
     if not weights:
         raise ValueError(
-            "the optimizer holds no quantised weight to store on a grid: quantize_model(model, format) first"
+            "the optimizer holds no quantized weight to store on a grid: quantize_model(model, format) first"
         )
     if any(quantizer_on_grid(weight).on_grid for weight in weights):
         raise ValueError(
@@ -34,8 +34,8 @@ def first_grid_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def quantizer_on_grid(weight: Tensor) -> WeightQuantizer:
-    """Return the quantiser of one of these weights."""
+    """Return the quantizer of one of these weights."""
     found = quantizer_of(weight)
-    if found is None:  # `grid_weights` lets only quantised weights through
-        raise ValueError("the weight is not quantised")
+    if found is None:  # `grid_weights` lets only quantized weights through
+        raise ValueError("the weight is not quantized")
     return found

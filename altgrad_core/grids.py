@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
+import torch
 
 from altgrad_core import live_table, locks, workers
+from altgrad_core.assemble import device_for
 from altgrad_core.cells import EXPECTED, run_one
 from altgrad_core.experiment import Cell
 from altgrad_core.experiment_file import DEVICES, ExperimentFile
 from altgrad_core.hookspecs import CellResult, Executor, NoOptions
-from altgrad_core.record import LOCK, RESOLVED, SUMMARY, BusyError, differences, read_json
+from altgrad_core.interrupts import ASKED
+from altgrad_core.record import LOCK, RESOLVED, SUMMARY, BusyError, differences, read_json, refuse_unwritable
 from altgrad_core.registry import PluginError, Registered, UsageError, discover
 from altgrad_core.terminal import Terminal
 
@@ -45,6 +48,7 @@ class Request:
     out: Path = Path("runs")
     device: str = "auto"
     baseline: str = ""
+    flags: tuple[str, ...] = ()
     quiet: bool = False
     threads: int | None = None
 
@@ -63,6 +67,7 @@ def requested(
         name=file.name,
         cells={pair[0].name: dict(zip(DEVICES, pair, strict=True)) for pair in zip(*by_device, strict=True)},
         baseline=file.baseline,
+        flags=file.flags,
         out=out,
         device=device,
         without=tuple(without),
@@ -72,10 +77,6 @@ def requested(
 
 def run_cell(request: Request, name: str) -> CellResult:
     """Run one cell in this process; never raises for what goes wrong inside of the cell."""
-    import torch
-
-    from altgrad_core.assemble import device_for
-
     if request.threads:
         torch.set_num_threads(request.threads)
     try:
@@ -103,6 +104,7 @@ def _file(request: Request) -> ExperimentFile:
         registry=registry,
         cells_on={},
         baseline=request.baseline,
+        flags=request.flags,
     )
 
 
@@ -115,7 +117,7 @@ class LocalExecutor:
             results = []
             for cell in cells:
                 results.append(run_cell(cell))
-                if results[-1].outcome in ("interrupted", "terminated"):
+                if results[-1].outcome in ASKED:
                     break
             return results
         count = itertools.count(1)
@@ -127,6 +129,7 @@ class LocalExecutor:
 
 
 def local_executor(options: NoOptions) -> Executor:
+    """Return the executor `local`."""
     return LocalExecutor()
 
 
@@ -137,9 +140,6 @@ def is_local(file: ExperimentFile) -> bool:
 
 def _executor(file: ExperimentFile) -> Registered:
     return file.registry.find("executor", file.executor.plugin)
-
-
-# --- running them all --------------------------------------------------------------------------------
 
 
 def run_grid(
@@ -154,17 +154,16 @@ def run_grid(
         print(f"over already: {len(results)} of {len(request.cells)} runs", flush=True)
     request = _placed(request, file, jobs)
     left = [name for name in request.cells if name not in results]
+    if left and is_local(file):
+        refuse_unwritable(request.out / request.name)
     while left:
         new = {result.cell: result for result in _executed(request, file, left, jobs)}
         results |= new
         busy = [name for name, result in new.items() if result.outcome == "busy"]
-        if len(new) < len(left) or any(one.outcome in _ASKED for one in new.values()):
+        if len(new) < len(left) or any(one.outcome in ASKED for one in new.values()):
             break
         left = _released(request, busy, wait=until_done)
     return [results[name] for name in request.cells if name in results]
-
-
-_ASKED = ("interrupted", "terminated")
 
 
 def _placed(request: Request, file: ExperimentFile, jobs: int) -> Request:
@@ -175,7 +174,7 @@ def _placed(request: Request, file: ExperimentFile, jobs: int) -> Request:
             quiet=True,
             path=request.path.absolute(),
             out=request.out.absolute(),
-            baseline=request.baseline and str(Path(request.baseline).expanduser().absolute()),
+            baseline=request.baseline and os.path.abspath(os.path.expanduser(request.baseline)),
         )
     if jobs > 1:
         threads = request.threads or max(1, (os.cpu_count() or 1) // jobs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -20,55 +21,69 @@ GEOMETRY_KEYS = ("format", "scale", "covered", "of_format")
 def param_groups(
     model: nn.Module, covered: Collection[nn.Parameter] | Mapping[nn.Parameter, Format | None] = ()
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters of a (possibly quantised) model into groups for any torch optimizer.
+    """Split the trainable parameters of a (possibly quantized) model into groups for any torch optimizer.
 
     One group per number format, one of covered matrices without a format (for each geometry that they take),
     one of the other matrices, one of vectors. Every group has `format` (a Format or None), `scale` (the
-    quantisers' own 0-d tensors, one per parameter, or None) and `covered`: whether the optimizer's own rule
+    quantizers' own 0-d tensors, one per parameter, or None) and `covered`: whether the optimizer's own rule
     and `lr` are for it, where it can follow them; the other groups train by AdamW at `other_lr`. Vectors have
     `weight_decay` 0.0, the others leave it to the optimizer. `of_format`, where a group has it, is the format
     whose geometry its weights take instead of the one that the optimizer's stiffness names.
 
-    covered: weights that take the place of quantised ones though they have no format, such as those of
-        [quantize] format = "FP32", or these with the `of_format` of each; the quantised ones are covered
+    covered: weights that take the place of quantized ones though they have no format, such as those of
+        [quantize] format = "FP32", or these with the `of_format` of each; the quantized ones are covered
         anyway.
     """
-    quantized: dict[Format, list[tuple[nn.Parameter, WeightQuantizer]]] = {}
-    float32: dict[Format | None, list[nn.Parameter]] = {}
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
     taken = dict(covered) if isinstance(covered, Mapping) else dict.fromkeys(covered)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        quantizer = quantizer_of(parameter)
-        if quantizer is not None and quantizer.geometry:
-            quantized.setdefault(quantizer.format, []).append((parameter, quantizer))
-        elif parameter.dim() < 2:
-            vectors.append(parameter)
-        elif quantizer is None and parameter in taken:
-            float32.setdefault(taken[parameter], []).append(parameter)
-        else:
-            matrices.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [one for one, _ in pairs],
-            "format": format,
-            "scale": [other.scale for _, other in pairs],
-            "covered": True,
-        }
-        for format, pairs in quantized.items()
-    ]
-    plain = {"format": None, "scale": None, "covered": False}
-    groups += [
-        {"params": params, **plain, "covered": True} | ({} if of_format is None else {"of_format": of_format})
-        for of_format, params in float32.items()
-    ]
-    groups += [
-        {"params": matrices, **plain},
-        {"params": vectors, **plain, "weight_decay": 0.0},
+    kinds = _Kinds.of((one for one in model.parameters() if one.requires_grad), taken)
+    groups = [
+        *(_on_a_grid(format, pairs) for format, pairs in kinds.quantized.items()),
+        *(_on_float32(of_format, weights) for of_format, weights in kinds.float32.items()),
+        _not_covered(kinds.matrices),
+        {**_not_covered(kinds.vectors), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+@attrs.define
+class _Kinds:
+    """The parameters of a model by what an optimizer may do with them."""
+
+    quantized: dict[Format, list[tuple[nn.Parameter, WeightQuantizer]]] = attrs.field(factory=dict)
+    float32: dict[Format | None, list[nn.Parameter]] = attrs.field(factory=dict)
+    """Covered weights without a format, by the format whose geometry they take; None: nobody says which."""
+    matrices: list[nn.Parameter] = attrs.field(factory=list)
+    vectors: list[nn.Parameter] = attrs.field(factory=list)
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter], covered: Mapping[nn.Parameter, Format | None]) -> _Kinds:
+        kinds = cls()
+        for parameter in parameters:
+            quantizer = quantizer_of(parameter)
+            if quantizer is not None and quantizer.covered:
+                kinds.quantized.setdefault(quantizer.format, []).append((parameter, quantizer))
+            elif parameter.dim() < 2:
+                kinds.vectors.append(parameter)
+            elif quantizer is None and parameter in covered:
+                kinds.float32.setdefault(covered[parameter], []).append(parameter)
+            else:
+                kinds.matrices.append(parameter)
+        return kinds
+
+
+def _on_a_grid(format: Format, pairs: Sequence[tuple[nn.Parameter, WeightQuantizer]]) -> dict[str, Any]:
+    weights, quantizers = zip(*pairs, strict=True)
+    scales = [quantizer.scale for quantizer in quantizers]
+    return {"params": list(weights), "format": format, "scale": scales, "covered": True}
+
+
+def _on_float32(of_format: Format | None, weights: list[nn.Parameter]) -> dict[str, Any]:
+    group = {**_not_covered(weights), "covered": True}
+    return group if of_format is None else {**group, "of_format": of_format}
+
+
+def _not_covered(parameters: list[nn.Parameter]) -> dict[str, Any]:
+    return {"params": parameters, "format": None, "scale": None, "covered": False}
 
 
 def without_geometry(state: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +107,14 @@ def geometry_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def grid_of(group: dict[str, Any], index: int) -> tuple[Format, Tensor] | None:
-    """Return format and scale of a group's parameter: its quantiser's, else the group's own; None: neither.
+    """Return format and scale of a group's parameter: its quantizer's, else the group's own; None: neither.
 
     A group's own `scale` is a number for all its parameters, or one per parameter; it is static.
     """
     parameter = group["params"][index]
     quantizer = quantizer_of(parameter)
     if quantizer is not None:
-        return (quantizer.format, quantizer.scale) if quantizer.geometry else None
+        return (quantizer.format, quantizer.scale) if quantizer.covered else None
     format = format_or_none(group.get("format"))
     if format is None:
         return None

@@ -69,9 +69,6 @@ class Component:
     """Formats: the width of a code. None: unknown before the target is loaded, taken as 8 or fewer."""
 
 
-# --- what a run hands to monitors and policies -------------------------------------------------------
-
-
 @attrs.frozen(kw_only=True)
 class Weight:
     """One trained parameter after this step's update. Read it; never write it."""
@@ -81,7 +78,7 @@ class Weight:
     layer: str
     """The module path the metric names use, such as `transformer.h.0.attn.c_attn`."""
     format: Format | None = None
-    """None: not quantised."""
+    """None: not quantized."""
     scale: Tensor | None = None
     """0-d float32; the grid in weight units is `format.values / scale`."""
     storage: str = "master"
@@ -100,9 +97,9 @@ class Step:
     gradients: Mapping[str, Tensor]
     """This step's gradients after clipping; parameters without one are absent."""
     before: Mapping[str, Tensor]
-    """Quantised weights before the step; empty unless a monitor's `needs` lists `before`."""
+    """Quantized weights before the step; empty unless a monitor's `needs` lists `before`."""
     intended: Mapping[str, Tensor]
-    """The update of quantised weights before rounding; empty unless a `needs` lists `intended`.
+    """The update of quantized weights before rounding; empty unless a `needs` lists `intended`.
     This memory, and that of `before`, is written anew for the next step: clone what is to stay."""
     scales_before: Mapping[str, Tensor] = attrs.field(factory=dict)
     """The scales of the weights in `before` as the step began, before its forward pass: shaped as
@@ -212,9 +209,6 @@ class Policy(Protocol):
         ...
 
 
-# --- actions a policy may answer with ----------------------------------------------------------------
-
-
 @attrs.frozen(kw_only=True)
 class Action:
     """What a policy asks the loop to do; `reason` goes into the event log."""
@@ -243,14 +237,14 @@ class ClipGradients(Action):
 
 @attrs.frozen(kw_only=True)
 class AdjustScale(Action):
-    """Multiply the scale of some quantisers by `factor`, on top of what their scaling rule finds.
+    """Multiply the scale of some quantizers by `factor`, on top of what their scaling rule finds.
 
     Factors multiply up over a run; they are saved with it. Those of a weight end when its format is switched.
     In a step whose loss or gradient is not finite the optimizer does not step, as under SkipStep.
     """
 
     layers: str
-    """Regex over full module paths of quantised Linears."""
+    """Regex over full module paths of quantized Linears."""
     factor: float
     """A power of two, so that the grid stays the same up to its exponent."""
     of: str = "gradients"
@@ -259,7 +253,7 @@ class AdjustScale(Action):
 
 @attrs.frozen(kw_only=True)
 class SwitchFormat(Action):
-    """Quantise the weights of some layers in another format from this step on.
+    """Quantize the weights of some layers in another format from this step on.
 
     Scales are derived anew, weights stored on a grid are snapped to the new one (nearest even), the
     optimizer's moments stay as they are. An optimizer that lands on grids by itself has a method
@@ -268,7 +262,7 @@ class SwitchFormat(Action):
     """
 
     layers: str
-    """Regex over full module paths of quantised Linears."""
+    """Regex over full module paths of quantized Linears."""
     to: str
     """The name of a registered format, or `none`: high precision."""
 
@@ -276,9 +270,6 @@ class SwitchFormat(Action):
 @attrs.frozen(kw_only=True)
 class Stop(Action):
     """End the run after writing what there is; its outcome is `stopped`."""
-
-
-# --- what optimizers, stiffness formulas and data sets are given and give ------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -292,7 +283,7 @@ class OptimizerInputs:
     registry: Registry
     """Where other components, such as a stiffness formula, are looked up."""
     storage: str = "master"
-    """Where quantised weights live: `master` or `grid`."""
+    """Where quantized weights live: `master` or `grid`."""
     storage_rounding: str = "nearest_even"
     bound: float = 0.0
     """Limit on |w| as a multiple of the tensor's initial rms; 0: none."""
@@ -371,7 +362,7 @@ class CellResult:
     cell: str
     outcome: str
     """`finished`, `skipped` (was finished before), `busy` (another process runs it), `stopped`,
-    `failed` or `interrupted`."""
+    `failed`, `interrupted` or `terminated`."""
     message: str = ""
 
 
@@ -384,9 +375,6 @@ class Executor(Protocol):
         `run_cell` is picklable and may be called in another process.
         """
         ...
-
-
-# --- the hooks -----------------------------------------------------------------------------------------
 
 
 class Hooks:

@@ -6,6 +6,7 @@ A run that goes on needs neither: its checkpoint holds the weights, and the run 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from altgrad_core.quantize_options import QuantizeOptions
 from altgrad_core.quantizer import WeightQuantizer
 from altgrad_core.recipe import recipe_from
 from altgrad_core.record import CHECKPOINTS, RunFolder, differences
-from altgrad_core.registry import Registry, UsageError, listed
+from altgrad_core.registry import Registry, UsageError
 from altgrad_core.step_folders import of_steps
 from altgrad_core.terminal import Terminal
+from altgrad_core.wording import listed
 
 LABEL_OPTIONS = ("labels", "label_count")
 """Options of [data] that say, with the plugin, what a classifier's outputs mean."""
@@ -48,16 +50,13 @@ def prepare(
     round_linears(model, experiment, registry)
 
 
-# --- another run's weights -----------------------------------------------------------------------------
-
-
 def take_weights(model: nn.Module, experiment: Experiment, tokenizer: str, terminal: Terminal) -> None:
     """Load the newest whole checkpoint of the run `init_from`, whatever its formats were.
 
     The trunk must be the same. The head is taken too where it answers the same question; else it starts
     afresh, and that is said.
     """
-    source = Path(experiment.init_from).expanduser()
+    source = Path(os.path.expanduser(experiment.init_from))
     saved, passed_over = checkpoint.newest(source / CHECKPOINTS)
     for reason in passed_over:
         terminal.warning(reason)
@@ -137,9 +136,6 @@ def _misfits(
 
 def _tokens(data: Mapping[str, Any]) -> str:
     return f"tokenizer {data['tokenizer']} on {data['plugin']}"
-
-
-# --- rounded to a grid ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()

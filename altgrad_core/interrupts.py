@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM outside of training, which answers them itself: they unwind the command, but no import.
+"""What SIGINT and SIGTERM do: they unwind a command, but no import; they ask a run, or a grid, for its end.
 
 A handler that raises while a module is imported may not be heard: start-up code in C (torch's, which imports
 numpy) swallows the exception and goes on with half a module, other code turns it into an ImportError. A
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
@@ -18,6 +18,15 @@ _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 _A_MOMENT = 0.05
 """Seconds until a signal that found an import is sent again."""
+
+
+OUTCOMES: Mapping[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""Signal to the outcome that it asks for."""
+
+ASKED = tuple(OUTCOMES.values())
+"""Outcomes of what a signal has ended."""
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 class Terminated(BaseException):
@@ -38,6 +47,40 @@ def answered(command: Callable[[], int]) -> int:
 def _ended(outcome: str, code: int) -> int:
     print(f"{outcome}; a run goes on from its newest checkpoint, if it has one", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[int, Handler]) -> Iterator[bool]:
+    """Have signals answered by these handlers inside, and afterwards by those that did before.
+
+    Yields whether they are: outside of the main thread signals are somebody else's.
+    """
+    before = {}
+    with contextlib.suppress(ValueError):
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield bool(before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def collected(pass_on: Callable[[], object] = lambda: None) -> Iterator[list[str]]:
+    """Collect the outcomes that SIGINT and SIGTERM ask for inside; a second SIGINT raises KeyboardInterrupt.
+
+    pass_on: called at each of them.
+    """
+    asked: list[str] = []
+
+    def collect(number: int, _: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # it waits for no checkpoint
+        asked.append(OUTCOMES[number])
+        pass_on()
+
+    with handling(dict.fromkeys(OUTCOMES, collect)):
+        yield asked
 
 
 @contextlib.contextmanager
@@ -62,21 +105,13 @@ def unwinding() -> Iterator[None]:
         else:
             signal.raise_signal(waiting.pop())  # by now it may be training that answers
 
-    handlers = {number: unwind for number in raised if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        before = {
-            number: signal.signal(number, handler)
-            for number, handler in {**handlers, signal.SIGALRM: send_again}.items()
-        }
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    heard = [number for number in raised if signal.getsignal(number) != signal.SIG_IGN]
+    with handling({**dict.fromkeys(heard, unwind), signal.SIGALRM: send_again}) as ours:
+        try:
+            yield
+        finally:
+            if ours:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
@@ -86,17 +121,11 @@ def held() -> Iterator[None]:
     For calls into libraries that take what a handler raises for an error of their own.
     """
     waiting: list[int] = []
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    numbers = [number for number in OUTCOMES if callable(signal.getsignal(number))]
     try:
-        before = {number: signal.signal(number, lambda one, _: waiting.append(one)) for number in numbers}
-    except ValueError:  # not the main thread: handlers do not run here
-        yield
-        return
-    try:
-        yield
+        with handling(dict.fromkeys(numbers, lambda one, _: waiting.append(one))):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for one in waiting:
             signal.raise_signal(one)
 

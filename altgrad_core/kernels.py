@@ -109,12 +109,15 @@ def not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments
     As torch.compiler.disable, which would import the compiler, for a second.
     """
 
+    @functools.cache
+    def disabled() -> Callable[_Arguments, _Result]:
+        return sys.modules["torch._dynamo"].disable(function)  # type: ignore[no-any-return]
+
     @functools.wraps(function)
     def call(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is None or not hasattr(dynamo, "disable"):
+        if not hasattr(sys.modules.get("torch._dynamo"), "disable"):  # not imported, or only just so far
             return function(*arguments, **keywords)
-        return dynamo.disable(function)(*arguments, **keywords)  # type: ignore[no-any-return]
+        return disabled()(*arguments, **keywords)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call

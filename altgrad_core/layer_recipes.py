@@ -21,11 +21,11 @@ from altgrad_core.rules import WIDEST_GRID_BITS, Rule, first_match
 
 @attrs.frozen(kw_only=True)
 class LayerRecipes:
-    """What one Linear becomes; None is left alone. `storage` and `geometry` are the weight's."""
+    """What one Linear becomes; None is left alone. `storage` and `covered` are the weight's."""
 
     weights: Recipe | None = None
     storage: str | None = None
-    geometry: bool = True
+    covered: bool = True
     activations: Recipe | None = None
     gradients: Recipe | None = None
 
@@ -36,10 +36,11 @@ class LayerRecipes:
     @property
     def of_weight(self) -> tuple[Any, ...]:
         """What Linears that share a Parameter must agree on."""
-        return self.weights, self.storage, self.geometry
+        return self.weights, self.storage, self.covered
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether surgery may choose a module: an `nn.Linear`, none of its subclasses, or a Conv1D."""
     return type(module) is nn.Linear or is_conv1d(module)
 
 
@@ -108,11 +109,11 @@ def _ruled(
             "the rule's storage out"
         )
     wide = weights is not None and weights.format.bits > WIDEST_GRID_BITS
-    geometry = not shared and (not wide or rule.storage is not None)
+    covered = not shared and (not wide or rule.storage is not None)
     return LayerRecipes(
         weights=weights,
-        storage=rule.storage if geometry else "master",
-        geometry=geometry,
+        storage=rule.storage if covered else "master",
+        covered=covered,
         activations=_of_rule(rule.activations, flows.activations),
         gradients=_of_rule(rule.gradients, flows.gradients),
     )

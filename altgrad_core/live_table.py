@@ -20,6 +20,7 @@ import rich.live
 import rich.table
 
 from altgrad_core.record import LOCK, METRICS, SUMMARY, read_json
+from altgrad_core.validation_metrics import LOSS
 
 _REFRESHES = 1.0
 """Looks at the folders a second."""
@@ -68,7 +69,7 @@ class LiveTable:
 
 
 def _numbers(line: Mapping[str, Any]) -> tuple[str, ...]:
-    forms = {"train/loss": ".4f", "time/tokens_per_second": ",.0f", "validation/loss": ".4f"}
+    forms = {"train/loss": ".4f", "time/tokens_per_second": ",.0f", LOSS: ".4f"}
     return tuple(f"{line[name]:{form}}" if name in line else "" for name, form in forms.items())
 
 

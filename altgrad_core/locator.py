@@ -12,11 +12,12 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import tomli
 
-Path = tuple[str | int, ...]
-"""Keys are strings, positions in arrays integers: `("quantize", "rule", 0, "format")`."""
+if TYPE_CHECKING:
+    from altgrad_core.options import Path
 
 _BLANK = re.compile(r"(?:[ \t\r\n,]|#[^\n]*)*")
 _EQUALS = re.compile(r"[ \t]*=[ \t]*")

@@ -18,14 +18,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from altgrad_core import checkpoint, run_checkpoint
+from altgrad_core import checkpoint, interrupts, run_checkpoint
 from altgrad_core.deciding import decision, skips_update
 from altgrad_core.forward import autocast, micro_batches
 from altgrad_core.hookspecs import ClipGradients, ScaleLearningRate, Stop
 from altgrad_core.measuring import ends_epoch, evaluate, last_evaluation, log, log_epoch
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.run_state import Run
 from altgrad_core.step_seen import keep_scales, watch
-from altgrad_core.surgery import held_weights, quantizer_of
+from altgrad_core.surgery import held_weights
 from altgrad_core.watched import Watched
 from altgrad_core.watching import call_each, due_monitors, observe_after, observe_skipped
 
@@ -163,9 +164,6 @@ def _checkpoint(run: Run) -> None:
     run_checkpoint.save(run)
 
 
-# --- the process around the loop ---------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _seeded(run: Run) -> Iterator[None]:
     """Dropout draws from the global generators: seed them for the run, and give them back afterwards."""
@@ -186,29 +184,11 @@ def _signals(run: Run) -> Iterator[list[str]]:
 
     How long a step takes in which the process is stopped is not known: it is left out of all times.
     """
-    asked: list[str] = []
-
-    def interrupt(_: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append("interrupted")
-
-    def terminate(_: int, frame: FrameType | None) -> None:
-        asked.append("terminated")
 
     def go_on(_: int, frame: FrameType | None) -> None:
         run.interval.lose_time()
         for watched in run.monitors:
             watched.seconds = math.nan
 
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGCONT: go_on}
-    try:
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not the main thread: signals are somebody else's
+    with interrupts.handling({signal.SIGCONT: go_on}), interrupts.collected() as asked:
         yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -132,6 +132,8 @@ typedef void (*Moves)(const float *x, const float *down, const int32_t *draws, f
 typedef void (*Spacings)(const float *x, float *spacings, int32_t n, float scale, const void *context);
 typedef void (*Quantize)(const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
                          const Keys *keys, const void *context);
+typedef void (*Steps)(const float *before, const float *now, int32_t *same, float *shares, int32_t n, float scale,
+                      const void *context);
 
 /* --- weights that land on their grids: altgrad_core/landing.c --------------------------------------------------- */
 

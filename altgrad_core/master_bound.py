@@ -46,10 +46,10 @@ class MasterBound:
             row.write(torch.minimum(torch.maximum(row.of(weights), -limit), limit), weights)
 
     def follow_formats(self) -> None:
-        """Limit the quantised masters of a format that optimizers see, and what never had a format."""
+        """Limit the quantized masters of a format that optimizers see, and what never had a format."""
         quantizers = [quantizer_of(weight) for weight in self.weights]
         self.bounded = [
-            never if one is None else one.geometry and not one.on_grid
+            never if one is None else one.covered and not one.on_grid
             for one, never in zip(quantizers, self._without_format, strict=True)
         ]
 

@@ -16,6 +16,8 @@ from altgrad_core.intervals import Epoch, Interval
 from altgrad_core.not_finite import Signs
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights
+from altgrad_core.untouched import streams_kept
+from altgrad_core.validation_metrics import LOSS
 from altgrad_core.watching import call_each
 
 
@@ -28,7 +30,7 @@ def evaluate(run: Run, batches: int | None = None) -> dict[str, float]:
     scores = run.task.scores()
     count = run.experiment.train.eval_batches if batches is None else batches
     run.model.eval()
-    with held_weights(run.model):
+    with streams_kept(run.device), held_weights(run.model):  # formats of others may draw from the streams
         for inputs, targets in evaluation_batches(run, count):
             with autocast(run):
                 logits, loss = run.compiled(inputs, targets)
@@ -59,16 +61,15 @@ def log(run: Run, evaluated: Mapping[str, float], last: Mapping[str, float] | No
         values["train/gradient_norm"] = interval.norms[-1]
         values["train/clipped_steps"] = torch.stack(interval.clipped).sum()
         values |= _epoch(run, interval, signs)
-    values |= {name: value for name, value in run.observed.items() if name in run.unlogged}
-    run.unlogged.clear()
+    values |= run.observed.take_unlogged()
     line = _read(run, values, signs)
     line |= {**evaluated, **(last or {})}
     if interval.losses:
         line["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
     line |= _timings(run, interval)
     run.last |= line
-    loss = evaluated.get("validation/loss", math.inf)
-    improved = loss < run.best.get("validation/loss", math.inf)
+    loss = evaluated.get(LOSS, math.inf)
+    improved = loss < run.best.get(LOSS, math.inf)
     if improved:
         run.best = {"step": run.step, **evaluated}
     run.folder.metrics(run.step, line)

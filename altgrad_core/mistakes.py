@@ -45,4 +45,5 @@ class Mistakes:
 
 
 def one_line(text: str) -> str:
+    """Return a message without its line breaks."""
     return " ".join(text.splitlines())

@@ -34,7 +34,7 @@ IGNORED = -1
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension, whose bias can be left out."""
+    """Layer normalization over the last dimension, whose bias can be left out."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()

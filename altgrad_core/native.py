@@ -64,9 +64,13 @@ class BlockLoops:
         quantize  (const float *x, float *out, int32_t n, uint32_t first, float scale, float low, float high,
                    const Keys *keys, const void *context), as `Format.fake_quantize`, saturating:
                    element i takes the number first + i of the keys' stream; keys NULL: to nearest even
+        steps     (const float *before, const float *now, int32_t *same, float *shares, int32_t n,
+                   float scale, const void *context): min(1, |now - before| over the spacing at before), to
+                   float32's precision; and in `same`, unless it is NULL, -1 where both times the scale have
+                   one rung, or are NaN, else 0
 
     They give the bits of `Format.rung`, `from_rung`, `spacing` and `fake_quantize`; the rung of NaN may be
-    anything. `context` is the address of what they need, `owner` keeps it alive.
+    anything, but for `same`. `context` is the address of what they need, `owner` keeps it alive.
     """
 
     rungs: int
@@ -74,6 +78,7 @@ class BlockLoops:
     moves: int
     spacings: int
     quantize: int
+    steps: int
     context: int
     owner: object = attrs.field(repr=False)
 
@@ -199,7 +204,7 @@ def too_few_for_threads(sizes: Sequence[int]) -> bool:
 
 def block_loops(loops: ctypes.CDLL, context: Tensor, owner: object = None) -> BlockLoops:
     """Return the functions `block_rungs`, ... of a compiled file, for the context that a tensor holds."""
-    names = "rungs", "values", "moves", "spacings", "quantize"
+    names = "rungs", "values", "moves", "spacings", "quantize", "steps"
     addresses = {name: entry(loops, f"block_{name}") for name in names}
     return BlockLoops(**addresses, context=context.data_ptr(), owner=(context, owner))
 
@@ -231,6 +236,13 @@ def library(source: Path) -> ctypes.CDLL | None:
                 reason = f"{compiler} cannot compile {source.name}: {_said(error)}"
     _warn(reason)
     return None
+
+
+def in_use(loops: ctypes.CDLL | None) -> ctypes.CDLL:
+    """Return a compiled file. Raises RuntimeError for None: who calls a loop asks first if there is one."""
+    if loops is None:
+        raise RuntimeError("there is no compiled loop; ask `serves` first")
+    return loops
 
 
 @functools.cache
@@ -290,11 +302,11 @@ def _whole(path: Path) -> bool:
 
 def _folder() -> Path | None:
     """Return the cache's folder for compiled loops; None where it cannot be written."""
-    folder = default_cache() / "native"
     try:
+        folder = default_cache() / "native"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None  # a read-only home: compile for this process alone
+        return None  # no home, or a read-only one: compile for this process alone
     return folder if os.access(folder, os.W_OK) else None
 
 

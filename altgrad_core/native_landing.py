@@ -19,7 +19,7 @@ from altgrad_core.random_bits import stream_state
 
 _SOURCE = Path(__file__).with_name("landing.c")
 
-_BEFORE, _INTENDED, _ONLOOKERS = 1, 2, 8  # columns of a row, the struct Weight
+_BEFORE, _INTENDED, _ELEMENTS, _ONLOOKERS = 1, 2, 7, 8  # columns of a row, the struct Weight
 
 Onlooker = tuple[int, int]
 """Addresses of a C function of the type Look in loops.h, and of its context, for one weight."""
@@ -159,6 +159,6 @@ def _made(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScal
         rows=torch.tensor(list(rows.values()), dtype=torch.int64, device="cpu"),
         ranges=torch.tensor(ranges, dtype=torch.float64, device="cpu"),
         done=torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
-        split=bool(rows) and native.too_few_for_threads([row[-1] for row in rows.values()]),
+        split=bool(rows) and native.too_few_for_threads([row[_ELEMENTS] for row in rows.values()]),
         owners=owners,
     )

@@ -64,7 +64,9 @@ def cells(x: Tensor, slots: Tensor, last: int) -> Tensor:
     """Return the int32 cell of each element; `last` for NaN."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.int32, device="cpu")
-    _in_use().cells(native.address(x), native.address(out), x.numel(), native.address(slots), last)
+    native.in_use(_loops()).cells(
+        native.address(x), native.address(out), x.numel(), native.address(slots), last
+    )
     return out
 
 
@@ -76,7 +78,7 @@ def stochastic_cells(
     out = torch.empty(x.shape, dtype=torch.int32, device="cpu")
     addresses = [native.address(one) for one in (values, gaps, keys)]
     cells_of = native.address(x), native.address(out), x.numel(), native.address(slots), last
-    _in_use().stochastic_cells(*cells_of, *addresses)
+    native.in_use(_loops()).stochastic_cells(*cells_of, *addresses)
     return out
 
 
@@ -88,7 +90,7 @@ def quantize(x: Tensor, scale: Tensor | None, limit: Tensor | None, slots: Tenso
     low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
     sizes = scales.numel(), x.numel() // scales.numel()
     addresses = [native.address(one) for one in (scales, slots, outputs)]
-    _in_use().quantize(
+    native.in_use(_loops()).quantize(
         native.address(x), native.address(out), *sizes, addresses[0], low, high, *addresses[1:]
     )
     return out
@@ -99,7 +101,7 @@ def decode(codes: Tensor, values: Tensor) -> Tensor:
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     pointers = native.address(codes), native.address(out)
-    _in_use().decode(*pointers, codes.numel(), native.address(values), len(values))
+    native.in_use(_loops()).decode(*pointers, codes.numel(), native.address(values), len(values))
     return out
 
 
@@ -118,10 +120,3 @@ def block_loops(
     tables = nearest, inward, outputs, values, gaps, counts
     context = torch.tensor([table.data_ptr() for table in tables], dtype=torch.int64, device="cpu")
     return native.block_loops(loops, context, owner=tables)
-
-
-def _in_use() -> ctypes.CDLL:
-    loops = _loops()
-    if loops is None:
-        raise RuntimeError("there is no compiled loop; ask `serves` first")
-    return loops

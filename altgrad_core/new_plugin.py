@@ -10,7 +10,9 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
-from altgrad_core.registry import CORE_DISTRIBUTION, RESERVED, UsageError, shown
+from altgrad_core.plugin_contract import RESERVED
+from altgrad_core.registry import CORE_DISTRIBUTION, UsageError, discover
+from altgrad_core.wording import listed, shown
 
 TEMPLATES = Path(__file__).with_name("templates")
 """A folder for each kind, and what all share; `$module` and the like stand for a package's own names."""
@@ -21,7 +23,8 @@ _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 def write(distribution: str, kind: str, into: Path = Path()) -> Path:
     """Write the package of a distribution with one component of a kind, and return its folder.
 
-    Raises UsageError for a name that no distribution can have, and where the folder is there already.
+    Raises UsageError for a name that is taken or that no distribution can have, and where the folder is there
+    already or cannot be written.
     """
     names = names_of(distribution, kind)
     folder = into / distribution
@@ -29,8 +32,12 @@ def write(distribution: str, kind: str, into: Path = Path()) -> Path:
         raise UsageError(f"{folder}: is there already; choose another name, or another folder with --into")
     for path, template in files(names["module"], kind).items():
         text = string.Template((TEMPLATES / template).read_text()).substitute(names)
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
+        try:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}; choose another folder with --into"
+            raise UsageError(f"{folder}: {reason}") from error
     return folder
 
 
@@ -51,6 +58,11 @@ def names_of(distribution: str, kind: str) -> Mapping[str, str]:
     name = bare.upper() if kind == "format" else bare
     if name in RESERVED.get(kind, ()):
         raise UsageError(f"the {kind} {name!r} means 'leave it alone'; choose another name")
+    if owners := [one.owner for one in discover().of_kind(kind) if one.name == name]:
+        raise UsageError(
+            f"a {kind} {name!r} is installed already, by {listed(owners)}; choose another name than "
+            f"{distribution!r}"
+        )
     core = importlib.metadata.version(CORE_DISTRIBUTION)
     return {"distribution": distribution, "module": module, "name": name, "kind": kind, "core": core}
 

@@ -13,9 +13,12 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from altgrad_core import patterns
-from altgrad_core.registry import RESERVED, Registry, shown
+from altgrad_core.plugin_contract import RESERVED
+from altgrad_core.registry import PluginError, Registry
+from altgrad_core.wording import shown
 
 Path = tuple[str | int, ...]
+"""Of an option; keys are strings, positions in lists integers: `("quantize", "rule", 0, "format")`."""
 
 UNQUANTIZED_NAMES = RESERVED["format"]
 """Format names that mean: leave it alone."""
@@ -85,9 +88,6 @@ def written(value: Any) -> str:
     return str(value)
 
 
-# --- options that name a plugin ----------------------------------------------------------------------
-
-
 @attrs.frozen
 class Choice:
     """A component chosen by name, with its options. In a file: a name, or a table with `plugin`."""
@@ -102,6 +102,11 @@ class Choice:
         found = registry.find(self.kind, self.plugin)
         return found.build(found.component.options() if self.options is None else self.options, *inputs)
 
+    @property
+    def bare_name(self) -> str:
+        """The name without the distribution that may stand in front of it: metrics go by this one."""
+        return self.plugin.rpartition(":")[2]
+
     def title(self, registry: Registry) -> str:
         """Return what errors call the component."""
         return registry.find(self.kind, self.plugin).title
@@ -115,22 +120,32 @@ class Choice:
 
 
 class OptimizerChoice(Choice):
+    """What moves the weights."""
+
     kind = "optimizer"
 
 
 class MonitorChoice(Choice):
+    """What watches a run."""
+
     kind = "monitor"
 
 
 class FallbackChoice(Choice):
+    """What decides when something is wrong."""
+
     kind = "fallback"
 
 
 class DatasetChoice(Choice):
+    """What is read."""
+
     kind = "dataset"
 
 
 class ExecutorChoice(Choice):
+    """How the cells of a grid are run."""
+
     kind = "executor"
 
 
@@ -175,8 +190,14 @@ class StiffnessChoice(Choice):
     geometry: GeometryOptions = GeometryOptions()
 
     def build(self, registry: Registry, *inputs: Any) -> Any:
-        """Return the formula; where the core's options ask for it, inside of a `Geometry`."""
+        """Return the formula; where the core's options ask for it, inside of a `Geometry`.
+
+        Raises PluginError for what is none.
+        """
         formula = super().build(registry, *inputs)
+        if not callable(formula):
+            kind = type(formula).__name__
+            raise PluginError(f"{self.title(registry)} is no formula but {kind}: mend its plugin")
         if self.geometry == GeometryOptions():
             return formula
         from altgrad_core.lookup import format_or_none  # these import torch
@@ -187,9 +208,6 @@ class StiffnessChoice(Choice):
 
     def plain_options(self) -> dict[str, Any]:
         return {**super().plain_options(), **plain(self.geometry)}
-
-
-# --- validators that say what they want --------------------------------------------------------------
 
 
 def at_least(lowest: float) -> Callable[[Any, Any, Any], None]:

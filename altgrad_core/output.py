@@ -1,8 +1,9 @@
-"""Standard output that cannot be written: into a file on a full disk, into a pipe that nobody reads."""
+"""Standard output that cannot be written: full disks, pipes that nobody reads, characters it has not."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -47,7 +48,10 @@ def told() -> Iterator[None]:
 
     After either, nothing more is written: Python would say the same again at its exit.
     """
-    stream = sys.stdout
+    stream: TextIO | None = sys.stdout
+    if stream is None:  # closed before the command began: print says nothing then
+        yield
+        return
     try:
         with contextlib.redirect_stdout(_Told(stream)):
             yield
@@ -55,6 +59,12 @@ def told() -> Iterator[None]:
     except (WriteError, BrokenPipeError):
         _discard(stream)
         raise
+
+
+def escape() -> None:
+    """Have standard output show what it cannot encode, the name of a folder perhaps, by its number."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _discard(stream: TextIO) -> None:

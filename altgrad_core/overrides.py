@@ -18,8 +18,9 @@ import tomli
 
 from altgrad_core.experiment import DATA_KEYS
 from altgrad_core.options import Path
-from altgrad_core.registry import UsageError, shown
+from altgrad_core.registry import UsageError
 from altgrad_core.structuring import Problem
+from altgrad_core.wording import shown
 
 DEEPEST = 20
 """Tables and lists inside of one another that an experiment may have; real ones have four."""

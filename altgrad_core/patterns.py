@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+from altgrad_core import interrupts
+
 NAMES = ("transformer.h.11.attn.c_attn.weight", "transformer.h.11.mlp.c_proj", "lm_head")
 """What a pattern is tried on before a model is known; they are nanoGPT's longest."""
 
@@ -65,16 +67,14 @@ def _ends_within(seconds: float, call: Callable[[], object]) -> bool:
     def stop(_: int, frame: Any) -> None:
         raise _TooLongError
 
-    try:
-        before = signal.signal(signal.SIGVTALRM, stop)
-    except ValueError:
-        return True
-    try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        call()
-    except _TooLongError:
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+    with interrupts.handling({signal.SIGVTALRM: stop}) as ours:
+        if not ours:
+            return True
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            call()
+        except _TooLongError:
+            return False
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     return True

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from altgrad_core import token_cache, tokenizers
 from altgrad_core.hookspecs import Document, TextSource, TokenSource
+from altgrad_core.registry import PluginError
 from altgrad_core.token_cache import Contents, Writer
+from altgrad_core.wording import shown
 
 SPLITS = ("train", "validation")
 
@@ -135,9 +137,6 @@ def _documents(contents: Contents, split: str) -> Documents | None:
     return Documents(ends=contents.arrays[f"{split}.ends.bin"], labels=contents.arrays[f"{split}.labels.bin"])
 
 
-# --- text ----------------------------------------------------------------------------------------------
-
-
 @attrs.frozen(kw_only=True)
 class _Split:
     """What was seen while a split was written."""
@@ -186,6 +185,9 @@ def _identity(tokenizer: str, learnt: Sequence[Path]) -> str:
 def _read(source: TextSource, split: str, name: str) -> Iterator[tuple[Document, int]]:
     """Yield each document of a split with the length of its text in bytes."""
     for number, document in enumerate(source.documents(split), start=1):
+        if not isinstance(document, Document) or not isinstance(document.text, str):
+            seen = f"{shown(document)}, which is no Document with a text"
+            raise PluginError(f"data set {name!r}: document {number} of {split} is {seen}: mend its plugin")
         try:
             text_bytes = len(document.text.encode())
         except UnicodeEncodeError as error:
@@ -272,9 +274,6 @@ def _label_count(written: Mapping[str, _Split], name: str, declared: int) -> int
             "key that no document has"
         )
     return count
-
-
-# --- tokens --------------------------------------------------------------------------------------------
 
 
 def _write_tokens(source: TokenSource, name: str, writer: Writer) -> None:

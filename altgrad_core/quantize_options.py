@@ -17,6 +17,9 @@ from altgrad_core.partial import known
 
 UNQUANTIZED = FormatChoice("FP32")
 
+FLOWS = ("activations", "gradients")
+"""What is quantized on its way through a layer, as tables, rules and actions call it."""
+
 _WeightMode: TypeAlias = Literal["adaptive", "current", "initial", "static"]
 
 _WEIGHT_MODES: Mapping[str, tuple[_WeightMode, ...]] = {
@@ -101,7 +104,7 @@ class _FlowOptions(ScaleOptions):
 
 @attrs.frozen(kw_only=True)
 class ActivationOptions(_FlowOptions):
-    """`[quantize.activations]`: the inputs of the quantised Linears."""
+    """`[quantize.activations]`: the inputs of the quantized Linears."""
 
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down"] = option(
         "rounding in the forward pass", default="nearest_even"
@@ -111,7 +114,7 @@ class ActivationOptions(_FlowOptions):
 
 @attrs.frozen(kw_only=True)
 class GradientOptions(_FlowOptions):
-    """`[quantize.gradients]`: the gradients of the quantised Linears' outputs."""
+    """`[quantize.gradients]`: the gradients of the quantized Linears' outputs."""
 
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic"] = option(
         "rounding in the backward pass", default="nearest_even"
@@ -147,10 +150,10 @@ class QuantizeOptions(ScaleOptions):
 
     format: FormatChoice = option(
         "a name, or {exponent_bits, mantissa_bits, bias, specials}; FP32: the weights stay as they are, and "
-        "train at the optimizer's lr as quantised ones would"
+        "train at the optimizer's lr as quantized ones would"
     )
     storage: Literal["master", "grid"] = option(
-        "master: float32 weights, quantised in the forward pass; grid: weights live on the grid",
+        "master: float32 weights, quantized in the forward pass; grid: weights live on the grid",
         default="master",
     )
     storage_rounding: Literal["nearest_even", "stochastic", "error_feedback", "eco"] = option(
@@ -193,7 +196,7 @@ class QuantizeOptions(ScaleOptions):
             self._geometry_conflicts(),
             self._conflicts(self.scale_mode),
             *(self._off_the_grid(name) for name in ON_GRID),
-            *(self._flow_conflicts(name) for name in ("activations", "gradients")),
+            *(self._flow_conflicts(name) for name in FLOWS),
         )
 
     def _storage_conflicts(self) -> Iterator[FieldError]:
@@ -246,9 +249,11 @@ class QuantizeOptions(ScaleOptions):
             )
 
     def _rules_onto_the_grid(self) -> Iterator[int]:
-        for index, rule in enumerate(self.rule):
-            if rule.storage == "grid" and not (rule.format or self.format).unquantized:
-                yield index
+        return (index for index, rule in enumerate(self.rule) if self.is_onto_the_grid(rule))
+
+    def is_onto_the_grid(self, rule: RuleOptions) -> bool:
+        """Whether a rule asks for the grid itself, of weights that have a format."""
+        return rule.storage == "grid" and not (rule.format or self.format).unquantized
 
 
 def conflicts(

@@ -1,8 +1,8 @@
-"""Linears that quantise: what `surgery` turns a model's Linears into.
+"""Linears that quantize: what `surgery` turns a model's Linears into.
 
-Three quantisers, each of which may be absent: of the weight, of the input activations, of the output's
+Three quantizers, each of which may be absent: of the weight, of the input activations, of the output's
 gradient. The forward pass is Q_a(input) @ Q_w(weight)^T + bias; since the gradient of its output comes back
-quantised, both products of the backward pass see it so.
+quantized, both products of the backward pass see it so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from altgrad_core.quantizer import WeightQuantizer
 
 
 class Quantized(nn.Module):
-    """What quantised modules share: quantisers, which follow copies and moves of the module."""
+    """What quantized modules share: quantizers, which follow copies and moves of the module."""
 
     quantizer: WeightQuantizer | None
     input_quantizer: FlowQuantizer | None
@@ -43,7 +43,7 @@ class Quantized(nn.Module):
         self._follow()  # with assign=True the weight is another Parameter now, it may be on another device
 
     def _follow(self) -> None:
-        """Let the quantisers follow the weight, which may be another, elsewhere."""
+        """Let the quantizers follow the weight, which may be another, elsewhere."""
         for one in (self.quantizer, self.input_quantizer, self.gradient_quantizer):
             if one is not None:
                 one.to(self.weight.device)
@@ -68,7 +68,7 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized, nn.Linear):
-    """An `nn.Linear` that uses the quantised weight and input, and quantises its output's gradient."""
+    """An `nn.Linear` that uses the quantized weight and input, and quantizes its output's gradient."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {described(self)}"
@@ -78,7 +78,7 @@ class QuantizedLinear(Quantized, nn.Linear):
 
 
 def forward_only(module: nn.Module, inputs: Any) -> None:
-    """Do nothing, as a hook before a quantised Linear's forward pass.
+    """Do nothing, as a hook before a quantized Linear's forward pass.
 
     Where there is a hook, `nn.TransformerEncoderLayer` calls its Linears; without one it evaluates by a fused
     kernel, which reads their weights as they are.
@@ -101,14 +101,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def quantized_class(module: nn.Module) -> type:
-    """Return the quantised subclass of a Linear's class."""
+    """Return the quantized subclass of a Linear's class."""
     conv1d: Any = type(module)
     return quantized_conv1d(conv1d) if is_conv1d(module) else QuantizedLinear
 
 
 @functools.lru_cache(maxsize=4)
 def quantized_conv1d(conv1d: type) -> type:
-    """Return the quantised subclass of Hugging Face's Conv1D: y = x @ weight + bias, weight (in, out)."""
+    """Return the quantized subclass of Hugging Face's Conv1D: y = x @ weight + bias, weight (in, out)."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         rows = self._input(x).reshape(-1, x.shape[-1])

@@ -1,6 +1,6 @@
-"""How one weight is quantised: its recipe, its scale, and the straight-through gradient.
+"""How one weight is quantized: its recipe, its scale, and the straight-through gradient.
 
-A quantiser belongs to a Parameter, not to a module: Linears that share a Parameter share its quantiser, and
+A quantizer belongs to a Parameter, not to a module: Linears that share a Parameter share its quantizer, and
 optimizers find it from the Parameter alone.
 """
 
@@ -26,7 +26,7 @@ _STORAGES = ("master", "grid", None)
 
 
 class WeightQuantizer:
-    """How one weight is quantised, and the scale of its grid.
+    """How one weight is quantized, and the scale of its grid.
 
     Attributes:
         recipe: format, granularity, rounding and the rest. Its scale follows the weight ("current"), stays
@@ -35,8 +35,8 @@ class WeightQuantizer:
             the same tensor, written in place; the grid in weight units is `format.values / scale`.
         storage: "master", "grid", or None: as whoever stores the weights decides.
         on_grid: True while something keeps the weight itself on the grid; the forward pass uses it as is.
-        geometry: False where optimizers must treat the weight as an unquantised one (a tied head, or a wide
-            format that a rule names): it is quantised in the forward pass alone.
+        covered: False where optimizers must treat the weight as an unquantized one (a tied head, or a wide
+            format that a rule names): it is quantized in the forward pass alone.
         unfitted: True where the scale has come from `meta`, without a value: the next use fits it.
         transposed: whether the weight is (in, out): channels and blocks run along the inputs in any case.
         adjustment: a power of two that multiplies whatever scale the recipe's rule finds; see `adjust`.
@@ -46,7 +46,7 @@ class WeightQuantizer:
     """
 
     def __init__(
-        self, recipe: Recipe, *, storage: str | None = None, geometry: bool = True, transposed: bool = False
+        self, recipe: Recipe, *, storage: str | None = None, covered: bool = True, transposed: bool = False
     ) -> None:
         if storage not in _STORAGES:
             raise ValueError(f"storage={storage!r} is not one of {', '.join(map(repr, _STORAGES))}")
@@ -61,7 +61,7 @@ class WeightQuantizer:
             )
         self.recipe = recipe
         self.storage = storage
-        self.geometry = geometry
+        self.covered = covered
         self.transposed = transposed
         self.on_grid = False
         self.scale = torch.ones((), dtype=torch.float32, device="cpu")
@@ -101,11 +101,11 @@ class WeightQuantizer:
         return self.recipe.scale_mode == "current" or self.unfitted
 
     def attach(self, weight: Tensor) -> None:
-        """Make the weight known as quantised by this quantiser."""
+        """Make the weight known as quantized by this quantizer."""
         setattr(weight, _ATTRIBUTE, self)
 
     def detach(self, weight: Tensor) -> None:
-        """Make the weight an unquantised one again."""
+        """Make the weight an unquantized one again."""
         if hasattr(weight, _ATTRIBUTE):
             delattr(weight, _ATTRIBUTE)
 
@@ -119,12 +119,12 @@ class WeightQuantizer:
         self.scale.copy_(adjusted(self.scale, factor))
         self.held = None
 
-    def switch(self, recipe: Recipe, *, storage: str | None, geometry: bool, weight: Tensor) -> None:
-        """Quantise the weight by another recipe from here on, under a scale fitted to it now, unadjusted.
+    def switch(self, recipe: Recipe, *, storage: str | None, covered: bool, weight: Tensor) -> None:
+        """Quantize the weight by another recipe from here on, under a scale fitted to it now, unadjusted.
 
         Off the grid, until what keeps weights there takes it up again.
         """
-        self.recipe, self.storage, self.geometry = recipe, storage, geometry
+        self.recipe, self.storage, self.covered = recipe, storage, covered
         self.on_grid, self.held, self.adjustment = False, None, 1.0
         fitted = self._fitted(weight.detach())
         if fitted.shape == self.scale.shape:
@@ -213,7 +213,7 @@ def refit(pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
 
 
 def quantizer_of(weight: Tensor) -> WeightQuantizer | None:
-    """Return the quantiser of a Parameter, None where it is not quantised."""
+    """Return the quantizer of a Parameter, None where it is not quantized."""
     return getattr(weight, _ATTRIBUTE, None)
 
 
@@ -223,5 +223,5 @@ def ranges_of(weight: Tensor) -> RangeCounts | None:
 
 
 def count_ranges(weight: Tensor, counts: RangeCounts | None) -> None:
-    """Have a Parameter's overflow in forward passes counted there, whatever quantises it; None: no more."""
+    """Have a Parameter's overflow in forward passes counted there, whatever quantizes it; None: no more."""
     setattr(weight, _RANGES, counts)

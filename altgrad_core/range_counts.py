@@ -12,10 +12,10 @@ Of x, rounded to q under the scale s, are counted
 and, over the finite elements, the largest |x| and |q| and the smallest non-zero |q| are kept.
 
 A `RangeTable` has the counters of all places of a run as two tensors on its device, one row for each place;
-a `RangeCounts` is one of the rows, and hangs on the quantiser that counts in it. A quantiser without one,
+a `RangeCounts` is one of the rows, and hangs on the quantizer that counts in it. A quantizer without one,
 which is the usual case, counts nothing and pays for nothing. The counters begin anew with each step that is
 counted, and add up over its micro-batches: `held_weights`, which is told whether it is around a training
-step, begins it. Counting reads tensors and writes counters: nothing else changes, and nothing synchronises.
+step, begins it. Counting reads tensors and writes counters: nothing else changes, and nothing synchronizes.
 On a CPU one pass of a loop in C (range_counts.c) does it; elsewhere one fused kernel.
 """
 

@@ -1,6 +1,6 @@
-"""A recipe: everything that says how one tensor is quantised, and nothing that changes.
+"""A recipe: everything that says how one tensor is quantized, and nothing that changes.
 
-Weights, activations and gradients are quantised alike, Q(x) = quantize(x*s)/s. What differs is the format,
+Weights, activations and gradients are quantized alike, Q(x) = quantize(x*s)/s. What differs is the format,
 what shares a scale, where amax comes from and how it is rounded: a `Recipe`. State (a weight's scale, an
 activation's amax history) is kept by `WeightQuantizer` and `FlowQuantizer`.
 """
@@ -22,7 +22,8 @@ from altgrad_core.format import OVERFLOWS, ROUNDINGS, Format
 from altgrad_core.lookup import format_or_none, get_format
 from altgrad_core.options import FormatChoice
 from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, conflicts
-from altgrad_core.registry import Registry, suggestion
+from altgrad_core.registry import Registry
+from altgrad_core.wording import suggestion
 
 _INWARD = ("toward_zero", "up", "down")
 """Roundings under which some finite numbers beyond an end do not overflow."""
@@ -60,7 +61,7 @@ def _is_length(_: Any, field: Any, value: int) -> None:
 
 @attrs.frozen(kw_only=True)
 class Recipe:
-    """How a tensor is quantised.
+    """How a tensor is quantized.
 
     format: a Format, or what `get_format` takes.
     granularity: what shares a scale: "tensor", "channel" (a row along the last dimension), "block" (16 or 32
@@ -173,7 +174,7 @@ def recipe_of(format: Any, options: Mapping[str, Any]) -> Recipe:
     for name in options:
         if name not in known:
             hint = suggestion(name, known) or f"; there are {', '.join(known)}"
-            raise ValueError(f"{name!r} is no option of a quantised tensor{hint}")
+            raise ValueError(f"{name!r} is no option of a quantized tensor{hint}")
     return Recipe(**{**options, "format": format})
 
 

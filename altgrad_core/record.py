@@ -8,26 +8,19 @@ Two runs never share a folder: an advisory lock (`flock`) on `.lock` says who ho
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import attrs
-
 from altgrad_core import locks
 from altgrad_core.durable import WriteError, write_whole
-from altgrad_core.experiment import Cell, Experiment
+from altgrad_core.experiment import Cell
 from altgrad_core.experiment_file import ExperimentFile
-from altgrad_core.options import Choice, FormatChoice
-from altgrad_core.registry import CORE_DISTRIBUTION, Registered, Registry, UsageError
+from altgrad_core.registry import UsageError
 
 METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "metrics.jsonl",
@@ -37,6 +30,9 @@ METRICS, EVENTS, SUMMARY, RESOLVED, EXPERIMENT = (
     "experiment.toml",
 )
 CHECKPOINTS, LOG, LOCK = "checkpoints", "log.txt", ".lock"
+
+CLOCKS = ("time/", "cost/", "memory/")
+"""How metrics begin that differ from run to run on any machine."""
 
 
 class BusyError(UsageError):
@@ -55,10 +51,7 @@ class RunFolder:
             self._take_lock()
             self._try_what_is_there()
         except OSError as error:
-            place, reason = error.filename or path, error.strerror
-            raise UsageError(
-                f"{place}: cannot be written: {reason}; choose another folder with --out"
-            ) from error
+            raise _unwritable(error.filename or path, error) from error
         self._files: dict[str, IO[str]] = {}
 
     def _try_what_is_there(self) -> None:
@@ -145,7 +138,8 @@ class RunFolder:
     def _append(self, name: str, line: str) -> None:
         with self._writing(name):
             if name not in self._files:
-                self._files[name] = (self.path / name).open("a")
+                path = self.path / name
+                self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
             self._files[name].write(line + "\n")
             self._files[name].flush()
 
@@ -163,11 +157,24 @@ class RunFolder:
             raise WriteError(f"{self.path / name}: cannot be written: {error.strerror}") from error
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UsageError where the folders of runs cannot be made in this one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(place: str | Path, error: OSError) -> UsageError:
+    return UsageError(f"{place}: cannot be written: {error.strerror}; choose another folder with --out")
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of metrics or events; a line that is torn, or has no whole step, is skipped."""
     if not path.exists():
         return
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
@@ -216,77 +223,3 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
             for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
-
-
-def resolved(file: ExperimentFile, cell: Cell, device: str) -> dict[str, Any]:
-    """Return everything a reader needs to repeat the run: options, overrides, versions, device."""
-    import torch
-
-    options = cell.experiment.plain()
-    return {
-        "experiment": str(file.path),
-        "cell": cell.name,
-        "options": options,
-        "options_hash": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest(),
-        "overrides": list(cell.in_force),
-        "device": device,
-        "device_name": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
-        "machine": platform.node(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "plugins": _versions(file),
-        "commit": _commit(),
-    }
-
-
-def _versions(file: ExperimentFile) -> dict[str, str]:
-    return {
-        CORE_DISTRIBUTION: importlib.metadata.version(CORE_DISTRIBUTION),
-        **{entry.distribution: entry.version for entry in file.registry.registered},
-    }
-
-
-def versions_in_use(experiment: Experiment, registry: Registry) -> dict[str, str]:
-    """Return the versions of the core and of the distributions whose components an experiment names."""
-    core = importlib.metadata.version(CORE_DISTRIBUTION)
-    used = components_in_use(experiment, registry)
-    return {CORE_DISTRIBUTION: core, **{entry.distribution: entry.version for entry in used}}
-
-
-def components_in_use(experiment: Experiment, registry: Registry) -> list[Registered]:
-    """Return the components that an experiment names, one twice where it does."""
-    return [
-        registry.find(choice.kind, choice.plugin)
-        for choice in _choices(experiment)
-        if not (isinstance(choice, FormatChoice) and choice.unquantized)
-    ]
-
-
-def _choices(options: Any) -> Iterator[Choice]:
-    """Yield every component that options name, at any depth."""
-    if isinstance(options, Choice):
-        yield options
-    inner = options if isinstance(options, list | tuple) else []
-    if attrs.has(type(options)):
-        inner = [getattr(options, field.name) for field in attrs.fields(type(options))]
-    for one in inner:
-        yield from _choices(one)
-
-
-def _commit() -> str | None:
-    """Return the git commit of the current folder, None outside of a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def now() -> float:
-    """Return seconds on a clock that is never set back."""
-    return time.perf_counter()

@@ -8,6 +8,7 @@ No torch is imported: a component's target is resolved only by `Registered.load`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -21,11 +22,8 @@ import attrs
 from altgrad_core import builtin, plugin_contract
 from altgrad_core.columns import aligned
 from altgrad_core.hookspecs import KINDS, Component
-from altgrad_core.plugin_contract import RESERVED as RESERVED
-from altgrad_core.plugin_contract import ContractError
-from altgrad_core.wording import listed as listed
-from altgrad_core.wording import shown as shown
-from altgrad_core.wording import suggestion as suggestion
+from altgrad_core.plugin_contract import RESERVED, ContractError
+from altgrad_core.wording import described, listed, shown, suggestion
 
 ENTRY_POINT_GROUP = "altgrad"
 WITHOUT_VARIABLE = "ALTGRAD_WITHOUT"
@@ -80,7 +78,8 @@ class Registered:
             return getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"{self.title}: its target {self.component.target!r} cannot be loaded: {_described(error)}"
+                f"{self.title}: its target {self.component.target!r} cannot be loaded: "
+                f"{described(error, module)}"
             ) from error
 
     def build(self, options: Any, *inputs: Any) -> Any:
@@ -97,7 +96,8 @@ class Registered:
         except passing:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(f"{self.title} cannot be built: {_described(error)}") from error
+            reason = described(error, self.component.target)
+            raise PluginError(f"{self.title} cannot be built: {reason}") from error
 
 
 @attrs.frozen(kw_only=True)
@@ -131,7 +131,7 @@ class Registry:
 
     def lines(self, kind: str | None = None) -> Iterator[str]:
         """Yield what is installed, of one kind or all; what is broken, in conflict or left out with why."""
-        entries = [entry for one in KINDS if kind in (None, one) for entry in self.of_kind(one)]
+        entries = self._in_order(kind)
         rows = [(entry.kind, entry.name, entry.owner, entry.component.summary) for entry in entries]
         yield from aligned(rows, indent="")
         if not entries:
@@ -143,6 +143,35 @@ class Registry:
             yield f"\nconflict: {what} is owned by {_choices(owners)}"
         if self.blocked:
             yield f"\nleft out: {listed(self.blocked)}"
+
+    def plain(self, kind: str | None = None) -> dict[str, Any]:
+        """Return what `lines` tells, for JSON."""
+        return {
+            "components": [
+                {
+                    "kind": entry.kind,
+                    "name": entry.name,
+                    "summary": entry.component.summary,
+                    "distribution": entry.distribution,
+                    "version": entry.version,
+                }
+                for entry in self._in_order(kind)
+            ],
+            "broken": [attrs.asdict(broken) for broken in self.broken],
+            "conflicts": [
+                {
+                    "kind": owners[0].kind,
+                    "name": owners[0].name,
+                    "distributions": [entry.distribution for entry in owners],
+                }
+                for owners in self.conflicts()
+            ],
+            "left_out": list(self.blocked),
+        }
+
+    def _in_order(self, kind: str | None) -> list[Registered]:
+        """Return the components of one kind or all, kind by kind."""
+        return [entry for one in KINDS if kind in (None, one) for entry in self.of_kind(one)]
 
     def of_kind(self, kind: str) -> list[Registered]:
         return [entry for entry in self.registered if entry.kind == kind]
@@ -181,6 +210,22 @@ class Registry:
             raise NotFoundError(self._not_found(kind, name))
         raise ConflictError(f"{kind} {bare!r} is owned by {_choices(owners)}")
 
+    def find_of_any_kind(self, name: str) -> list[Registered]:
+        """Return the components called `name`, or `distribution:name`: one of each kind that has it.
+
+        Raises NotFoundError where none has, ConflictError as `find` does.
+        """
+        found = []
+        for kind in KINDS:
+            with contextlib.suppress(NotFoundError):
+                found.append(self.find(kind, name))
+        if found:
+            return found
+        known = {entry.name for entry in self.registered}
+        hint = suggestion(name, sorted(known)) or "; `altgrad plugins` lists what there is"
+        broken = f"; broken plugins, where it may be: {listed(map(str, self.broken))}" if self.broken else ""
+        raise NotFoundError(f"nothing named {name!r} is installed{hint}{broken}")
+
     def _not_found(self, kind: str, name: str) -> str:
         names = sorted({entry.name for entry in self.of_kind(kind)})
         bare = name.rpartition(":")[2]
@@ -200,10 +245,6 @@ def _choices(owners: Sequence[Registered]) -> str:
     both = " and ".join(entry.owner for entry in owners)
     choices = " or ".join(f'plugin = "{entry.distribution}:{entry.name}"' for entry in owners)
     return f"{both}; say which: {choices}"
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _canonical(distribution: str) -> str:
@@ -260,10 +301,13 @@ def _metadata(distribution: importlib.metadata.Distribution, key: str) -> str:
 
 def _load(plugin: importlib.metadata.Distribution) -> Registry:
     distribution, version = _metadata(plugin, "Name"), _metadata(plugin, "Version")
+    module = ""
     try:
-        return _collected(_entry_point(plugin).load(), distribution, version)
+        point = _entry_point(plugin)
+        module = point.module
+        return _collected(point.load(), distribution, version)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others must work
-        reason = str(error) if isinstance(error, ContractError) else _described(error)
+        reason = str(error) if isinstance(error, ContractError) else described(error, module)
         one_line = " ".join(reason.split())
         return Registry(broken=(Broken(distribution=distribution, version=version, reason=one_line),))
 

@@ -101,8 +101,6 @@ class Row:
         if not (self.alone and tensors[0].is_contiguous()):
             self.write(row, tensors)
 
-    # --- one number for each tensor ------------------------------------------------------------------
-
     def amax(self, row: Tensor) -> Tensor:
         """Return the largest magnitude of each tensor: (n,) float64, NaN where it holds NaN."""
         return scaling.amax(self.parts(row))

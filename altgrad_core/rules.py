@@ -14,11 +14,11 @@ import attrs
 from altgrad_core import patterns
 from altgrad_core.options import FieldError, FormatChoice
 from altgrad_core.quantize_options import UNQUANTIZED
-from altgrad_core.registry import Registry, listed
+from altgrad_core.registry import Registry
+from altgrad_core.wording import listed
 
 if TYPE_CHECKING:
-    from altgrad_core.experiment import QuantizeOptions
-    from altgrad_core.quantize_options import RuleOptions
+    from altgrad_core.quantize_options import QuantizeOptions, RuleOptions
     from altgrad_core.shapes import Architecture
 
 WIDEST_GRID_BITS = 8
@@ -74,7 +74,7 @@ class LayerPlan:
 
     format: FormatChoice
     storage: str
-    geometry: bool = True
+    covered: bool = True
     activations: FormatChoice = UNQUANTIZED
     gradients: FormatChoice = UNQUANTIZED
 
@@ -86,7 +86,7 @@ class LayerPlan:
 def plan(
     quantize: QuantizeOptions, layers: Collection[str], tied: Collection[str], registry: Registry
 ) -> dict[str, LayerPlan]:
-    """Return the plan of every Linear that is quantised, by module path.
+    """Return the plan of every Linear that is quantized, by module path.
 
     `tied` are the Linears whose Parameter an embedding shares: left alone unless a rule names them, and
     then stored as master. Raises FieldError for a rule that matches nothing or asks for what cannot be.
@@ -105,7 +105,7 @@ def covered(
     They are those that take the format of [quantize], FP32 too, or a narrow one of a rule's. So what changes
     the format alone changes how the same weights are stored, and not which weights train by which rule.
     """
-    return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.geometry]
+    return [layer for layer, found in _plans(quantize, layers, tied, registry) if found.covered]
 
 
 def on_the_grid(
@@ -141,9 +141,8 @@ def problems(
             yield FieldError(at, no_match(rule.layers, layers, "layer"))
         elif index not in matched.values():
             yield FieldError(at, f"is never reached: earlier rules match every layer of {rule.layers!r}")
-        on_grid = rule.storage == "grid" and not (rule.format or quantize.format).unquantized
         for layer in tied:
-            if on_grid and matched.get(layer) == index:
+            if quantize.is_onto_the_grid(rule) and matched.get(layer) == index:
                 yield FieldError(
                     ("rule", index, "storage"),
                     f"{layer!r} shares its weight with the embedding and cannot live on the grid; "
@@ -178,10 +177,10 @@ def _layer_plan(quantize: QuantizeOptions, index: int | None, tied: bool, regist
         (rule and rule.activations) or quantize.activations.format,
         (rule and rule.gradients) or quantize.gradients.format,
     )
-    geometry = rule is None or (not tied and covers(rule, registry))
-    inherited = quantize.storage if geometry else "master"
+    is_covered = rule is None or (not tied and covers(rule, registry))
+    inherited = quantize.storage if is_covered else "master"
     storage = "master" if format.unquantized else (rule and rule.storage) or inherited
-    return LayerPlan(format, storage, geometry, *flows)
+    return LayerPlan(format, storage, is_covered, *flows)
 
 
 def bits(format: FormatChoice, registry: Registry) -> int:

@@ -15,12 +15,14 @@ from torch import Tensor
 from altgrad_core import actions, checkpoint
 from altgrad_core.groups import geometry_kept, without_geometry
 from altgrad_core.intervals import Epoch, Interval
-from altgrad_core.record import differences, versions_in_use
+from altgrad_core.observed import Observed
+from altgrad_core.provenance import versions_in_use
+from altgrad_core.record import differences
 from altgrad_core.registry import UsageError
 from altgrad_core.run_state import Run
 from altgrad_core.state_tree import pack
 from altgrad_core.surgery import quantized_flows
-from altgrad_core.watched import PluginFailure, Watched
+from altgrad_core.watched import PluginFailure
 
 
 def save(run: Run, name: str | None = None) -> None:
@@ -45,9 +47,6 @@ def load(run: Run, saved: checkpoint.Checkpoint) -> None:
     checkpoint.set_random_state(state["random"])  # the last of all: what loads may draw
     if changed := differences(state["machine"], _machine(run)):
         run.warn(f"{'; '.join(changed)}: results may differ in bits from a run without a pause")
-
-
-# --- what was run ------------------------------------------------------------------------------------
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -95,9 +94,6 @@ def _shapes(model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(one.shape) for name, one in model.items()}
 
 
-# --- what the next step follows from -----------------------------------------------------------------
-
-
 def _training(run: Run) -> dict[str, Any]:
     return {
         "optimizer": _optimizer_state(run),
@@ -141,9 +137,6 @@ def _load_training(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.lr_factor = state["lr_factor"]
 
 
-# --- what has been counted and reported --------------------------------------------------------------
-
-
 def _progress(run: Run) -> dict[str, Any]:
     return {
         "step": run.step,
@@ -155,9 +148,7 @@ def _progress(run: Run) -> dict[str, Any]:
         "action_counts": run.action_counts,
         "looked": [watched.name for watched in run.monitors if watched.looked],
         "reported": {watched.name: watched.reported for watched in run.monitors},
-        "observed": run.observed,
-        "fresh": sorted(run.fresh),
-        "unlogged": sorted(run.unlogged),
+        **run.observed.state_dict(),
         "epoch": run.epoch.state_dict(),
         "interval": run.interval.state_dict(),
     }
@@ -170,20 +161,13 @@ def _load_progress(run: Run, state: Mapping[str, Any]) -> None:
     if run.message:
         run.outcome = "stopped"
     run.action_counts = {policy: dict(kinds) for policy, kinds in state["action_counts"].items()}
-    run.observed = {
-        name: value.to(run.device) if isinstance(value, Tensor) else value
-        for name, value in state["observed"].items()
-    }
-    run.fresh, run.unlogged = set(state["fresh"]), set(state["unlogged"])
+    run.observed = Observed.of(state, run.device)
     run.epoch = Epoch.of(state["epoch"], run.device)
     run.interval = Interval.of(state["interval"], run.device)
     run.monitors = [one for one in run.monitors if one.name in state["plugins"]]  # one was dropped
     for watched in run.monitors:
         watched.looked, watched.reported = watched.name in state["looked"], state["reported"][watched.name]
         watched.known = {name for name in run.observed if name.startswith(f"{watched.name}/")}
-
-
-# --- what plugins keep -------------------------------------------------------------------------------
 
 
 def _plugin_states(run: Run) -> dict[str, Any]:
@@ -196,7 +180,7 @@ def _plugin_states(run: Run) -> dict[str, Any]:
             pack(found)  # raises for what no checkpoint can hold
             states[watched.name] = found
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the plugin's, and named
-            _failed(run, watched, "state_dict", error)
+            run.fail(watched, "state_dict", error)
     return states
 
 
@@ -209,11 +193,4 @@ def _load_plugin_states(run: Run, states: Mapping[str, Any]) -> None:
             except UsageError:
                 raise
             except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the plugin's, and named
-                _failed(run, watched, "load_state_dict", error)
-
-
-def _failed(run: Run, watched: Watched, method: str, error: BaseException) -> None:
-    """Drop a monitor whose method raised. Raises PluginFailure for a policy's."""
-    if watched not in run.monitors:
-        raise PluginFailure(watched.error(method, error)) from error
-    run.drop(watched, method, error)
+                run.fail(watched, "load_state_dict", error)

@@ -10,18 +10,19 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from altgrad_core import data
 from altgrad_core.experiment import Experiment
 from altgrad_core.hookspecs import Weight
 from altgrad_core.intervals import Epoch, Interval
 from altgrad_core.master_bound import MasterBound
+from altgrad_core.observed import Observed
+from altgrad_core.preparing import TokenData
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of
 from altgrad_core.record import RunFolder
 from altgrad_core.registry import Registry
 from altgrad_core.storage import GridStorage
-from altgrad_core.surgery import WeightQuantizer, quantizer_of
 from altgrad_core.tasks import Task
 from altgrad_core.terminal import Terminal
-from altgrad_core.watched import Watched
+from altgrad_core.watched import PluginFailure, Watched
 from altgrad_core.weights_seen import WeightsSeen
 
 EXIT_CODES = {"finished": 0, "stopped": 1, "failed": 1, "interrupted": 130, "terminated": 143}
@@ -42,13 +43,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     storage: GridStorage | None
     master_bound: MasterBound | None
-    tokens: data.TokenData
+    tokens: TokenData
     task: Task
     autocast: bool
     layers: Mapping[str, str]
     """Parameter name to module path."""
     formats: dict[str, str]
-    """Module path of every Linear with a quantised weight to that weight's format now."""
+    """Module path of every Linear with a quantized weight to that weight's format now."""
     registry: Registry
     frozen: int
     """Numbers in parameters that do not train."""
@@ -65,18 +66,14 @@ class Run:
     """How many actions of each kind each policy has answered with."""
     best: dict[str, float] = attrs.field(factory=dict)
     last: dict[str, float] = attrs.field(factory=dict)
-    observed: dict[str, Tensor | float] = attrs.field(factory=dict)
+    observed: Observed = attrs.field(factory=Observed)
     """What each monitor said when it last observed a step."""
-    fresh: set[str] = attrs.field(factory=set)
-    """Those of `observed` that are of the step before: what policies are shown."""
-    unlogged: set[str] = attrs.field(factory=set)
-    """Those of `observed` that no line of metrics has shown."""
     scales_before: dict[str, Tensor] = attrs.field(factory=dict)
-    """The scale of each quantised weight as the step began, where a monitor needs them."""
+    """The scale of each quantized weight as the step began, where a monitor needs them."""
     regridded: set[str] = attrs.field(factory=set)
     """Weights to which an action has given another format, or scale, since the step began."""
     weights_before: dict[str, Tensor] = attrs.field(factory=dict)
-    """Memory for quantised weights as they were before the step, written anew where a monitor needs them."""
+    """Memory for quantized weights as they were before the step, written anew where a monitor needs them."""
     seen: WeightsSeen = attrs.field(factory=WeightsSeen)
     """The weights as monitors saw them last."""
     interval: Interval = attrs.field(factory=Interval)
@@ -100,22 +97,24 @@ class Run:
         """Passes over the training split so far."""
         return self.step * self.task.per_step / self.task.epoch
 
+    def fail(self, watched: Watched, method: str, error: BaseException) -> None:
+        """Drop a monitor whose method raised. Raises PluginFailure for a policy's."""
+        if watched not in self.monitors:
+            raise PluginFailure(watched.error(method, error)) from error
+        self.drop(watched, method, error)
+
     def drop(self, watched: Watched, method: str, error: BaseException) -> None:
         """Take a monitor out of the run, with everything that it has reported."""
         self.monitors.remove(watched)
         mine = f"{watched.name}/"
-        self.observed = {name: one for name, one in self.observed.items() if not name.startswith(mine)}
+        self.observed.forget(watched.name)
         self.last = {name: one for name, one in self.last.items() if not watched.reports(name)}
-        self.unlogged &= self.observed.keys()
-        self.fresh &= self.observed.keys()
         totals = self.interval.totals
         self.interval.totals = {name: one for name, one in totals.items() if not name.startswith(mine)}
         self.epoch.forget(watched.name)
         readers = [one.name for one in self.policies if any(need.startswith(mine) for need in one.needs())]
         without = f"; without its metrics: {', '.join(readers)}" if readers else ""
         self.warn(f"{watched.error(method, error)}; the monitor is dropped, training goes on{without}")
-
-    # --- what monitors see ---------------------------------------------------------------------------
 
     def weights(self) -> Mapping[str, Weight]:
         """Return the parameters that train, as monitors see them, by name."""
@@ -130,7 +129,7 @@ class Run:
 
     @property
     def quantized(self) -> dict[str, nn.Parameter]:
-        """Those of them that are quantised now."""
+        """Those of them that are quantized now."""
         return {
             name: parameter for name, parameter in self.trained.items() if quantizer_of(parameter) is not None
         }
@@ -140,7 +139,7 @@ class Run:
         self.terminal.warning(message)
 
     def quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
-        """Yield the quantisers of the weights by the names of their parameters, of frozen ones too."""
+        """Yield the quantizers of the weights by the names of their parameters, of frozen ones too."""
         for name, parameter in self.model.named_parameters():
             quantizer = quantizer_of(parameter)
             if quantizer is not None:

@@ -1,6 +1,6 @@
 """Scales: how a tensor is mapped onto a format's range.
 
-Quantising a tensor x means Q(x) = quantize(x*s)/s, with s from amax, the largest magnitude of what shares
+Quantizing a tensor x means Q(x) = quantize(x*s)/s, with s from amax, the largest magnitude of what shares
 the scale. The rules:
 
     fit     s = 2^k, k = floor(log2(largest/(amax*margin))): the largest power of two at which nothing
@@ -15,10 +15,10 @@ at every real weight tensor. All scales are clamped to [2^-126, 2^126], where s 
 float32. Where there is no amax yet (nothing but zeros), s is 2^floor(log2 largest).
 
 One scale serves a tensor, a channel (a row along the last dimension) or a block of the last dimension.
-`two_level` gives blocks a scale that is itself quantised, as in NVFP4.
+`two_level` gives blocks a scale that is itself quantized, as in NVFP4.
 
 A scale that follows grid-stored weights moves with hysteresis (`adapted`), so that weights do not leave
-their grid at every fluctuation. Everything is tensors on the tensor's device; nothing synchronises.
+their grid at every fluctuation. Everything is tensors on the tensor's device; nothing synchronizes.
 """
 
 from __future__ import annotations
@@ -94,9 +94,6 @@ def spread(per_block: Tensor, length: int, block: int) -> Tensor:
         return filled
     last = per_block[..., whole:].expand(*per_block.shape[:-1], short)
     return torch.cat((filled, last), dim=-1) if whole else last.contiguous()
-
-
-# --- from amax to a scale -----------------------------------------------------------------------------
 
 
 def scale(amax: Tensor, format: Format, rule: str = "fit", margin: float = 1.0) -> Tensor:

@@ -12,8 +12,9 @@ from altgrad_core.driver_tables import DRIVER_KEYS
 from altgrad_core.experiment import Experiment, data_options
 from altgrad_core.options import written
 from altgrad_core.partial import UNKNOWN, as_far_as_right
-from altgrad_core.registry import Registry, listed, suggestion
+from altgrad_core.registry import Registry
 from altgrad_core.structuring import Problem, structure
+from altgrad_core.wording import listed, suggestion
 
 
 @attrs.define

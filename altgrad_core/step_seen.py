@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core.hookspecs import Step
+from altgrad_core.intervals import now
 from altgrad_core.native_landing import Onlooker
 from altgrad_core.quantizer import quantizer_of
-from altgrad_core.record import now
 from altgrad_core.run_state import Run
 from altgrad_core.untouched import together
 from altgrad_core.updates import Updates
@@ -35,7 +35,7 @@ def keep_scales(run: Run, due: Collection[Watched]) -> None:
 
 
 def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
-    """Keep what the due monitors need of the moment before the step: quantised weights, by name."""
+    """Keep what the due monitors need of the moment before the step: quantized weights, by name."""
     begun, needs = now(), needs_of(due)
     before = _copied(run, _chosen(run, due)) if needs.intersection(COPIES) else {}
     if run.storage is not None:
@@ -81,7 +81,7 @@ def _asked_of(run: Run, wanted: Mapping[str, Onlooker | None]) -> dict[Tensor, O
 
 
 def _chosen(run: Run, due: Collection[Watched]) -> dict[str, nn.Parameter]:
-    """Return the quantised weights of the layers that those monitors look at which need what was before."""
+    """Return the quantized weights of the layers that those monitors look at which need what was before."""
     patterns = {watched.layers for watched in due if not {*COPIES}.isdisjoint(watched.needs())}
     return {
         name: parameter

@@ -65,10 +65,12 @@ def out_of_range(weight: Tensor, format: Format, scale: Tensor | float) -> Tenso
 
 
 def grid(options: NoOptions) -> Stiffness:
+    """Return the formula `grid`."""
     return grid_stiffness
 
 
 def uniform(options: NoOptions) -> Stiffness:
+    """Return the formula `uniform`."""
     return uniform_stiffness
 
 

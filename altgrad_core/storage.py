@@ -1,6 +1,6 @@
 """Weights that live on their format's grid, behind any torch optimizer.
 
-`store_on_grid(optimizer)` snaps the quantised weights once and adds a hook after each step: scale, round,
+`store_on_grid(optimizer)` snaps the quantized weights once and adds a hook after each step: scale, round,
 bound. There is no float32 master then: an update below half a spacing is lost under `nearest_even`, and
 arrives on average under `stochastic`. Two more ways round to nearest and give the residual back:
 `error_feedback` keeps it and adds it before the next step, `eco` puts it into the optimizer's first moment.
@@ -22,8 +22,7 @@ from altgrad_core import native_landing, scaling
 from altgrad_core.error_compensation import ErrorCompensation
 from altgrad_core.error_feedback import ErrorFeedback
 from altgrad_core.format import Format
-from altgrad_core.grid_scales import OF_THE_WEIGHT
-from altgrad_core.grid_scales import GridScales as GridScales
+from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
 from altgrad_core.grid_weights import first_grid_weights, grid_weights, quantizer_on_grid
 from altgrad_core.kernels import not_compiled
 from altgrad_core.lookup import format_or_none
@@ -32,9 +31,6 @@ from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import draw_seed, stream_key_table
 from altgrad_core.recipe import refuse_off_grid
 from altgrad_core.rows import among
-from altgrad_core.storage_options import COMPENSATED as COMPENSATED
-from altgrad_core.storage_options import SCALE_MODES as SCALE_MODES
-from altgrad_core.storage_options import STORAGE_ROUNDINGS as STORAGE_ROUNDINGS
 from altgrad_core.storage_options import refuse_bad_options
 
 if TYPE_CHECKING:
@@ -43,16 +39,16 @@ if TYPE_CHECKING:
 
 
 class GridStorage:
-    """Keeps an optimizer's quantised weights on their grids; made by `store_on_grid`.
+    """Keeps an optimizer's quantized weights on their grids; made by `store_on_grid`.
 
     torch does not copy an optimizer's hooks: deepcopy or pickle model, optimizer and storage together, as
     one tuple, and the copy keeps its own weights on their grids. In a copy of the model alone nothing does:
-    it is stored as master, and its forward pass quantises.
+    it is stored as master, and its forward pass quantizes.
 
     Weights that are loaded into the model are used as they are until the next step. Load them before
     `store_on_grid`, or call `snap()`; a checkpoint's are on their grids under the scales of its state.
 
-    Quantised weights of a group that is added to the optimizer later are snapped before its next step.
+    Quantized weights of a group that is added to the optimizer later are snapped before its next step.
 
     A weight whose format or scale is changed within `regridding` goes on on its new grid. Its bound stays the
     multiple of its initial rms that it was. Where a weight leaves, those after it draw from other streams.
@@ -97,7 +93,7 @@ class GridStorage:
         self._hook()
 
     def _take(self, weights: Sequence[nn.Parameter]) -> None:
-        """Keep these weights from here on, by what their quantisers say now."""
+        """Keep these weights from here on, by what their quantizers say now."""
         self.weights = list(weights)
         self._quantizers = [quantizer_on_grid(weight) for weight in self.weights]
         for quantizer in self._quantizers:
@@ -110,7 +106,7 @@ class GridStorage:
             self._compensation = ErrorCompensation(self.optimizer, self.weights, self._formats)
 
     def _newcomers(self) -> list[nn.Parameter]:
-        """Return quantised weights of groups that were added to the optimizer since the last step."""
+        """Return quantized weights of groups that were added to the optimizer since the last step."""
         if len(self.optimizer.param_groups) == self._groups:
             return []
         self._groups = len(self.optimizer.param_groups)
@@ -166,7 +162,7 @@ class GridStorage:
         self._round("nearest_even", [place for one, place in now.items() if one in changed], self.feedback)
 
     def _claim(self) -> None:
-        """Have the forward pass use the weights as they are; a copy of a quantiser alone does not."""
+        """Have the forward pass use the weights as they are; a copy of a quantizer alone does not."""
         for quantizer in self._quantizers:
             quantizer.on_grid = True
 
@@ -199,7 +195,7 @@ class GridStorage:
     @not_compiled
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        """Scale, round, bound; nothing more once the model has been dequantised."""
+        """Scale, round, bound; nothing more once the model has been dequantized."""
         if self._released():
             for hook in self._hooks:
                 hook.remove()
@@ -249,7 +245,7 @@ class GridStorage:
             self.unrounded[weight] = weight.detach().clone(), self.scales.scales[place].clone()
 
     def _released(self) -> bool:
-        """Whether the model has been dequantised."""
+        """Whether the model has been dequantized."""
         return any(quantizer_of(weight) is None for weight in self.weights)
 
     @torch.no_grad()
@@ -296,7 +292,7 @@ def store_on_grid(
     scale_mode: str = "adaptive",
     residual_format: Any = "same",
 ) -> GridStorage:
-    """Keep the optimizer's quantised weights on their grids from here on, and return what keeps them.
+    """Keep the optimizer's quantized weights on their grids from here on, and return what keeps them.
 
     The weights are snapped now, always to nearest even, under a scale fitted to them. After each step they
     are rounded by `rounding` under a scale that follows them ("adaptive") or stays ("initial"), and limited
@@ -309,7 +305,7 @@ def store_on_grid(
     residual_format: what error feedback stores residuals in: "same" (each as its weight), a format by name,
         table or itself, or "FP32", which makes the run that of float32 masters.
     generator: one seed is drawn from it now; None means seed 0. Steps with a closure are refused.
-    Raises ValueError: no quantised weight, an unknown rounding or scale mode, an optimizer that lands on the
+    Raises ValueError: no quantized weight, an unknown rounding or scale mode, an optimizer that lands on the
     grid by itself or has no moment for "eco", weights stored already, a granularity or scale rule that a grid
     cannot have.
     """

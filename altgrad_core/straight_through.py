@@ -1,10 +1,10 @@
-"""Quantisation that gradients pass: forward Q(x) with dx = dy, and identity with a quantised gradient.
+"""Quantization that gradients pass: forward Q(x) with dx = dy, and identity with a quantized gradient.
 
 The straight-through estimator (Bengio, Leonard and Courville, arXiv 1308.3432) takes the derivative of
 rounding, zero almost everywhere, for 1. With `clip_gradient`, elements that saturated get a zero gradient:
 there the forward pass does not depend on them at all. Scales get no gradient.
 
-Under torch.func the quantisation sees plain tensors below `grad`, and one sample at a time below `vmap`: a
+Under torch.func the quantization sees plain tensors below `grad`, and one sample at a time below `vmap`: a
 scale is then each sample's own. What remembers (a delayed scale, a weight's scale where the weight itself is
 mapped over) cannot be written from within `vmap`; torch says so.
 """
@@ -39,7 +39,7 @@ def quantize_ste(
 def quantize_gradient(
     y: Tensor, format: Any = "E5M2", *, generator: torch.Generator | None = None, **options: Any
 ) -> Tensor:
-    """Return y, and quantise the gradient that comes back to it; options as `quantize_ste` takes them.
+    """Return y, and quantize the gradient that comes back to it; options as `quantize_ste` takes them.
 
     y is no copy, so that torch refuses to change what comes out in place. Raises ValueError for
     `clip_gradient` too: a gradient has no gradient to clip.
@@ -47,7 +47,7 @@ def quantize_gradient(
     recipe = _memoryless(format, options)
     if recipe.clip_gradient:
         raise ValueError(
-            "clip_gradient clips the gradient of what is quantised, and a gradient has none; leave it out"
+            "clip_gradient clips the gradient of what is quantized, and a gradient has none; leave it out"
         )
     keys = _keys(recipe, generator, y.device)
 
@@ -90,7 +90,7 @@ def _quantized(x: Tensor, recipe: Recipe, keys: Tensor | None) -> tuple[Tensor, 
 
 def straight_through(x: Tensor, quantization: Quantization) -> Tensor:
     """Return Q(x), with the gradient going to x: unchanged, or 0 where it does not pass."""
-    if torch.compiler.is_compiling():  # what is quantised within a Function may not fill the formats' caches
+    if torch.compiler.is_compiling():  # what is quantized within a Function may not fill the formats' caches
         with torch.no_grad():
             quantized, passes = quantization(x.detach())
         return _StraightThrough.apply(x, lambda _: (quantized.clone(), passes))[0]  # type: ignore[no-any-return, no-untyped-call]

@@ -32,7 +32,8 @@ from altgrad_core.options import (
     Path,
     StiffnessChoice,
 )
-from altgrad_core.registry import Registry, UsageError, listed, shown, suggestion
+from altgrad_core.registry import Registry, UsageError
+from altgrad_core.wording import listed, shown, suggestion
 
 _LARGEST_INTEGER = 2**63 - 1
 """TOML's integers have 64 bits; so have torch's."""
@@ -281,9 +282,6 @@ def _stiffness(
     if problems or wrong:
         raise _Problems([*problems, *wrong])
     return cls(name, options, geometry)
-
-
-# --- from exceptions to problems ---------------------------------------------------------------------
 
 
 def _problems(error: BaseException, path: Path, also_known: Sequence[str] = ()) -> list[Problem]:

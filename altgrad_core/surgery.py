@@ -1,15 +1,15 @@
-"""Surgery: any model's Linears quantise their weights, inputs and gradients, without the model's source.
+"""Surgery: any model's Linears quantize their weights, inputs and gradients, without the model's source.
 
 Each chosen `nn.Linear` changes its class to `QuantizedLinear` and gets a `WeightQuantizer`, and a
 `FlowQuantizer` for its inputs and one for its output gradients where asked for; its Parameter stays the same
 object. So parameter names, weight tying, strict loading of ordinary checkpoints both ways, optimizers made
-before the surgery, deepcopy and torch.compile keep working. The quantisers' state lives outside of
+before the surgery, deepcopy and torch.compile keep working. The quantizers' state lives outside of
 `state_dict`.
 
 Chosen are modules whose class is exactly `nn.Linear`, or Hugging Face's `Conv1D` (a Linear with its weight
 transposed). Subclasses are left alone: some, such as the output projection of `nn.MultiheadAttention`, are
 used by others who read `weight` past their `forward`. `nn.TransformerEncoderLayer` does so in evaluation, to
-its `nn.Linear`s: a hook before each quantised one, and `use_nested_tensor = False` in an
+its `nn.Linear`s: a hook before each quantized one, and `use_nested_tensor = False` in an
 `nn.TransformerEncoder`, keep it from that.
 """
 
@@ -33,10 +33,7 @@ from altgrad_core.layer_recipes import (
     weight_recipe,
 )
 from altgrad_core.quantized_linear import Quantized, forward_only, is_conv1d, quantized_class
-from altgrad_core.quantized_linear import QuantizedLinear as QuantizedLinear
-from altgrad_core.quantizer import WeightQuantizer as WeightQuantizer
-from altgrad_core.quantizer import quantizer_of as quantizer_of
-from altgrad_core.quantizer import refit
+from altgrad_core.quantizer import WeightQuantizer, quantizer_of, refit
 from altgrad_core.random_bits import Key, draw_seed
 from altgrad_core.recipe import Recipe, flow_recipe
 from altgrad_core.rules import Rule
@@ -52,29 +49,29 @@ def quantize_model(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Quantise a model's Linears in place, and return the model.
+    """Quantize a model's Linears in place, and return the model.
 
     Give exactly one of `format` (name, table or Format, for every Linear's weight) and `rules` (first match
     wins; a Linear that none matches is left alone). A Linear whose Parameter an embedding shares is left
     alone unless a rule names it. "FP32" leaves alone.
 
-    activations, gradients: how the inputs and the output gradients of these Linears are quantised: a format
+    activations, gradients: how the inputs and the output gradients of these Linears are quantized: a format
         (under a delayed scale), a table {"format": ..., "granularity": ...} of a Recipe's fields, a Recipe,
         or None. A rule may say otherwise for its layers.
     generator: one seed is drawn from it for stochastic rounding of gradients; None means seed 0.
     options: fields of the weights' Recipe, such as `rounding`, `granularity`, `scale_mode`.
 
     Raises ValueError: both or neither of `format` and `rules`, a rule that matches no layer or has no format,
-    two formats for one Parameter, a Parameter that another model has quantised, a model quantised already, a
+    two formats for one Parameter, a Parameter that another model has quantized, a model quantized already, a
     model without Linears, an unknown format or option, options that contradict one another.
     """
     if (format is None) == (rules is None):
         raise ValueError("give quantize_model either a format or rules=, not both and not neither")
     if any(isinstance(module, Quantized) for module in model.modules()):
-        raise ValueError("the model is quantised already; dequantize_model(model) first")
+        raise ValueError("the model is quantized already; dequantize_model(model) first")
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linears:
-        raise ValueError("the model has no nn.Linear to quantise")
+        raise ValueError("the model has no nn.Linear to quantize")
     shared = shared_with_others(model, linears)
     flows = LayerRecipes(activations=flow_recipe(activations), gradients=flow_recipe(gradients))
     if rules is not None:
@@ -88,7 +85,7 @@ def quantize_model(
 
 
 def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: int = 0) -> None:
-    """Quantise the Linears named by module path, in place; `seed` is that of stochastic rounding."""
+    """Quantize the Linears named by module path, in place; `seed` is that of stochastic rounding."""
     _refuse_two_formats(model, chosen)
     _refuse_anothers_weights(model, chosen)
     made = [
@@ -111,10 +108,10 @@ def quantize_layers(model: nn.Module, chosen: Mapping[str, LayerRecipes], seed: 
 
 
 def requantize(modules: Sequence[Any], layer: LayerRecipes) -> None:
-    """Give the weight that these quantised Linears share another recipe, or none, under a scale fitted to it.
+    """Give the weight that these quantized Linears share another recipe, or none, under a scale fitted to it.
 
     A weight on a grid leaves it, until what keeps weights there takes it up again (`GridStorage.regridding`).
-    Inputs and gradients stay quantised as they are.
+    Inputs and gradients stay quantized as they are.
     """
     first, *_ = modules
     quantizer: WeightQuantizer | None = first.quantizer
@@ -122,12 +119,12 @@ def requantize(modules: Sequence[Any], layer: LayerRecipes) -> None:
         quantizer.detach(first.weight)
         quantizer = None
     elif quantizer is not None and layer.weights is not None:
-        quantizer.switch(layer.weights, storage=layer.storage, geometry=layer.geometry, weight=first.weight)
+        quantizer.switch(layer.weights, storage=layer.storage, covered=layer.covered, weight=first.weight)
     elif layer.weights is not None:
         quantizer = WeightQuantizer(
             layer.weights,
             storage=layer.storage,
-            geometry=layer.geometry,
+            covered=layer.covered,
             transposed=not isinstance(first, nn.Linear),  # a Conv1D
         )
         quantizer.fit(first.weight)
@@ -143,11 +140,11 @@ def _encoders(model: nn.Module) -> list[Any]:
 def _quantizers(
     module: Any, layer: LayerRecipes, stream: Key
 ) -> tuple[WeightQuantizer | None, FlowQuantizer | None, FlowQuantizer | None]:
-    """Return what quantises a Linear's weight, inputs and output gradients; `stream` names their draws."""
+    """Return what quantizes a Linear's weight, inputs and output gradients; `stream` names their draws."""
     weights = inputs = gradients = None
     if layer.weights is not None:
         weights = WeightQuantizer(
-            layer.weights, storage=layer.storage, geometry=layer.geometry, transposed=is_conv1d(module)
+            layer.weights, storage=layer.storage, covered=layer.covered, transposed=is_conv1d(module)
         )
     device = module.weight.device
     if layer.activations is not None:
@@ -169,7 +166,7 @@ def _refuse_random_inputs(recipe: Recipe) -> None:
 def _refuse_clipping(recipe: Recipe) -> None:
     if recipe.clip_gradient:
         raise ValueError(
-            "clip_gradient clips the gradient of what is quantised, and a gradient has none; leave it out"
+            "clip_gradient clips the gradient of what is quantized, and a gradient has none; leave it out"
         )
 
 
@@ -189,14 +186,14 @@ def _refuse_two_formats(model: nn.Module, chosen: Mapping[str, LayerRecipes]) ->
 
 
 def _refuse_anothers_weights(model: nn.Module, chosen: Mapping[str, LayerRecipes]) -> None:
-    """Raise ValueError where a Linear's Parameter is quantised already, as that of another model."""
+    """Raise ValueError where a Linear's Parameter is quantized already, as that of another model."""
     for name in chosen:
         module: Any = model.get_submodule(name)
         quantizer = quantizer_of(module.weight)
         if quantizer is not None:
             raise ValueError(
-                f"the weight of {name!r} is shared with another model, quantised already to "
-                f"{quantizer.format.name}; dequantize_model that one first, quantise both as one "
+                f"the weight of {name!r} is shared with another model, quantized already to "
+                f"{quantizer.format.name}; dequantize_model that one first, quantize both as one "
                 "(nn.ModuleList([a, b])), or give this one a copy of the weight"
             )
 
@@ -204,7 +201,7 @@ def _refuse_anothers_weights(model: nn.Module, chosen: Mapping[str, LayerRecipes
 def dequantize_model(model: nn.Module) -> nn.Module:
     """Undo `quantize_model` in place: the original classes; the weights as they are. Returns the model.
 
-    Raises ValueError, and changes nothing, where somebody has changed the class of a quantised Linear.
+    Raises ValueError, and changes nothing, where somebody has changed the class of a quantized Linear.
     """
     layers = {name: one for name, one in model.named_modules() if isinstance(one, Quantized)}
     for name, layer in layers.items():
@@ -213,7 +210,7 @@ def dequantize_model(model: nn.Module) -> nn.Module:
         if module.quantizer is not None:
             module.quantizer.detach(module.weight)
         del module.quantizer, module.input_quantizer, module.gradient_quantizer
-        module.__class__ = type(module).__mro__[2]  # after the quantised class, and Quantized
+        module.__class__ = type(module).__mro__[2]  # after the quantized class, and Quantized
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is forward_only]:
             del module._forward_pre_hooks[key]
     for encoder in _encoders(model):
@@ -231,7 +228,7 @@ def _refuse_another_class(name: str, layer: Quantized) -> None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:
-    """Return the weights' quantisers by module path; Linears that share a Parameter share one."""
+    """Return the weights' quantizers by module path; Linears that share a Parameter share one."""
     return {
         name: module.quantizer
         for name, module in model.named_modules()
@@ -240,7 +237,7 @@ def quantized_layers(model: nn.Module) -> dict[str, WeightQuantizer]:
 
 
 def quantized_flows(model: nn.Module) -> dict[str, FlowQuantizer]:
-    """Return the quantisers of activations and gradients by module path and `.activations`, `.gradients`."""
+    """Return the quantizers of activations and gradients by module path and `.activations`, `.gradients`."""
     return {
         f"{name}.{kind}": flow
         for name, module in model.named_modules()
@@ -255,7 +252,7 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     """Compute each Q(w) once and use it for every forward pass inside the context.
 
     For the micro-batches of one step: the weights must not change inside. Outside, every forward pass
-    quantises afresh, because no counter tells reliably when a weight has changed. The amax histories of
+    quantizes afresh, because no counter tells reliably when a weight has changed. The amax histories of
     activations and gradients stay as they are inside, and advance by one entry at the end.
     """
     with contextlib.ExitStack() as stack:  # an outer context's stay held when this one ends
@@ -271,7 +268,7 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _to_hold(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
-    """Return the quantisers whose Q(w) nobody holds yet, each once, with their weights."""
+    """Return the quantizers whose Q(w) nobody holds yet, each once, with their weights."""
     found = {
         id(module.quantizer): (module.quantizer, module.weight)
         for module in model.modules()

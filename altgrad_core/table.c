@@ -24,7 +24,7 @@ void cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t l
     for (int64_t i = 0; i < n; i++) out[i] = x[i] != x[i] ? last : cell_of(x[i], slots);
 }
 
-/* The cell toward zero of x, or its outer neighbour where r * gap < |x| - |value|, r of the keys' stream.
+/* The cell toward zero of x, or its outer neighbor where r * gap < |x| - |value|, r of the keys' stream.
    slots: of rounding toward zero. values: of the cells. gaps[c] lies below cell c; inf past the ends. */
 void stochastic_cells(const float *x, int32_t *out, int64_t n, const Slot *slots, int32_t last,
                       const double *values, const double *gaps, const Keys *keys) {
@@ -115,6 +115,17 @@ void block_spacings(const float *x, float *spacings, int32_t n, float s, const v
         const int32_t cell = inside(cell_of(v, t.inward), t.counts[0]);
         const float gap = (float)t.gaps[v < 0 ? cell : cell + 1];
         spacings[i] = v != v ? v : gap / s;
+    }
+}
+
+void block_steps(const float *before, const float *now, int32_t *same, float *shares, int32_t n, float s,
+                 const void *context) {
+    const Table t = *(const Table *)context;
+    block_spacings(before, shares, n, s, context);
+    for (int32_t i = 0; i < n; i++) {
+        const float v = now[i] * s, w = before[i] * s, share = fabsf(now[i] - before[i]) / shares[i];
+        shares[i] = 1.0f < share ? 1.0f : share; /* NaN stays NaN */
+        if (same) same[i] = (v != v || w != w ? v != v && w != w : rung_of(v, t) == rung_of(w, t)) ? -1 : 0;
     }
 }
 

@@ -104,8 +104,6 @@ class TableRounding:
         outputs = self._outputs("saturate", like)
         return native_table.block_loops(nearest, inward, outputs, *cells, self.zero)
 
-    # --- cells ---------------------------------------------------------------------------------------
-
     def _of_cells(self, cell: Tensor, overflow: str, x: Tensor) -> Tensor:
         """Return what the cells of x turn into: NaN where x is, a zero with x's sign."""
         return torch.where(x.isnan(), x, self._outputs(overflow, x)[cell].copysign_(x))

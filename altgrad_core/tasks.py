@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core import data
-from altgrad_core.document_batches import LabelledDocuments
+from altgrad_core.document_batches import LabeledDocuments
 from altgrad_core.experiment import CLASSIFICATION, Experiment
 from altgrad_core.label_scores import LabelCounts, macro_f1, micro_f1
 from altgrad_core.model import GPT
+from altgrad_core.preparing import SPLITS, TokenData
 from altgrad_core.registry import UsageError
 from altgrad_core.text_classifier import PADDING, TextClassifier
 from altgrad_core.validation_metrics import BITS_PER_BYTE, LOSS, MACRO_F1, MICRO_F1, PERPLEXITY
@@ -70,7 +71,7 @@ class Task(Protocol):
     def scores(self) -> Scores: ...
 
 
-def task_for(experiment: Experiment, tokens: data.TokenData) -> Task:
+def task_for(experiment: Experiment, tokens: TokenData) -> Task:
     """Return the experiment's task. Raises UsageError where the data do not serve it."""
     return (Classification if experiment.task == CLASSIFICATION else LanguageModelling)(experiment, tokens)
 
@@ -92,18 +93,15 @@ class MeanLoss:
         return float((losses * shares).sum())
 
 
-# --- language modelling --------------------------------------------------------------------------------
-
-
 class LanguageModelling:
     """The next token, at every position of windows at random offsets."""
 
     read = "tokens"
 
-    def __init__(self, experiment: Experiment, tokens: data.TokenData) -> None:
+    def __init__(self, experiment: Experiment, tokens: TokenData) -> None:
         self._experiment, self._tokens = experiment, tokens
         self.epoch, self.per_step = len(tokens.train), experiment.tokens_per_step
-        for split in data.SPLITS:
+        for split in SPLITS:
             _check_window(experiment, len(getattr(tokens, split)), split)
 
     def model(self, generator: torch.Generator) -> nn.Module:
@@ -160,17 +158,14 @@ def _check_window(experiment: Experiment, length: int, split: str) -> None:
         )
 
 
-# --- classification ------------------------------------------------------------------------------------
-
-
 class Classification:
     """The labels of a document, each for itself."""
 
     read = "documents"
 
-    def __init__(self, experiment: Experiment, tokens: data.TokenData) -> None:
+    def __init__(self, experiment: Experiment, tokens: TokenData) -> None:
         self._experiment, self._tokens = experiment, tokens
-        self._train, self._validation = (_labelled(experiment, tokens, split) for split in data.SPLITS)
+        self._train, self._validation = (_labeled(experiment, tokens, split) for split in SPLITS)
         self.epoch, self.per_step = len(self._train), experiment.rows_per_step
 
     def model(self, generator: torch.Generator) -> nn.Module:
@@ -215,7 +210,7 @@ class LabelScores:
         return {LOSS: loss, **(dict.fromkeys(scores, math.nan) if math.isnan(loss) else scores)}
 
 
-def _labelled(experiment: Experiment, tokens: data.TokenData, split: str) -> LabelledDocuments:
+def _labeled(experiment: Experiment, tokens: TokenData, split: str) -> LabeledDocuments:
     name, expected = experiment.data.source.plugin, experiment.architecture.labels
     documents = tokens.train_documents if split == "train" else tokens.validation_documents
     if documents is None:
@@ -224,7 +219,7 @@ def _labelled(experiment: Experiment, tokens: data.TokenData, split: str) -> Lab
         raise UsageError(
             f"the data set {name!r} has {found} labels, its options say {expected}; make its label_count that"
         )
-    return LabelledDocuments(
+    return LabeledDocuments(
         tokens=tokens.train if split == "train" else tokens.validation,
         documents=documents,
         windows=experiment.data.windows,

@@ -13,7 +13,7 @@ whatever the text is.
 
 Past its end a document is padded. No token attends to what comes after it, so padding changes no hidden state
 of a token; padded positions are left out of the mean over tokens, and windows past the end out of the mean
-over windows. The trunk's Linears round what passes there like everything else: it is in the amax of quantised
+over windows. The trunk's Linears round what passes there like everything else: it is in the amax of quantized
 activations, and in what `range` counts.
 """
 

@@ -35,6 +35,9 @@ LEFTOVER_AGE = 24 * 3600.0
 BLOCK = 2**24
 """Bytes read at a time to check a file: CRC-32 runs at about 2 GB/s, so 1 GB is checked in half a second."""
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk says that takes no more; where a source is read, other errors come up."""
+
 Array = NDArray[Any]
 
 
@@ -132,7 +135,7 @@ def build(folder: Path, write: Callable[[Writer], None]) -> Contents:
         built = opened(scratch)
         _publish(scratch, folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _REFUSED:
             raise _unwritable(folder, error) from error
         raise
     finally:

@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from altgrad_core.registry import UsageError, shown, suggestion
+from altgrad_core.registry import UsageError
+from altgrad_core.wording import shown, suggestion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,9 +51,6 @@ PIECE = 2**20
 _BYTE_PAIRS = re.compile(r"bpe:([1-9][0-9]{0,6})")
 
 
-# --- names ---------------------------------------------------------------------------------------------
-
-
 def vocabulary(name: str) -> int:
     """Return the size of a tokenizer's vocabulary. Raises ValueError where the name means none."""
     if name == "bytes":
@@ -72,9 +70,6 @@ def vocabulary(name: str) -> int:
 def tokenizer_name(_: Any, field: Any, value: str) -> None:
     """Attrs validator: the value names a tokenizer."""
     vocabulary(value)
-
-
-# --- tokenizers ----------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
@@ -161,7 +156,7 @@ class BytePairs:
 
     def save(self, folder: Path) -> list[Path]:
         file = folder / "tokenizer.json"
-        self._learnt.save(str(file))
+        file.write_text(self._learnt.to_str(pretty=True), encoding="utf-8")  # its own errors say not of what
         return [file]
 
 
@@ -169,16 +164,9 @@ class Gpt2:
     """GPT-2's byte pairs, from the two files that tiktoken downloads once and keeps."""
 
     def __init__(self) -> None:
-        from altgrad_core import network  # here: half of what importing this module would cost
-
         tiktoken = _package("tiktoken", "gpt2")
-        if not all(file.exists() for file in gpt2_copies()) and not network.reachable(GPT2_FILES[0]):
-            raise ConnectionError(
-                "tokenizer 'gpt2': no network, and GPT-2's vocabulary is not on this machine; run "
-                "python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER "
-                "where there is a network, copy FOLDER here and set TIKTOKEN_CACHE_DIR to it, or use "
-                "tokenizer = 'bpe:4096' or 'bytes', which need none"
-            )
+        if must_download("gpt2"):
+            refuse_unreachable()
         self._encoding = tiktoken.get_encoding("gpt2")
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
@@ -186,6 +174,24 @@ class Gpt2:
 
     def save(self, folder: Path) -> list[Path]:
         return []
+
+
+def must_download(name: str) -> bool:
+    """Whether a tokenizer of that name needs files that are not on this machine."""
+    return name == "gpt2" and not all(file.exists() for file in gpt2_copies())
+
+
+def refuse_unreachable() -> None:
+    """Raise ConnectionError, within a second, where the files that are to be downloaded cannot be."""
+    from altgrad_core import network  # here: half of what importing this module would cost
+
+    if not network.reachable(GPT2_FILES[0]):
+        raise ConnectionError(
+            "tokenizer 'gpt2': no network, and GPT-2's vocabulary is not on this machine; run "
+            "python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER "
+            "where there is a network, copy FOLDER here and set TIKTOKEN_CACHE_DIR to it, or use "
+            "tokenizer = 'bpe:4096' or 'bytes', which need none"
+        )
 
 
 def gpt2_copies() -> list[Path]:

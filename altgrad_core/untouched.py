@@ -1,4 +1,4 @@
-"""What a monitor must leave as it is: weights, gradients, scales, optimizer state, modes, random streams.
+"""What a monitor must leave as it is: weights, gradients, scales, optimizer state, modes, settings, streams.
 
 A tensor that was written in place has another version. Scales are compared by their values then: an extra
 pass through the model fits them anew, and gives them back.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy
@@ -38,6 +38,7 @@ class Untouched:
         self._scale_versions = [scale._version for scale in self._scales]
         self._values = together(self._scales)
         self._modes = [(module, module.training) for module in run.model.modules()]
+        self._settings = settings(run.device)
 
     def changed(self) -> str | None:
         """Return what somebody has done to the run since, and what to do instead; None: nothing."""
@@ -45,6 +46,8 @@ class Untouched:
             return f"wrote to {what} in place; a monitor may only read: clone first"
         if any([module.training is not mode for module, mode in self._modes]):  # noqa: C419 - sooner
             return "changed the training mode of the model; a monitor may only read: give it back"
+        if (left := setting_changed(self._settings, self._run.device)) is not None:
+            return f"{left}; a monitor may only read: give it back"
         return None
 
     def _written(self) -> str | None:
@@ -70,6 +73,26 @@ class Untouched:
                 if versions.get(id(tensor)) != tensor._version:
                     return _called(self._run, name, parameter, tensor)
         return "a tensor of the step"
+
+
+def settings(device: torch.device) -> Mapping[str, object]:
+    """Return what the arithmetic of this process hangs on, beside the tensors, by name."""
+    return {
+        "autocast": torch.is_autocast_enabled(device.type),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "thread count": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def setting_changed(before: Mapping[str, object], device: torch.device) -> str | None:
+    """Return what somebody has done to a setting since, None where they are as they were."""
+    now = settings(device)
+    changed = (name for name, value in now.items() if value != before[name])
+    return next((f"left torch's {name} at {now[name]}, it was {before[name]}" for name in changed), None)
 
 
 def _all_of(run: Run) -> list[Tensor]:

@@ -45,4 +45,5 @@ HEADINGS: Mapping[str, str] = {
 
 
 def more_is_better(metric: str) -> bool:
+    """Whether a run with more of a metric is the better one; of any but an evaluation's, less is."""
     return any(metric in shown and shown[metric].more_is_better for shown in METRICS.values())

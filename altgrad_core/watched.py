@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from altgrad_core.registry import PluginError, UsageError
+from altgrad_core.wording import described
 
 ALL_LAYERS = ".*"
 """What a monitor looks at that names no layers."""
@@ -23,6 +24,8 @@ class Watched:
     seconds: float = 0.0
     known: set[str] = attrs.field(factory=set)
     """Metrics whose names were found right."""
+    places: Mapping[str, int] | None = None
+    """The names of its last `MetricTable`, and where they are."""
     looked: bool = False
     """Whether it has observed a step of this run."""
     reported: int = 0
@@ -67,7 +70,8 @@ class Watched:
     def error(self, method: str, error: BaseException) -> str:
         if isinstance(error, PluginError):
             return f"{self.name} of {self.owner}: {error}"  # which says what cannot be loaded or built
-        return f"{self.name} of {self.owner}: {method} raised {type(error).__name__}: {error}"
+        raised = described(error, type(self.plugin).__module__)
+        return f"{self.name} of {self.owner}: {method} raised {raised}"
 
 
 class PluginFailure(RuntimeError):

@@ -10,11 +10,12 @@ import attrs
 from altgrad_core.deciding import READ_IN_EVERY_STEP
 from altgrad_core.experiment import Experiment
 from altgrad_core.options import Choice
-from altgrad_core.registry import PluginError, Registry, UsageError, listed, suggestion
+from altgrad_core.registry import PluginError, Registry, UsageError
 from altgrad_core.run_state import Run
 from altgrad_core.step_seen import STEP_EXTRAS
 from altgrad_core.watched import Watched
 from altgrad_core.watching import EPOCH_SUMMARIES
+from altgrad_core.wording import listed, suggestion
 
 
 def built(
@@ -33,7 +34,7 @@ def built(
 
 def _watched(choice: Choice, registry: Registry, build: Callable[[Choice, Registry], Any]) -> Watched:
     owner = registry.find(choice.kind, choice.plugin).owner
-    return Watched(choice.plugin.rpartition(":")[2], owner, build(choice, registry))
+    return Watched(choice.bare_name, owner, build(choice, registry))
 
 
 def _or_dropped(choice: Choice, registry: Registry) -> Any:
@@ -58,7 +59,7 @@ class _Unbuilt:
 def _grouped(experiment: Experiment) -> set[str]:
     """Return the monitors that were told to report by groups of layers."""
     return {
-        choice.plugin.rpartition(":")[2]
+        choice.bare_name
         for choice in experiment.monitor
         if getattr(choice.options, "per", "layer") != "layer"
     }

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad_core.record import now
+from altgrad_core.intervals import now
+from altgrad_core.observed import MetricTable
 from altgrad_core.registry import UsageError
 from altgrad_core.run_state import Run
 from altgrad_core.step_seen import charge, needs_of, seen
@@ -90,13 +91,8 @@ def _warn_of_silent(run: Run, first: list[Watched]) -> None:
 
 
 def _keep(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> None:
-    """Keep what a monitor said of the step; of what it said before and leaves out now nothing stays."""
-    for name in watched.known.difference(metrics):
-        run.observed.pop(name, None)
-        run.unlogged.discard(name)
-    run.observed.update(metrics)
-    run.unlogged.update(metrics)
-    run.fresh.update(metrics)
+    """Keep what a monitor said of the step."""
+    run.observed.keep(watched.name, metrics)
     if metrics:
         watched.reported = run.step
     _keep_totals(run, watched, metrics)
@@ -126,6 +122,8 @@ def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping
     """Return the metrics. Raises ValueError or TypeError where one is not as the contract says."""
     if not isinstance(metrics, Mapping):
         raise TypeError(f"it must return a table of metrics, not {type(metrics).__name__}")
+    if isinstance(metrics, MetricTable) and metrics.places is watched.places:
+        return metrics  # whose names and kind of numbers were found right
     for name in metrics.keys() - watched.known:
         _check_name(watched, name)
     for name, value in metrics.items():
@@ -139,6 +137,7 @@ def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping
         else:
             float(value)  # raises for an int beyond all floats
     watched.known.update(metrics)
+    watched.places = metrics.places if isinstance(metrics, MetricTable) else None
     return metrics
 
 
@@ -164,7 +163,5 @@ def call_each(run: Run, method: str, *arguments: Any) -> None:
                 call(*arguments)
         except (PluginFailure, UsageError):
             raise
-        except (Exception, SystemExit) as error:
-            if watched not in run.monitors:
-                raise PluginFailure(watched.error(method, error)) from error
-            run.drop(watched, method, error)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the plugin's, and named
+            run.fail(watched, method, error)

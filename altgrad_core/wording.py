@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +19,7 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
+    """Return names with commas between them; `none` for none."""
     return ", ".join(names) or "none"
 
 
@@ -33,3 +36,18 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def described(error: BaseException, target: str) -> str:
+    """Return an error's type and text, and at which line of a target's package it was raised, if it was.
+
+    target: `package.module:attribute`, or a module alone.
+    """
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    package = target.partition(":")[0].partition(".")[0]
+    lines = [
+        f"{Path(frame.f_code.co_filename).name}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
+    ]
+    return f"{text} ({lines[-1]})" if lines else text

@@ -20,6 +20,7 @@ from typing import Any
 
 import attrs
 
+from altgrad_core import interrupts, output
 from altgrad_core.hookspecs import CellResult
 
 _Running = dict[Connection, tuple[str, Any]]
@@ -54,7 +55,7 @@ def _start(cell: str, run_cell: Callable[[str], CellResult], running: _Running) 
     context = multiprocessing.get_context("spawn")
     reading, writing = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(run_cell, cell, writing))
-    with _ignoring_sigint():
+    with interrupts.handling({signal.SIGINT: signal.SIG_IGN}):  # until it asks for it
         process.start()
     writing.close()  # the worker's copy is the only one: its death ends the pipe
     running[reading] = (cell, process)
@@ -62,6 +63,7 @@ def _start(cell: str, run_cell: Callable[[str], CellResult], running: _Running) 
 
 def _work(run_cell: Callable[[str], CellResult], cell: str, writing: Connection) -> None:
     threading.Thread(target=_outlive_no_command, daemon=True).start()
+    output.escape()
     result = run_cell(cell)
     with contextlib.suppress(BrokenPipeError):  # nobody is left to read it
         writing.send(result)
@@ -84,7 +86,7 @@ def _result(connection: Connection, cell: str, process: Any, asked: Sequence[str
         result = CellResult(cell=cell, outcome="terminated" if asked else "failed", message=message)
     connection.close()
     process.join()
-    if asked and result.outcome in ("interrupted", "terminated"):
+    if asked and result.outcome in interrupts.ASKED:
         return attrs.evolve(result, outcome=asked[0])
     return result
 
@@ -97,38 +99,10 @@ def _terminate(running: _Running) -> None:
 @contextlib.contextmanager
 def _stopping(running: _Running) -> Iterator[list[str]]:
     """Collect SIGINT and SIGTERM and pass them on; whatever happens, no worker is left behind."""
-    asked: list[str] = []
-    outcomes = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-    def stop(number: int, _: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second one does not wait for checkpoints
-        asked.append(outcomes[signal.Signals(number)])
-        _terminate(running)
-
-    before = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        before = {number: signal.signal(number, stop) for number in outcomes}
-    try:
-        yield asked
-    except BaseException:
-        for _, process in running.values():
-            process.kill()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _ignoring_sigint() -> Iterator[None]:
-    """A process started here ignores SIGINT until it asks for it."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interrupts.collected(lambda: _terminate(running)) as asked:
+        try:
+            yield asked
+        except BaseException:
+            for _, process in running.values():
+                process.kill()
+            raise

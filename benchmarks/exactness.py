@@ -1,4 +1,4 @@
-"""The share of values that a quantiser rounds wrongly, by class of value, for AltGrad and every peer.
+"""The share of values that a quantizer rounds wrongly, by class of value, for AltGrad and every peer.
 
     python benchmarks/exactness.py [--peers qtorch gfloat] [--formats E4M3 E5M2] [--markdown | --json]
 
@@ -76,7 +76,7 @@ def share(fraction: float) -> str:
 def scored(call: peers.adapters.Call, name: str, x: np.ndarray, grid: np.ndarray) -> Score:
     """Compare one class; a zero's sign counts in the class of signed zeros, which holds them all.
 
-    A quantiser may treat large tensors in another way than small ones: it is called with the values once and
+    A quantizer may treat large tensors in another way than small ones: it is called with the values once and
     with many copies of them, and a value is wrong where any of its results is.
     """
     if not len(x):

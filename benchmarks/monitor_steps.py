@@ -1,7 +1,7 @@
 """What monitors add to an optimizer step, as a multiple of torch's fused AdamW: rows of monitors.py.
 
 50 equal weights, 10 M parameters together, as in optimizers.py. What is added is all there is to it, from the
-copies before the step to the metrics after it. The founding tracker quantises every weight twice in a step,
+copies before the step to the metrics after it. The founding tracker quantizes every weight twice in a step,
 before and after; it is the reference.
 """
 
@@ -88,7 +88,7 @@ class Steps:
 
 
 class FoundingTracker:
-    """Flips as the founding code counted them: every weight is quantised before the step and after it."""
+    """Flips as the founding code counted them: every weight is quantized before the step and after it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model = optimizers.model_of(arguments.parameters, arguments.device, arguments.format)
@@ -118,7 +118,7 @@ def multiples(arguments: argparse.Namespace) -> list[Ratio]:
             who: Steps(storage, names, arguments) for who, names in {"": (), **CASES}.items()
         }
         if storage == "master":
-            runs["founding tracker: quantises twice"] = FoundingTracker(arguments)
+            runs["founding tracker: quantizes twice"] = FoundingTracker(arguments)
         base_times, times = race(base, runs, turns=arguments.step_turns, budget=60.0, device=arguments.device)
         alone = times.pop("")
         for who, own in times.items():

@@ -50,7 +50,7 @@ class Row:
 
 
 def model_of(parameters: int, device: str, format: str | None) -> nn.ModuleList:
-    """Return 50 Linears with so many parameters together, quantised if there is a format, and gradients."""
+    """Return 50 Linears with so many parameters together, quantized if there is a format, and gradients."""
     width = max(1, round((parameters / TENSORS) ** 0.5))
     torch.manual_seed(0)
     model = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(TENSORS)).to(device)

@@ -1,4 +1,4 @@
-"""The quantisers that AltGrad is compared with, each with its version, or the reason why it is missing."""
+"""The quantizers that AltGrad is compared with, each with its version, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from altgrad_formats.layout import Layout
 
 @attrs.frozen(kw_only=True)
 class Peer:
-    """A quantiser to compare with: `module` is imported, `distribution` has the version."""
+    """A quantizer to compare with: `module` is imported, `distribution` has the version."""
 
     name: str
     module: str

@@ -1,4 +1,4 @@
-"""How long quantising takes, as a multiple of `torch.clone`, for AltGrad and every peer.
+"""How long quantizing takes, as a multiple of `torch.clone`, for AltGrad and every peer.
 
     python benchmarks/quantize.py [--device cuda] [--peers gfloat qtorch] [--formats E4M3] [--json]
 
@@ -109,13 +109,13 @@ def ours(found: list[peers.Found], run: Run) -> Entry:
 
 
 def quantize_with_amax(format: altgrad.Format, x: Tensor) -> Tensor:
-    """Quantise a tensor at the scale that its own largest magnitude fits."""
+    """Quantize a tensor at the scale that its own largest magnitude fits."""
     recipe = altgrad.Recipe(format=format)
     return recipe.quantize(x, recipe.scale_of(x))
 
 
 def model_of(parameters: int, device: torch.device) -> nn.ModuleList:
-    """Return 50 quantised Linears with so many parameters together."""
+    """Return 50 quantized Linears with so many parameters together."""
     width = max(1, round((parameters / 50) ** 0.5))
     model = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(50)).to(device)
     altgrad.quantize_model(model, MODEL_FORMAT)
@@ -123,7 +123,7 @@ def model_of(parameters: int, device: torch.device) -> nn.ModuleList:
 
 
 def quantize_weights(model: nn.Module) -> None:
-    """Compute every quantised weight of a model once, as the training loop does before a step."""
+    """Compute every quantized weight of a model once, as the training loop does before a step."""
     with torch.no_grad(), altgrad.held_weights(model):
         pass
 

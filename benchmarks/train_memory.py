@@ -1,4 +1,4 @@
-"""How much memory a training step holds, and how much more a quantised one: rows of train.py.
+"""How much memory a training step holds, and how much more a quantized one: rows of train.py.
 
 Counted, not sampled: the most bytes of tensors that a run has held at a time in its first steps, by the
 allocator's own events on a CPU, by its peak on a GPU. What the operating system shows beside that (the
@@ -49,7 +49,7 @@ class Memory:
     parameters: int
     bytes: int
     extra_per_parameter: float | None
-    """Bytes more than the unquantised run's; None for that one itself."""
+    """Bytes more than the unquantized run's; None for that one itself."""
     target: float | None
     met: bool | None
 

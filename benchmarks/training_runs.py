@@ -1,4 +1,4 @@
-"""The training runs that train.py measures: one model, quantised in several ways, and a step of the loop."""
+"""The training runs that train.py measures: one model, quantized in several ways, and a step of the loop."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ STORED = WEIGHTS + 'storage = "grid"\nstorage_rounding = "stochastic"\n'
 FLOWS = '[quantize.activations]\nformat = "E4M3"\n[quantize.gradients]\nformat = "E5M2"\n'
 
 ARMS: Mapping[str, str] = {
-    "unquantised": "",
+    "unquantized": "",
     "weights": WEIGHTS,
     "weights on the grid": STORED,
     "weights, activations, gradients": WEIGHTS + FLOWS,
 }
-"""What is quantised, and the tables that say so."""
+"""What is quantized, and the tables that say so."""
 
 EXPERIMENT = """
 name = "trained"

@@ -1,4 +1,4 @@
-"""Tokens per second of an unquantised training step, beside upstream nanoGPT's on the same weights.
+"""Tokens per second of an unquantized training step, beside upstream nanoGPT's on the same weights.
 
     python benchmarks/upstream.py --upstream ../nanoGPT [--setting 10m] [--device cuda] [--json]
 

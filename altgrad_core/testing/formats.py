@@ -45,7 +45,7 @@ def check_format(format: Format, *, seed: int = 0) -> None:
             check(case)
 
 
-# --- the checks: each docstring completes "check that ..." ---------------------------------------------
+# Each docstring completes "check that ...".
 
 
 def _table_is_well_formed(format: Format) -> None:

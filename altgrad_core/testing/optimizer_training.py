@@ -62,7 +62,7 @@ class Training:
 
 
 def small_model(dtype: torch.dtype, width: int) -> nn.Module:
-    """Return a quantised Linear, a LayerNorm and a plain Linear; always the same weights."""
+    """Return a quantized Linear, a LayerNorm and a plain Linear; always the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, width)).to(dtype)
@@ -75,9 +75,11 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether all weights are equal, NaN to nothing."""
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> str:
+    """Return how many weights differ, for a message."""
     count = sum(int((one != other).sum()) for one, other in zip(first, second, strict=True))
     return f"{count} weights that differ"

@@ -5,7 +5,7 @@
     def test_my_optimizer_conforms():
         check_optimizer(lambda groups: MyOptimizer(groups, lr=0.01))
 
-The subject is a small model with a quantised Linear, a plain one and vectors, in the groups that
+The subject is a small model with a quantized Linear, a plain one and vectors, in the groups that
 `altgrad_core.param_groups` makes, each with `weight_decay` 0. Choose a learning rate that trains it within
 a hundred steps, and leave momentum and random numbers on: they are what goes wrong.
 """

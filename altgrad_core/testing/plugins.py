@@ -21,11 +21,13 @@ from altgrad_core.hookspecs import OptimizerInputs, Stiffness
 from altgrad_core.registry import PluginError, Registered, Registry, UsageError
 from altgrad_core.testing import ConformanceError
 from altgrad_core.testing.components import NotCheckedError, built
+from altgrad_core.testing.expect import fail
 from altgrad_core.testing.formats import check_format
 from altgrad_core.testing.optimizers import check_optimizer
 from altgrad_core.testing.sources import check_dataset, check_executor
 from altgrad_core.testing.stiffness import FORMATS, WeightUnits, check_stiffness
 from altgrad_core.testing.watchers import check_fallback, check_monitor
+from altgrad_core.wording import described
 
 SHRINKS_TO = 0.9
 """Of a loss in a hundred steps: a default learning rate is right for larger models than the kit's."""
@@ -66,11 +68,19 @@ def _verdict(entry: Registered, registry: Registry) -> Verdict:
         return Verdict(component=entry, outcome="failed", message=str(error))
     except (NotCheckedError, UsageError) as error:
         return Verdict(component=entry, outcome="not checked", message=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever one component raises, the others are checked
+        raised = described(error, entry.component.target)
+        return Verdict(component=entry, outcome="failed", message=f"{entry.name}: raised {raised}")
     return Verdict(component=entry, outcome="ok", message=said)
 
 
 def _format(entry: Registered, registry: Registry) -> None:
-    check_format(built(entry, registry))
+    format = built(entry, registry)
+    if not isinstance(format, Format):
+        fix = "see altgrad_core.hookspecs: what the target of each kind is"
+        seen = type(format).__name__
+        fail(entry.name, "it must be a format", given="", expected="a Format", seen=seen, fix=fix)
+    check_format(format)
 
 
 def _stiffness(entry: Registered, registry: Registry) -> str:

@@ -86,7 +86,7 @@ def _below(x: Tensor) -> Tensor:
     return torch.nextafter(x, torch.full_like(x, -torch.inf))
 
 
-# --- the checks: each docstring completes "check that ..." ---------------------------------------------
+# Each docstring completes "check that ...".
 
 
 def grid_values_stay(case: Intervals) -> None:

@@ -24,11 +24,10 @@ from altgrad_core.cells import RunResult
 from altgrad_core.experiment_file import load_experiment
 from altgrad_core.hookspecs import Component, NoOptions, OptimizerInputs
 from altgrad_core.options import written
+from altgrad_core.preparing import SPLITS
 from altgrad_core.record import CHECKPOINTS, EVENTS, METRICS, SUMMARY, read_lines
 from altgrad_core.registry import CORE_DISTRIBUTION, Registered, Registry
 from altgrad_core.testing import optimizer_training
-
-SPLITS = ("train", "validation")
 
 STEPS = 4
 
@@ -137,4 +136,5 @@ def _read(result: RunResult) -> SmallRun:
 
 
 def in_file(heading: str, table: Mapping[str, Any]) -> str:
+    """Return a table as an experiment file has it, under its heading."""
     return "\n".join([heading, *(f"{key} = {written(value)}" for key, value in table.items()), ""])

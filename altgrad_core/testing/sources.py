@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy
 
-from altgrad_core.hookspecs import CellResult, Document, Executor, TextSource
+from altgrad_core.hookspecs import CellResult, Document, Executor, TextSource, TokenSource
+from altgrad_core.preparing import SPLITS
 from altgrad_core.registry import REFUSALS, Registered, Registry
 from altgrad_core.testing.components import NotCheckedError, built
 from altgrad_core.testing.expect import checking, fail
-from altgrad_core.testing.small_runs import SPLITS
 
 FIRST_DOCUMENTS = 100
 """How many documents of a split are looked at."""
@@ -24,6 +24,10 @@ CELLS = ("a", "b", "fails", "c")
 def check_dataset(entry: Registered, registry: Registry) -> None:
     """a data set says the same each time."""
     source, again = built(entry, registry), built(entry, registry)
+    if not isinstance(source, (TextSource, TokenSource)):
+        expected, fix = "a TextSource or a TokenSource", "see altgrad_core.hookspecs for their methods"
+        seen = type(source).__name__
+        fail(entry.name, "it must be a data set", given="", expected=expected, seen=seen, fix=fix)
     try:
         content = _documents if isinstance(source, TextSource) else _tokens
         for split in SPLITS:
@@ -31,9 +35,10 @@ def check_dataset(entry: Registered, registry: Registry) -> None:
             if list(first) != list(second):
                 fix = "seed what is drawn; sort what is listed"
                 fail(entry.name, "splits never change", given=split, expected="", seen="another", fix=fix)
-        if source.fingerprint() != again.fingerprint() or not isinstance(source.fingerprint(), str):
-            rule, seen = "fingerprint() must be the same text each time", source.fingerprint()
-            fail(entry.name, rule, given="", expected=again.fingerprint(), seen=seen, fix="hash the content")
+        one, other = source.fingerprint(), again.fingerprint()
+        if one != other or not isinstance(one, str):
+            rule, seen = "fingerprint() must be the same text each time", f"{one!r} and {other!r}"
+            fail(entry.name, rule, given="", expected="one str", seen=seen, fix="hash the content")
     except REFUSALS["dataset"] as error:
         raise NotCheckedError(str(error)) from error
 

@@ -94,7 +94,7 @@ class _Case:
         return self.formula(weight, self.format, scale)
 
 
-# --- the checks: each docstring completes "check that ..." ---------------------------------------------
+# Each docstring completes "check that ...".
 
 
 def _keeps_shape_and_dtype(case: _Case) -> None:

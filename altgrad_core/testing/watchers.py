@@ -14,6 +14,8 @@ from altgrad_core.testing.components import built, table_of
 from altgrad_core.testing.expect import fail
 from altgrad_core.testing.small_runs import STEPS, SmallRun, in_file, trained
 from altgrad_core.watched import Watched
+from altgrad_core.watching import EPOCH_SUMMARIES
+from altgrad_core.wording import listed
 
 RUN = f"a run of {STEPS} steps"
 RESUMED = f"{RUN}, resumed after {STEPS // 2}"
@@ -25,6 +27,11 @@ def check_monitor(entry: Registered, registry: Registry) -> None:
     if unknown := sorted(set(watched.needs()) - {*STEP_EXTRAS}):
         expected, fix = f"any of {', '.join(STEP_EXTRAS)}", "see altgrad_core.hookspecs.Step"
         fail(entry.name, "needs must be known", given="needs", expected=expected, seen=unknown, fix=fix)
+    provides = getattr(watched.plugin, "provides", None) or {}
+    if odd := {quantity: how for quantity, how in provides.items() if how not in EPOCH_SUMMARIES}:
+        rule, fix = "provides must say how an epoch sums up", "see altgrad_core.hookspecs.Monitor"
+        expected = f"any of {listed(map(repr, EPOCH_SUMMARIES))}"
+        fail(entry.name, rule, given="provides", expected=expected, seen=odd, fix=fix)
     (seen, resumed), (alone, _) = (
         _trained(entry, registry, tables) for tables in (in_file("[[monitor]]", table_of(entry)), "")
     )

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import io
 import itertools
 import sys
 import textwrap
@@ -10,12 +11,14 @@ from typing import ClassVar, Literal
 import attrs
 import pytest
 import torch
+from torch import nn
 
 from altgrad_core import registry as registry_module
 from altgrad_core.experiment_file import ExperimentError, load_experiment
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Component, NoOptions
 from altgrad_core.options import StiffnessChoice, above, at_least, between, option, within
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import Registered, Registry
 
 _numbers = itertools.count()
@@ -82,6 +85,7 @@ class ScaledOptions:
 @attrs.frozen(kw_only=True)
 class MonitorOptions:
     every: int = option("interval", default=1, validator=at_least(1))
+    layers: str = option("looked at", default=".*")
 
 
 @attrs.frozen(kw_only=True)
@@ -229,3 +233,85 @@ def table():
 def named():
     """The names of all named formats."""
     return tuple(NAMED)
+
+
+@pytest.fixture
+def uniform(table):
+    """The multiples of 1/128 up to 127/128."""
+    return table("E0M7")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mlp():
+    """Two Linears, always with the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def x():
+    """What `mlp` takes."""
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def train():
+    """Return a function that fits a random map; it returns the loss of each step."""
+
+    def fit(model, optimizer, steps, start=0):
+        losses = []
+        for step in range(start, start + steps):
+            x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step))
+            loss = (model(x) - x[:, :4].abs()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    return fit
+
+
+@pytest.fixture
+def push():
+    """Return a function by which SGD with lr 1 moves a weight by exactly so much."""
+
+    def move(weight, optimizer, *by):
+        weight.grad = -torch.tensor([by]).expand_as(weight).clone()
+        optimizer.step()
+
+    return move
+
+
+@pytest.fixture
+def is_on_grid():
+    """Return a function that tells whether a quantized weight is on its grid."""
+
+    def looked_at(weight):
+        quantizer = quantizer_of(weight)
+        return torch.isin(weight.detach() * quantizer.scale, quantizer.format.values).all()
+
+    return looked_at
+
+
+@pytest.fixture
+def saved():
+    """Return a function that gives states as torch reads them back from a file, without any class of ours."""
+
+    def read_back(*states):
+        file = io.BytesIO()
+        torch.save(states, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    return read_back

@@ -1,4 +1,4 @@
-"""Actions on formats and scales: on quantisers, on storage, and through a run that has plugins of its own."""
+"""Actions on formats and scales: on quantizers, on storage, and through a run that has plugins of its own."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ from altgrad_core.terminal import Terminal
 
 @pytest.fixture
 def linear():
-    """Return a function that makes one Linear with given weights, quantised."""
+    """Return a function that makes one Linear with given weights, quantized."""
 
     def make(values, format, **options):
         layer = nn.Linear(len(values), 1, bias=False)
@@ -159,8 +159,8 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-def switch(storage, layer, format, kept="grid", geometry=True):
-    recipes = LayerRecipes(weights=Recipe(format=format), storage=kept, geometry=geometry)
+def switch(storage, layer, format, kept="grid", covered=True):
+    recipes = LayerRecipes(weights=Recipe(format=format), storage=kept, covered=covered)
     with storage.regridding([layer.weight]):
         requantize([layer], recipes)
 
@@ -258,7 +258,7 @@ def test_an_adjusted_grid_keeps_its_scale_times_the_factor(table):
 
 def test_a_weight_leaves_the_grid_and_comes_back(table):
     model, optimizer, storage = stored(table("E4M3"))
-    switch(storage, model[0], table("BF16"), kept="master", geometry=False)
+    switch(storage, model[0], table("BF16"), kept="master", covered=False)
     assert [*map(id, storage.weights)] == [id(model[2].weight)]
     assert not quantizer_of(model[0].weight).on_grid
     train(model, optimizer, 2)
@@ -504,7 +504,7 @@ def test_a_quantized_tied_head_is_switched_in_its_forward_pass(assembled):
     before = run.model.lm_head.weight.detach().clone()
     switched(run, "lm_head", "LOG4")
     quantizer = quantizer_of(run.model.lm_head.weight)
-    assert (quantizer.format.name, quantizer.geometry, quantizer.on_grid) == ("LOG4", False, False)
+    assert (quantizer.format.name, quantizer.covered, quantizer.on_grid) == ("LOG4", False, False)
     assert torch.equal(run.model.lm_head.weight, before)
 
 
@@ -535,7 +535,7 @@ def test_factors_multiply_up(assembled):
     ("layers", "to", "problem"),
     [
         (".*", "LOG5", r"LOG5.*did you mean 'LOG4'"),
-        ("mlp", "LOG4", r"'mlp' matches no layer with a quantised weight.*'\.\*mlp\.\*' does"),
+        ("mlp", "LOG4", r"'mlp' matches no layer with a quantized weight.*'\.\*mlp\.\*' does"),
         ("lm_head", "LOG4", "'lm_head' matches no layer"),
         ("(", "LOG4", "no regular expression"),
     ],
@@ -557,7 +557,7 @@ def test_a_switch_that_cannot_be_changes_nothing_and_says_why(layers, to, proble
         (-2.0, "weights", "no power of two"),
         (float("inf"), "weights", "no power of two"),
         (0.5, "biases", "of='biases' is not one of weights, activations, gradients"),
-        (0.5, "gradients", "no layer has quantised gradients"),
+        (0.5, "gradients", "no layer has quantized gradients"),
     ],
 )
 def test_an_adjustment_that_cannot_be_says_why(factor, of, problem, assembled):

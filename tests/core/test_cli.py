@@ -34,14 +34,14 @@ def altgrad(capsys):
 def test_broken_and_conflicting_plugins_are_listed_with_the_reason(install, altgrad):
     install("one", ONE.format(kind="monitors", name="m"))
     install("two", ONE.format(kind="monitors", name="m"))
-    install("three", "1 / 0", version="0.3")
+    module = install("three", "1 / 0", version="0.3")
     code, out, _ = altgrad("plugins", "--kind", "monitor")
     assert (code, out) == (
         0,
         "monitor  m  one 1.0  does things\n"
         "monitor  m  two 1.0  does things\n"
         "\n"
-        "broken: three 0.3 (ZeroDivisionError: division by zero)\n"
+        f"broken: three 0.3 (ZeroDivisionError: division by zero ({module}.py:4))\n"
         "\n"
         "conflict: monitor 'm' is owned by one 1.0 and two 1.0; say which: "
         'plugin = "one:m" or plugin = "two:m"\n',
@@ -51,10 +51,10 @@ def test_broken_and_conflicting_plugins_are_listed_with_the_reason(install, altg
 def test_broken_and_conflicting_plugins_are_in_the_json(install, altgrad):
     install("one", ONE.format(kind="monitors", name="m"))
     install("two", ONE.format(kind="monitors", name="m"))
-    install("three", "1 / 0", version="0.3")
+    module = install("three", "1 / 0", version="0.3")
     listing = json.loads(altgrad("plugins", "--json")[1])
     assert listing["conflicts"] == [{"kind": "monitor", "name": "m", "distributions": ["one", "two"]}]
-    reason = "ZeroDivisionError: division by zero"
+    reason = f"ZeroDivisionError: division by zero ({module}.py:4)"
     assert listing["broken"] == [{"distribution": "three", "version": "0.3", "reason": reason}]
 
 

@@ -9,14 +9,7 @@ from altgrad_core.testing import ConformanceError
 from altgrad_core.testing.formats import check_format
 from altgrad_core.value_table import round_up_to, thresholds
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 VALUES = [m * 2.0**e for e in range(4) for m in (4, 5, 6, 7)]

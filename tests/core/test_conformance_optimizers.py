@@ -9,14 +9,7 @@ from altgrad_core.random_bits import uniform
 from altgrad_core.testing import ConformanceError
 from altgrad_core.testing.optimizers import check_optimizer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sound(torch.optim.Optimizer):

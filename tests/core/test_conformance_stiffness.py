@@ -9,14 +9,7 @@ from altgrad_core.stiffness import Geometry, grid_stiffness, uniform_stiffness
 from altgrad_core.testing import ConformanceError, check_stiffness
 from altgrad_core.testing.stiffness import FORMATS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mutant(message):

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad_core import data, preparing, token_cache
-from altgrad_core.data import evaluation_batches, prepare, training_batch
+from altgrad_core import cache_folder, data, preparing, token_cache
+from altgrad_core.data import evaluation_batches, training_batch
 from altgrad_core.hookspecs import Document, TextSource, TokenSource
+from altgrad_core.preparing import prepare
 
 
 class Texts:
@@ -196,7 +197,7 @@ def test_a_missing_file_of_a_cache_is_written_again(tmp_path):
 
 
 def test_no_changed_byte_of_a_cache_is_ever_read(tmp_path):
-    prepare(Labelled(), "tiny", "bytes", tmp_path)
+    prepare(Labeled(), "tiny", "bytes", tmp_path)
     folder = only_folder(tmp_path)
     facts = token_cache.opened(folder).facts
     files = sorted(folder.iterdir())
@@ -308,7 +309,7 @@ def test_the_default_cache_follows_the_environment(monkeypatch, variables, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert str(data.default_cache()) == expected
+    assert str(cache_folder.default_cache()) == expected
 
 
 def test_prepared_data_is_frozen(tmp_path):
@@ -319,7 +320,7 @@ def test_prepared_data_is_frozen(tmp_path):
 # --- labels ----------------------------------------------------------------------------------------------
 
 
-class Labelled:
+class Labeled:
     """A data set of documents with labels."""
 
     def __init__(self, *labels, label_count=0):
@@ -327,7 +328,7 @@ class Labelled:
         self.label_count = label_count
 
     def fingerprint(self):
-        return f"labelled {self.labels} {self.label_count}"
+        return f"labeled {self.labels} {self.label_count}"
 
     def documents(self, split):
         texts = ("ab", "", "c") if split == "train" else ("de", "f", "")
@@ -336,7 +337,7 @@ class Labelled:
 
 def test_the_ends_and_labels_of_documents_are_kept(tmp_path):
     for _ in range(2):  # written, then read
-        prepared = prepare(Labelled(), "tiny", "bytes", tmp_path)
+        prepared = prepare(Labeled(), "tiny", "bytes", tmp_path)
         train, validation = prepared.train_documents, prepared.validation_documents
         assert train.ends.tolist() == [3, 4, 6]
         assert validation.ends.tolist() == [3, 5, 6]
@@ -345,17 +346,17 @@ def test_the_ends_and_labels_of_documents_are_kept(tmp_path):
 
 
 def test_without_labels_no_documents_are_kept(tmp_path):
-    prepared = prepare(Labelled((), (), ()), "tiny", "bytes", tmp_path)
+    prepared = prepare(Labeled((), (), ()), "tiny", "bytes", tmp_path)
     assert (prepared.train_documents, prepared.validation_documents) == (None, None)
 
 
 def test_a_source_may_say_how_many_labels_there_are(tmp_path):
-    prepared = prepare(Labelled((1,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+    prepared = prepare(Labeled((1,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
     assert prepared.train_documents.labels.shape == (3, 5)
     with pytest.raises(
         ValueError, match="'tiny': document 1 of train has the label 5; the 5 labels are 0 to 4"
     ):
-        prepare(Labelled((5,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
+        prepare(Labeled((5,), (), (0,), label_count=5), "tiny", "bytes", tmp_path)
 
 
 @pytest.mark.parametrize("label", [2_000_000_000, 10**12, 10**30])
@@ -364,12 +365,12 @@ def test_a_label_too_large_for_a_matrix_is_refused_by_its_document(tmp_path, lab
         f"'tiny': document 2 of train has the label {label}: .* no more than .* number the labels 0, 1, 2"
     )
     with pytest.raises(ValueError, match=reason):
-        prepare(Labelled((2,), (label,), (0,)), "tiny", "bytes", tmp_path)
+        prepare(Labeled((2,), (label,), (0,)), "tiny", "bytes", tmp_path)
 
 
 def test_too_many_labels_are_refused_by_the_option(tmp_path):
     with pytest.raises(ValueError, match=r"'tiny': label_count is 2000000000: .* no more than"):
-        prepare(Labelled((2,), (), (0,), label_count=2_000_000_000), "tiny", "bytes", tmp_path)
+        prepare(Labeled((2,), (), (0,), label_count=2_000_000_000), "tiny", "bytes", tmp_path)
 
 
 def test_a_tokenizer_is_told_by_its_name_and_by_what_it_has_learnt(tmp_path, squares):
@@ -388,12 +389,12 @@ def test_a_tokenizer_is_told_by_its_name_and_by_what_it_has_learnt(tmp_path, squ
 
 
 def test_where_labels_are_said_to_be_documents_are_kept_even_if_none_has_one(tmp_path):
-    prepared = prepare(Labelled((), (), (), label_count=2), "tiny", "bytes", tmp_path)
+    prepared = prepare(Labeled((), (), (), label_count=2), "tiny", "bytes", tmp_path)
     assert prepared.train_documents.labels.tolist() == [[0, 0]] * 3
 
 
 def test_another_label_is_another_fingerprint(tmp_path):
-    one, other = (prepare(Labelled(first, (), (1,)), "tiny", "bytes", tmp_path) for first in ((1,), (0,)))
+    one, other = (prepare(Labeled(first, (), (1,)), "tiny", "bytes", tmp_path) for first in ((1,), (0,)))
     assert np.array_equal(one.train, other.train)
     assert one.fingerprint != other.fingerprint
 

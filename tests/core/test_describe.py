@@ -45,7 +45,7 @@ def test_what_is_left_alone_has_no_row(experiment, registry):
     found = said(experiment, registry, 'quantize.format = "E5M2"')
     assert "activations" not in found
     assert "gradients" not in found
-    assert said(experiment, registry, "")["format"] == "FP32: nothing is quantised"
+    assert said(experiment, registry, "")["format"] == "FP32: nothing is quantized"
 
 
 def test_scales_of_blocks_in_a_format_of_their_own_are_named(experiment, registry):
@@ -58,7 +58,7 @@ def test_scales_of_blocks_in_a_format_of_their_own_are_named(experiment, registr
 
 def test_activations_alone_put_nothing_on_a_grid(experiment, registry):
     text = 'quantize = {format = "none", storage = "grid", activations = {format = "E5M2"}}'
-    assert said(experiment, registry, text)["format"] == "FP32: no weight is quantised"
+    assert said(experiment, registry, text)["format"] == "FP32: no weight is quantized"
     assert said(experiment, registry, text)["activations"].startswith("E5M2 (24 layers)")
     assert share_on_grid(experiment(f'name = "e"\n{text}'), registry) == 0
 

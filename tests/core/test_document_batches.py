@@ -1,11 +1,11 @@
-"""Batches of labelled documents: which ones, and what stands past their ends."""
+"""Batches of labeled documents: which ones, and what stands past their ends."""
 
 import numpy as np
 import pytest
 import torch
 
 from altgrad_core import data
-from altgrad_core.document_batches import LabelledDocuments
+from altgrad_core.document_batches import LabeledDocuments
 from altgrad_core.preparing import Documents
 from altgrad_core.text_classifier import PADDING
 
@@ -20,7 +20,7 @@ def split():
     def make(windows=2, block_size=2):
         ends = np.cumsum(LENGTHS)
         labels = np.array([[number >> bit & 1 for bit in range(3)] for number in range(5)], dtype=np.uint8)
-        return LabelledDocuments(
+        return LabeledDocuments(
             tokens=np.arange(1, ends[-1] + 1, dtype=np.uint8),
             documents=Documents(ends=ends, labels=labels),
             windows=windows,

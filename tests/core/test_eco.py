@@ -9,8 +9,9 @@ from torch import nn
 from altgrad_core.error_compensation import Momentum, adam_rate
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.surgery import quantize_model
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])
 
@@ -24,12 +25,6 @@ OPTIMIZERS = {
 on_all = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-@pytest.fixture
-def uniform(table):
-    """The multiples of 1/128 up to 127/128."""
-    return table("E0M7")
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -41,26 +36,8 @@ def perceptron(format):
     return quantize_model(model, format)
 
 
-def train(model, optimizer, steps, start=0):
-    """Fit a random map; returns the loss of each step."""
-    losses = []
-    for step in range(start, start + steps):
-        x = torch.randn(32, 6, generator=generator(step))
-        loss = (model(x) - x[:, :4].abs()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def same(first, second):
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def is_on_grid(weight):
-    quantizer = quantizer_of(weight)
-    return torch.isin(weight.detach() * quantizer.scale, quantizer.format.values).all()
 
 
 def stored(values, format, make, rounding="eco", **options):
@@ -137,7 +114,7 @@ def test_adams_rate_is_what_torch_subtracts_for_each_unit_of_its_first_moment():
 
 
 def bias(format, rounding, make, steps=1000):
-    """Minimise |w - target|^2/2 under a falling lr: the mean distance of the last weights, in spacings."""
+    """Minimize |w - target|^2/2 under a falling lr: the mean distance of the last weights, in spacings."""
     target = torch.rand(1, 512, generator=generator(3)) / 2 + 0.25
     start = target + (torch.rand(1, 512, generator=generator(4)) - 0.5) * 0.5
     weight, optimizer = stored(start[0].tolist(), format, make, rounding, scale_mode="initial")
@@ -181,7 +158,7 @@ def test_a_constant_residual_is_given_once_a_step(uniform):
 
 
 @on_all
-def test_at_lr_zero_weights_and_moments_are_those_of_the_optimizer_alone(uniform, make):
+def test_at_lr_zero_weights_and_moments_are_those_of_the_optimizer_alone(uniform, make, train):
     runs = []
     for rounding in ("nearest_even", "eco"):
         model = perceptron(uniform)
@@ -203,7 +180,7 @@ def test_the_first_snap_touches_no_state(uniform, make):
 
 
 @on_all
-def test_without_a_gradient_weights_and_moments_stay(uniform, make):
+def test_without_a_gradient_weights_and_moments_stay(uniform, make, train):
     model = perceptron(uniform)
     optimizer = make(param_groups(model))
     store_on_grid(optimizer, "eco")
@@ -265,7 +242,7 @@ def test_against_a_wall_the_moment_does_not_wind_up(uniform, options):
 
 
 @on_all
-def test_after_every_step_the_weights_are_on_their_grids(table, make):
+def test_after_every_step_the_weights_are_on_their_grids(table, make, train, is_on_grid):
     for format in (table("E4M3"), table("E7M0"), CODEBOOK):
         model = perceptron(format)
         optimizer = make(param_groups(model))
@@ -277,7 +254,7 @@ def test_after_every_step_the_weights_are_on_their_grids(table, make):
 
 
 @pytest.mark.slow
-def test_a_model_learns_where_nearest_rounding_stalls(uniform):
+def test_a_model_learns_where_nearest_rounding_stalls(uniform, train):
     final = {}
     for rounding in ("nearest_even", "eco"):
         model = perceptron(uniform)
@@ -289,7 +266,7 @@ def test_a_model_learns_where_nearest_rounding_stalls(uniform):
     assert final["eco"] < 0.8
 
 
-def test_e0m7_and_e1m6_train_alike_to_the_bit(table):
+def test_e0m7_and_e1m6_train_alike_to_the_bit(table, train):
     runs = []
     for name in ("E0M7", "E1M6"):
         model = perceptron(table(name))
@@ -301,7 +278,7 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(table):
 
 
 @on_all
-def test_a_fresh_run_resumes_to_the_bit(uniform, make):
+def test_a_fresh_run_resumes_to_the_bit(uniform, make, train):
     def fresh(seed):
         model = perceptron(uniform)
         model[0].weight.data.mul_(seed)
@@ -321,7 +298,7 @@ def test_a_fresh_run_resumes_to_the_bit(uniform, make):
     assert same(model.parameters(), other[0].parameters())
 
 
-def test_model_optimizer_and_storage_are_copied_together(uniform):
+def test_model_optimizer_and_storage_are_copied_together(uniform, train):
     model = perceptron(uniform)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     storage = store_on_grid(optimizer, "eco")

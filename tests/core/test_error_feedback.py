@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import pickle
 from typing import ClassVar
@@ -14,10 +13,11 @@ from altgrad_core.error_feedback import ErrorFeedback, ResidualCodes, gap_beside
 from altgrad_core.experiment_file import ExperimentError, load_experiment
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import Registry, UsageError
 from altgrad_core.rows import Row
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
+from altgrad_core.surgery import dequantize_model, quantize_model
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])
 EIGHT_BITS = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
@@ -53,12 +53,6 @@ if hasattr(torch.optim, "Muon"):
 
 
 @pytest.fixture
-def uniform(table):
-    """The multiples of 1/128 up to 127/128."""
-    return table("E0M7")
-
-
-@pytest.fixture
 def formats(table):
     return [*map(table, ("E0M7", "E3M4", "E4M3", "E5M2", "E7M0", "BF16")), CODEBOOK]
 
@@ -74,19 +68,6 @@ def perceptron(format, **options):
     return quantize_model(model, format, **options)
 
 
-def train(model, optimizer, steps, start=0):
-    """Fit a random map; returns the loss of each step."""
-    losses = []
-    for step in range(start, start + steps):
-        x = torch.randn(32, 6, generator=generator(step))
-        loss = (model(x) - x[:, :4].abs()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def forward_weights(model):
     """The weights of the Linears as the forward pass sees them."""
     return [quantizer_of(model[at].weight).quantized(model[at].weight).detach().clone() for at in (0, 3)]
@@ -96,11 +77,6 @@ def same(first, second):
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def is_on_grid(weight):
-    quantizer = quantizer_of(weight)
-    return torch.isin(weight.detach() * quantizer.scale, quantizer.format.values).all()
-
-
 def single(values, format, **options):
     """A model of one weight of these values, which SGD moves by exactly what `push` says."""
     model = nn.Sequential(nn.Linear(len(values), 1, bias=False))
@@ -108,11 +84,6 @@ def single(values, format, **options):
     quantize_model(model, format)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     return model[0].weight, optimizer, store_on_grid(optimizer, "error_feedback", **options)
-
-
-def push(weight, optimizer, *by):
-    weight.grad = -torch.tensor([by]).expand_as(weight).clone()
-    optimizer.step()
 
 
 def residual(storage):
@@ -129,7 +100,7 @@ def test_the_first_residual_is_what_the_first_snap_took(uniform):
     assert (residual(storage) * 128).tolist() == [[0, 0.25, -0.125]]
 
 
-def test_residuals_add_up_until_the_weight_moves(uniform):
+def test_residuals_add_up_until_the_weight_moves(uniform, push):
     weight, optimizer, storage = single([0.5], uniform)
     seen = []
     for _ in range(4):
@@ -138,14 +109,14 @@ def test_residuals_add_up_until_the_weight_moves(uniform):
     assert seen == [(64, 0.375), (65, -0.25), (65, 0.125), (66, -127 / 256)]  # 65.5 is a tie
 
 
-def test_small_updates_that_nearest_rounding_loses_arrive(uniform):
+def test_small_updates_that_nearest_rounding_loses_arrive(uniform, push):
     weight, optimizer, _ = single([0.5, 0.25], uniform)
     for _ in range(128):
         push(weight, optimizer, 1 / 64 / 128, -1 / 64 / 128)
     assert (weight * 128).tolist() == [[66, 30]]
 
 
-def test_the_optimizer_sees_the_weight_with_its_residual_and_the_forward_pass_without(uniform):
+def test_the_optimizer_sees_the_weight_with_its_residual_and_the_forward_pass_without(uniform, push):
     seen = []
 
     class Watching(torch.optim.SGD):
@@ -165,7 +136,7 @@ def test_the_optimizer_sees_the_weight_with_its_residual_and_the_forward_pass_wi
     assert [one.item() for one in seen] == [64.25, 64.375]
 
 
-def test_what_monitors_see_as_intended_is_the_update_alone(uniform):
+def test_what_monitors_see_as_intended_is_the_update_alone(uniform, push):
     weight, optimizer, storage = single([0.5, 64.25 / 128], uniform)
     storage.watched = {weight: weight.detach().clone()}
     push(weight, optimizer, 0.125 / 128)
@@ -175,14 +146,14 @@ def test_what_monitors_see_as_intended_is_the_update_alone(uniform):
     assert storage.intended == {}
 
 
-def test_when_the_scale_shrinks_a_residual_is_what_the_new_grid_leaves(uniform):
+def test_when_the_scale_shrinks_a_residual_is_what_the_new_grid_leaves(uniform, push):
     weight, optimizer, storage = single([0.5, 32.25 / 128], uniform)
     push(weight, optimizer, 3.0, 0.0)  # scale 1/4, spacing 1/32: 32.25/128 is 8.0625/32
     assert (weight * 32).tolist() == [[112, 8]]
     assert (residual(storage) * 32).tolist() == [[0, 0.0625]]
 
 
-def test_when_the_scale_grows_the_finer_grid_takes_up_the_residual(uniform):
+def test_when_the_scale_grows_the_finer_grid_takes_up_the_residual(uniform, push):
     weight, optimizer, storage = single([0.5, 32.5 / 128 + 2**-11], uniform)
     push(weight, optimizer, -0.375, -0.125)  # 0.125 would fit a scale of 4, and is served by 2
     assert quantizer_of(weight).scale.item() == 2
@@ -190,7 +161,7 @@ def test_when_the_scale_grows_the_finer_grid_takes_up_the_residual(uniform):
     assert (residual(storage) * 256).tolist() == [[0, 0.125]]
 
 
-def test_the_scale_shrinks_only_if_a_weight_rounds_past_the_largest_value(uniform):
+def test_the_scale_shrinks_only_if_a_weight_rounds_past_the_largest_value(uniform, push):
     weight, optimizer, storage = single([0.5], uniform)
     push(weight, optimizer, 0.5 - 0.875 / 128)  # 127.125/128
     assert (quantizer_of(weight).scale.item(), weight.item() * 128) == (1, 127)
@@ -200,7 +171,7 @@ def test_the_scale_shrinks_only_if_a_weight_rounds_past_the_largest_value(unifor
 
 
 @pytest.mark.parametrize("residual_format", ["same", "FP32"])
-def test_a_bounded_weight_comes_back_at_once(uniform, residual_format):
+def test_a_bounded_weight_comes_back_at_once(uniform, residual_format, push):
     options = {"bound": 1.51, "scale_mode": "initial", "residual_format": residual_format}
     weight, optimizer, _ = single([0.5, -0.5], uniform, **options)
     push(weight, optimizer, 0.4, -0.4)  # 0.755 is the bound, 96/128 the largest value within
@@ -209,7 +180,7 @@ def test_a_bounded_weight_comes_back_at_once(uniform, residual_format):
     assert (weight * 128).abs().tolist() in ([[86, 86]], [[87, 87]])
 
 
-def test_a_float32_residual_keeps_what_a_bounded_master_has(uniform):
+def test_a_float32_residual_keeps_what_a_bounded_master_has(uniform, push):
     weight, optimizer, storage = single(
         [0.5, -0.5], uniform, bound=1.51, scale_mode="initial", residual_format="FP32"
     )
@@ -218,7 +189,7 @@ def test_a_float32_residual_keeps_what_a_bounded_master_has(uniform):
     assert torch.equal((weight + residual(storage))[0], torch.stack([bound, torch.tensor(-0.5) + 0.1]))
 
 
-def test_behind_a_fixed_scale_a_format_forgets_what_saturates_and_float32_does_not(uniform):
+def test_behind_a_fixed_scale_a_format_forgets_what_saturates_and_float32_does_not(uniform, push):
     backs = []
     for residual_format in ("same", "FP32"):
         options = {"scale_mode": "initial", "residual_format": residual_format}
@@ -230,7 +201,7 @@ def test_behind_a_fixed_scale_a_format_forgets_what_saturates_and_float32_does_n
 
 
 @pytest.mark.parametrize("residual_format", ["same", "FP32"])
-def test_a_nan_is_seen_and_stays(uniform, residual_format):
+def test_a_nan_is_seen_and_stays(uniform, residual_format, push):
     weight, optimizer, storage = single([0.5, 0.25], uniform, residual_format=residual_format)
     push(weight, optimizer, math.nan, 0.25 / 128)
     push(weight, optimizer, 0.0, 0.5 / 128)
@@ -321,7 +292,7 @@ def test_a_weight_that_nothing_moves_stays(formats):
 
 
 @pytest.mark.parametrize("residual_format", ["same", "FP32"])
-def test_without_a_gradient_and_at_lr_zero_weights_and_residuals_stay(table, residual_format):
+def test_without_a_gradient_and_at_lr_zero_weights_and_residuals_stay(table, residual_format, train):
     model = perceptron(table("E4M3"))
     optimizer = torch.optim.AdamW(param_groups(model), lr=0.03)
     storage = store_on_grid(optimizer, "error_feedback", residual_format=residual_format)
@@ -340,7 +311,7 @@ def test_without_a_gradient_and_at_lr_zero_weights_and_residuals_stay(table, res
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_with_float32_residuals_a_fixed_scale_and_no_decay_the_run_is_that_of_masters(make, formats):
+def test_with_float32_residuals_a_fixed_scale_and_no_decay_the_run_is_that_of_masters(make, formats, train):
     for format in formats:
         runs = []
         for stored in (False, True):
@@ -357,7 +328,7 @@ def test_with_float32_residuals_a_fixed_scale_and_no_decay_the_run_is_that_of_ma
 
 
 @pytest.mark.slow
-def test_with_residuals_of_eight_bits_a_model_learns_where_nearest_rounding_stalls(table, uniform):
+def test_with_residuals_of_eight_bits_a_model_learns_where_nearest_rounding_stalls(table, uniform, train):
     final = {}
     for rounding, options in {
         "nearest_even": {},
@@ -379,7 +350,7 @@ def test_with_residuals_of_eight_bits_a_model_learns_where_nearest_rounding_stal
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("residual_format", ["same", "FP32", CODEBOOK], ids=str)
-def test_after_every_step_the_weights_are_on_their_grids(make, residual_format, table):
+def test_after_every_step_the_weights_are_on_their_grids(make, residual_format, table, train, is_on_grid):
     for format in (table("E4M3"), table("E7M0"), CODEBOOK):
         model = perceptron(format)
         optimizer = make(param_groups(model))
@@ -390,7 +361,7 @@ def test_after_every_step_the_weights_are_on_their_grids(make, residual_format, 
         assert all(map(is_on_grid, storage.weights))
 
 
-def test_e0m7_and_e1m6_train_alike_to_the_bit(table):
+def test_e0m7_and_e1m6_train_alike_to_the_bit(table, train):
     runs = []
     for name in ("E0M7", "E1M6"):
         model = perceptron(table(name))
@@ -404,16 +375,8 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(table):
 # --- saving, copying, failing ---------------------------------------------------------------------------
 
 
-def saved(*states):
-    """The states as torch reads them back from a file, without any class of ours."""
-    file = io.BytesIO()
-    torch.save(states, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("residual_format", ["same", "FP32"])
-def test_a_fresh_run_resumes_to_the_bit(table, residual_format):
+def test_a_fresh_run_resumes_to_the_bit(table, residual_format, train, saved):
     def fresh(seed):
         model = perceptron(table("E4M3"))
         model[0].weight.data.mul_(seed)
@@ -450,7 +413,7 @@ def test_a_state_of_other_residuals_is_refused(table, uniform):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
-def test_model_optimizer_and_storage_are_copied_together(uniform, copied):
+def test_model_optimizer_and_storage_are_copied_together(uniform, copied, train):
     model = perceptron(uniform)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     storage = store_on_grid(optimizer, "error_feedback")
@@ -462,7 +425,7 @@ def test_model_optimizer_and_storage_are_copied_together(uniform, copied):
     assert train(model, optimizer, 5, start=3) == losses
 
 
-def test_a_step_that_fails_gives_the_residuals_once(uniform):
+def test_a_step_that_fails_gives_the_residuals_once(uniform, push):
     weight, optimizer, storage = single([64.25 / 128], uniform)
 
     def fail(*_):
@@ -476,7 +439,7 @@ def test_a_step_that_fails_gives_the_residuals_once(uniform):
     assert (weight.item() * 128, residual(storage).item() * 128) == (64, 0.25)
 
 
-def test_a_step_that_calls_that_of_its_superclass_keeps_the_residuals(uniform):
+def test_a_step_that_calls_that_of_its_superclass_keeps_the_residuals(uniform, push):
     class Decaying(torch.optim.SGD):
         def step(self, closure=None):
             super().step()
@@ -501,7 +464,7 @@ def test_a_refused_closure_leaves_the_weights_alone(uniform):
     assert weight.item() == 0.5
 
 
-def test_a_dequantized_model_is_given_no_residuals(uniform):
+def test_a_dequantized_model_is_given_no_residuals(uniform, train):
     model = perceptron(uniform)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     store_on_grid(optimizer, "error_feedback")

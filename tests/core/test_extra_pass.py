@@ -1,4 +1,4 @@
-"""Extra passes: what they compute, and that they leave no trace in a training that quantises everything."""
+"""Extra passes: what they compute, and that they leave no trace in a training that quantizes everything."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ def gpt(options=SMALL):
 
 @pytest.fixture
 def quantized(table):
-    """Return a function that makes a GPT whose weights, inputs and gradients are quantised."""
+    """Return a function that makes a GPT whose weights, inputs and gradients are quantized."""
 
     def make(options=SMALL, **more):
         inputs = {"format": table("E4M3"), "amax_history": 3}
@@ -92,7 +92,7 @@ def tensors_of(thing):
 
 
 def everything(model):
-    """Return all that an extra pass could change of a model and its quantisers."""
+    """Return all that an extra pass could change of a model and its quantizers."""
     quantizers = [*quantized_layers(model).values(), *quantized_flows(model).values()]
     layers = [layer for layer in model.modules() if isinstance(layer, Quantized)]
     return (

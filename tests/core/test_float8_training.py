@@ -1,4 +1,4 @@
-"""Quantised Linears against torchao's float8 training, emulated on the CPU."""
+"""Quantized Linears against torchao's float8 training, emulated on the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Activations and gradients: what a quantised Linear computes, and the histories of their scales."""
+"""Activations and gradients: what a quantized Linear computes, and the histories of their scales."""
 
 import contextlib
 import copy
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from altgrad_core.flow_quantizer import FlowQuantizer
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.random_bits import mix_, stream_key_tensor, stream_keys
 from altgrad_core.recipe import Recipe
 from altgrad_core.rules import Rule
@@ -20,7 +21,6 @@ from altgrad_core.surgery import (
     quantize_model,
     quantized_flows,
     quantized_layers,
-    quantizer_of,
 )
 
 INPUTS, OUTPUTS = "0.activations", "0.gradients"
@@ -48,16 +48,6 @@ def seeded(build):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return build()
-
-
-@pytest.fixture
-def mlp():
-    return seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 
 def history(model, name=INPUTS):
@@ -432,7 +422,7 @@ def test_dequantizing_takes_the_flows_away(delayed):
 
 def test_double_surgery_is_refused_for_flows_too(mlp, e4m3):
     quantize_model(mlp, "FP32", activations=e4m3)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize_model(mlp, "FP32", activations=e4m3)
 
 
@@ -516,7 +506,7 @@ def test_linears_that_share_a_parameter_may_have_different_flows(e4m3):
     [
         ({"activations": {"rounding": "stochastic"}}, "is for gradients: a forward pass must be repeatable"),
         ({"activations": {"scale_mode": "initial"}}, "scale_mode='initial' is for weights"),
-        ({"gradients": {"clip_gradient": True}}, "clip_gradient clips the gradient of what is quantised"),
+        ({"gradients": {"clip_gradient": True}}, "clip_gradient clips the gradient of what is quantized"),
         ({"gradients": {"granularity": "channel", "scale_mode": "delayed"}}, 'needs granularity = "tensor"'),
     ],
 )

@@ -10,14 +10,7 @@ from altgrad_core.format import NAN_RUNG, ROUNDINGS, Format
 from altgrad_core.random_bits import draw_seed, uniform
 from altgrad_core.testing.formats import check_format
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on two threads than on one, twenty times where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # rungs:     -3  -2  -1  0  1  2  3  4

@@ -175,8 +175,8 @@ def test_initial_weights_have_nanogpts_spread():
 
 
 def layer_norm(x, weight, bias):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
 def reference_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:

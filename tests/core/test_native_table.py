@@ -45,7 +45,7 @@ def searching(monkeypatch):
 
 
 def inputs(format):
-    """Random patterns, special numbers, and the thresholds' own neighbourhood."""
+    """Random patterns, special numbers, and the thresholds' own neighborhood."""
     bits = torch.randint(-(2**31), 2**31 - 1, (20_000,), generator=torch.Generator().manual_seed(1))
     values = format.values.double()
     near = torch.cat((values, (values[1:] + values[:-1]) / 2)).float()

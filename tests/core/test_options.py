@@ -23,8 +23,9 @@ from altgrad_core.options import (
     within,
     written,
 )
-from altgrad_core.registry import Registry, shown
+from altgrad_core.registry import Registry
 from altgrad_core.structuring import structure
+from altgrad_core.wording import shown
 
 
 @attrs.frozen(kw_only=True)

@@ -101,6 +101,12 @@ def test_a_pattern_that_takes_for_ever_on_one_name_of_the_model_alone_is_told(ta
     assert "takes too long to match 'transformer.h.3." in line
 
 
+def test_a_pattern_that_is_none_is_told_of_a_monitor_that_does_not_look_itself(mistakes):
+    told = "e.toml:4: monitor[0].layers: '(' is no regular expression: missing ), unterminated subpattern"
+    (line,) = mistakes("name = 'e'\n[[monitor]]\nplugin = 'flip'\nlayers = '('")
+    assert line.startswith(told)
+
+
 def test_very_many_names_are_no_reason_to_refuse_a_pattern():
     architecture = Architecture(ModelOptions(n_layer=1000), vocab_size=256)
     for pattern in FINE:

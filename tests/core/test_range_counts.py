@@ -1,4 +1,4 @@
-"""What rounding does at the ends of a format: counted by hand, by brute force, and inside the quantisers."""
+"""What rounding does at the ends of a format: counted by hand, by brute force, and inside the quantizers."""
 
 import copy
 import math
@@ -203,7 +203,7 @@ def test_threads_change_no_count(table, threads):
     assert one.ends.tolist() == other.ends.tolist()
 
 
-# --- in the quantisers ----------------------------------------------------------------------------------
+# --- in the quantizers ----------------------------------------------------------------------------------
 
 
 def count_in(rows, model):
@@ -221,7 +221,7 @@ class Clock:
 
 @pytest.fixture
 def counting(table):
-    """Return a function from a model of one Linear, quantised, to the clock and the table of its counters."""
+    """Return a function from a model of one Linear, quantized, to the clock and the table of its counters."""
 
     def count(model, due=lambda index: True):
         clock = Clock()

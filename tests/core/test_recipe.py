@@ -75,10 +75,10 @@ def test_options_that_contradict_one_another_are_refused_with_the_way_out(e4m3, 
 
 def test_an_option_that_there_is_not_is_named_with_the_nearest(e4m3):
     with pytest.raises(
-        ValueError, match="'granularty' is no option of a quantised tensor; did you mean 'gran"
+        ValueError, match="'granularty' is no option of a quantized tensor; did you mean 'gran"
     ):
         recipe_of(e4m3, {"granularty": "block"})
-    with pytest.raises(ValueError, match="'xyz' is no option of a quantised tensor; there are format, gran"):
+    with pytest.raises(ValueError, match="'xyz' is no option of a quantized tensor; there are format, gran"):
         flow_recipe({"format": e4m3, "xyz": 1})
 
 

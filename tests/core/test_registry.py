@@ -279,8 +279,10 @@ def test_a_name_of_another_kind_is_told(install):
 
 
 def test_broken_plugins_are_named_where_a_name_is_not_found(install):
-    install("bad", "1 / 0", version="0.3")
-    message = r"broken plugins, where it may be: bad 0\.3 \(ZeroDivisionError: division by zero\)"
+    module = install("bad", "1 / 0", version="0.3")
+    message = (
+        rf"broken plugins, where it may be: bad 0\.3 \(ZeroDivisionError: division by zero \({module}\.py:"
+    )
     with pytest.raises(NotFoundError, match=message):
         discover().find("monitor", "stall")
 
@@ -382,7 +384,7 @@ def test_a_target_that_cannot_be_built_names_its_owner(install, body, reason):
     install("one", monitors("m", target=f"{helper}:build"), version="1.2")
     with pytest.raises(PluginError) as caught:
         discover().find("monitor", "m").build(None)
-    assert str(caught.value) == f"monitor 'm' of one 1.2 cannot be built: {reason}"
+    assert str(caught.value) == f"monitor 'm' of one 1.2 cannot be built: {reason} ({helper}.py:4)"
 
 
 def test_a_module_that_exits_when_its_target_is_loaded_does_not_end_the_process(install):

@@ -3,9 +3,8 @@
 import attrs
 import pytest
 
-from altgrad_core.experiment import QuantizeOptions, RuleOptions
 from altgrad_core.options import FieldError, FormatChoice
-from altgrad_core.quantize_options import ActivationOptions, GradientOptions
+from altgrad_core.quantize_options import ActivationOptions, GradientOptions, QuantizeOptions, RuleOptions
 from altgrad_core.rules import LayerPlan, Rule, bits, covered, first_match, geometries, no_match, plan
 from altgrad_core.structuring import structure
 
@@ -29,7 +28,7 @@ def test_without_rules_every_layer_gets_the_format_and_storage(registry):
 def test_a_tied_head_is_left_alone_unless_a_rule_names_it(registry):
     assert list(planned(registry, tied=TIED)) == [ATTENTION, MLP]
     named = planned(registry, {"layers": "lm_head"}, tied=TIED, storage="grid")
-    assert named[HEAD] == LayerPlan(E5M2, "master", geometry=False)
+    assert named[HEAD] == LayerPlan(E5M2, "master", covered=False)
 
 
 def test_the_first_rule_that_matches_wins(registry):
@@ -123,7 +122,7 @@ def test_a_layer_without_any_format_is_not_planned(registry):
 
 def test_a_wide_format_in_a_rule_is_master_and_no_geometry_unless_asked(registry):
     wide = {"layers": ".*mlp.*", "format": BF16}
-    assert planned(registry, wide, storage="grid")[MLP] == LayerPlan(BF16, "master", geometry=False)
+    assert planned(registry, wide, storage="grid")[MLP] == LayerPlan(BF16, "master", covered=False)
     assert planned(registry, {**wide, "storage": "grid"})[MLP] == LayerPlan(BF16, "grid")
 
 

@@ -16,12 +16,6 @@ def formats(table, named):
     return [*map(table, named), CODEBOOK]
 
 
-@pytest.fixture(scope="session")
-def uniform(table):
-    """The multiples of 1/128 up to 127/128."""
-    return table("E0M7")
-
-
 def floats(*values):
     return torch.tensor(values)
 
@@ -108,7 +102,7 @@ def test_margin_is_head_room(uniform):
     assert scaling.fit_exponent(floats(0.5), uniform, margin=0.25).tolist() == [2]
 
 
-def test_fit_is_vectorised_over_tensors(formats):
+def test_fit_is_vectorized_over_tensors(formats):
     amaxes = torch.exp2(torch.linspace(-140, 127, 1001)) * 1.3
     for format in formats:
         one_by_one = [int(scaling.fit_exponent(amax, format)) for amax in amaxes[::100]]

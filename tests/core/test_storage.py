@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import pickle
 
@@ -11,9 +10,10 @@ from altgrad_core.format import Format
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.groups import param_groups
 from altgrad_core.master_bound import MasterBound
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.rules import Rule
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
+from altgrad_core.surgery import dequantize_model, quantize_model
 
 CODEBOOK = Format(name="CODEBOOK", bits=4, values=[-3.0, -1.25, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0])
 
@@ -31,12 +31,6 @@ if hasattr(torch.optim, "Muon"):
 rounded_both_ways = pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
 
 
-@pytest.fixture
-def uniform(table):
-    """The multiples of 1/128 up to 127/128."""
-    return table("E0M7")
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -48,30 +42,12 @@ def perceptron(format=None, **options):
     return model if format is None else quantize_model(model, format, **options)
 
 
-def train(model, optimizer, steps, start=0):
-    """Fit a random map; returns the loss of each step."""
-    losses = []
-    for step in range(start, start + steps):
-        x = torch.randn(32, 6, generator=generator(step))
-        loss = (model(x) - x[:, :4].abs()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def weights_of(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def same(first, second):
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def is_on_grid(weight):
-    quantizer = quantizer_of(weight)
-    return torch.isin(weight.detach() * quantizer.scale, quantizer.format.values).all()
 
 
 def single(values, format, **options):
@@ -83,17 +59,14 @@ def single(values, format, **options):
     return model[0].weight, optimizer, store_on_grid(optimizer, **options)
 
 
-def push(weight, optimizer, *by):
-    weight.grad = -torch.tensor([by]).expand_as(weight).clone()
-    optimizer.step()
-
-
 # --- on the grid ----------------------------------------------------------------------------------------
 
 
 @rounded_both_ways
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_after_every_step_of_any_optimizer_the_weights_are_on_their_grids(table, make, rounding):
+def test_after_every_step_of_any_optimizer_the_weights_are_on_their_grids(
+    table, make, rounding, train, is_on_grid
+):
     for format in (table("E4M3"), table("E7M0"), CODEBOOK):
         model = perceptron(format)
         optimizer = make(param_groups(model))
@@ -106,7 +79,7 @@ def test_after_every_step_of_any_optimizer_the_weights_are_on_their_grids(table,
 
 
 @rounded_both_ways
-def test_on_the_grid_a_model_learns(table, rounding):
+def test_on_the_grid_a_model_learns(table, rounding, train):
     model = perceptron(table("E4M3"))
     optimizer = torch.optim.AdamW(param_groups(model), lr=0.02)
     store_on_grid(optimizer, rounding, generator())
@@ -114,7 +87,7 @@ def test_on_the_grid_a_model_learns(table, rounding):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_the_forward_pass_uses_grid_weights_as_they_are(uniform):
+def test_the_forward_pass_uses_grid_weights_as_they_are(uniform, train):
     model = perceptron(uniform)
     optimizer = torch.optim.AdamW(param_groups(model))
     store_on_grid(optimizer)
@@ -130,13 +103,13 @@ def test_the_first_snap_is_to_nearest_even_also_under_stochastic_rounding(unifor
         assert (weight * 128).tolist() == [8 * [64, 32, 33, 0, 2]]
 
 
-def test_an_update_below_half_a_spacing_is_lost_under_nearest_even(uniform):
+def test_an_update_below_half_a_spacing_is_lost_under_nearest_even(uniform, push):
     weight, optimizer, _ = single([0.5, 0.25], uniform)
     push(weight, optimizer, 0.49 / 128, -0.51 / 128)
     assert (weight * 128).tolist() == [[64, 31]]
 
 
-def test_stochastic_rounding_is_unbiased(uniform):
+def test_stochastic_rounding_is_unbiased(uniform, push):
     count, moves = 400, []
     for seed in range(count):
         weight, optimizer, _ = single([0.5] * 16, uniform, rounding="stochastic", generator=generator(seed))
@@ -172,7 +145,7 @@ def test_weights_steps_and_tensors_draw_different_numbers(uniform):
 # --- scales ---------------------------------------------------------------------------------------------
 
 
-def test_a_scale_shrinks_at_once_and_grows_by_one_binade_a_step(uniform):
+def test_a_scale_shrinks_at_once_and_grows_by_one_binade_a_step(uniform, push):
     weight, optimizer, storage = single([0.5, 0.25], uniform)
     scale = quantizer_of(weight).scale
     assert scale.item() == 1
@@ -185,21 +158,21 @@ def test_a_scale_shrinks_at_once_and_grows_by_one_binade_a_step(uniform):
     assert storage.scales.rescales.tolist() == [3]
 
 
-def test_the_scale_tensor_is_the_quantizers_own_and_stays_the_same_object(uniform):
+def test_the_scale_tensor_is_the_quantizers_own_and_stays_the_same_object(uniform, push):
     weight, optimizer, storage = single([0.5], uniform)
     scale = quantizer_of(weight).scale
     push(weight, optimizer, 3.0)
     assert quantizer_of(weight).scale is scale is storage.scales.scales[0]
 
 
-def test_an_initial_scale_stays_and_weights_saturate(uniform):
+def test_an_initial_scale_stays_and_weights_saturate(uniform, push):
     weight, optimizer, storage = single([0.5], uniform, scale_mode="initial")
     push(weight, optimizer, 3.0)
     assert weight.item() == 127 / 128
     assert storage.scales.rescales.tolist() == [0]
 
 
-def test_a_static_scale_follows_from_the_given_amax_and_stays(uniform):
+def test_a_static_scale_follows_from_the_given_amax_and_stays(uniform, train, is_on_grid):
     model = perceptron(uniform, scale_mode="static", amax=3.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     storage = store_on_grid(optimizer)
@@ -209,7 +182,7 @@ def test_a_static_scale_follows_from_the_given_amax_and_stays(uniform):
     assert all(map(is_on_grid, storage.weights))
 
 
-def test_under_stochastic_rounding_no_weight_saturates(uniform):
+def test_under_stochastic_rounding_no_weight_saturates(uniform, push):
     weight, optimizer, _ = single([0.5], uniform, rounding="stochastic", generator=generator())
     push(weight, optimizer, 0.5 - 0.9 / 128)  # 127.1/128
     assert quantizer_of(weight).scale.item() == 0.5
@@ -227,7 +200,7 @@ def test_each_weight_has_its_own_scale(uniform):
     assert scales[0] > 16 * scales[1]
 
 
-def test_a_weight_of_zeros_takes_the_scale_of_its_first_values(uniform):
+def test_a_weight_of_zeros_takes_the_scale_of_its_first_values(uniform, push):
     weight, optimizer, _ = single([0.0, 0.0], uniform)
     assert quantizer_of(weight).scale.item() == 0.5
     push(weight, optimizer, 0.0, 0.0)
@@ -239,7 +212,7 @@ def test_a_weight_of_zeros_takes_the_scale_of_its_first_values(uniform):
     assert quantizer_of(weight).scale.item() == 2.0**20, "one binade a step from then on"
 
 
-def test_formats_that_need_no_scale_keep_one(table):
+def test_formats_that_need_no_scale_keep_one(table, push, is_on_grid):
     weight, optimizer, storage = single([2.0**-20], table("BF16"))
     push(weight, optimizer, 1e9)
     assert quantizer_of(weight).scale.item() == 1
@@ -255,7 +228,7 @@ def test_a_margin_leaves_room(uniform):
         assert (layer.weight * quantizer_of(layer.weight).scale).abs().max() <= 0.25
 
 
-def test_a_nan_is_seen_and_moves_no_scale(uniform):
+def test_a_nan_is_seen_and_moves_no_scale(uniform, push):
     weight, optimizer, _ = single([0.5, 0.25], uniform)
     push(weight, optimizer, math.nan, 9.0)
     assert weight.isnan().tolist() == [[True, False]]
@@ -265,38 +238,38 @@ def test_a_nan_is_seen_and_moves_no_scale(uniform):
 # --- bound ----------------------------------------------------------------------------------------------
 
 
-def test_the_bound_is_the_largest_grid_value_not_above_it(uniform):
+def test_the_bound_is_the_largest_grid_value_not_above_it(uniform, push):
     weight, optimizer, _ = single([0.5, -0.5], uniform, bound=1.51, scale_mode="initial")
     push(weight, optimizer, 0.4, -0.4)
     assert (weight * 128).tolist() == [[96, -96]]  # 0.755*128 is 96.6
 
 
-def test_the_order_is_scale_round_bound(uniform):
+def test_the_order_is_scale_round_bound(uniform, push):
     weight, optimizer, _ = single([0.5, 0.5], uniform, bound=2.92)  # 1.46
     push(weight, optimizer, 2.0, 0.9)
     assert quantizer_of(weight).scale.item() == 0.25, "the scale serves 2.5, not the bound"
     assert (weight * 32).tolist() == [[46, 45]], "1.46*32 is 46.7, and would be rounded to 47"
 
 
-def test_without_a_bound_weights_grow(uniform):
+def test_without_a_bound_weights_grow(uniform, push):
     weight, optimizer, _ = single([0.5], uniform)
     push(weight, optimizer, 100.0)
     assert weight.item() > 99
 
 
-def test_the_bound_is_none_where_the_weight_starts_at_zero(uniform):
+def test_the_bound_is_none_where_the_weight_starts_at_zero(uniform, push):
     weight, optimizer, _ = single([0.0], uniform, bound=2.0)
     push(weight, optimizer, 100.0)
     assert weight.item() == 100
 
 
-def test_the_bound_refers_to_the_weights_before_their_first_snap(table):
+def test_the_bound_refers_to_the_weights_before_their_first_snap(table, push):
     weight, optimizer, _ = single([0.75, -0.75], table("E7M0"), bound=2.0)  # snaps to 0.5 and 1: a tie
     push(weight, optimizer, 9.0, 0.0)
     assert weight.abs().max().item() == 1, "the largest power of two up to 1.5"
 
 
-def test_the_bound_of_a_lopsided_grid_is_on_it_on_both_sides():
+def test_the_bound_of_a_lopsided_grid_is_on_it_on_both_sides(push, is_on_grid):
     weight, optimizer, storage = single([1.0, -1.0], CODEBOOK, bound=1.0, scale_mode="initial")
     assert quantizer_of(weight).scale.item() == 2
     push(weight, optimizer, 5.0, -5.0)
@@ -304,7 +277,7 @@ def test_the_bound_of_a_lopsided_grid_is_on_it_on_both_sides():
     assert all(map(is_on_grid, storage.weights))
 
 
-def test_masters_are_bound_by_the_multiple_itself():
+def test_masters_are_bound_by_the_multiple_itself(push):
     model = nn.Linear(2, 1, bias=False)
     model.weight.data = torch.tensor([[0.3, -0.3]])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -315,7 +288,7 @@ def test_masters_are_bound_by_the_multiple_itself():
     assert model.weight.isnan().tolist() == [[True, False]]
 
 
-def test_a_master_that_starts_at_zero_has_no_bound():
+def test_a_master_that_starts_at_zero_has_no_bound(push):
     model = nn.Linear(2, 1, bias=False)
     model.weight.data.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -324,7 +297,7 @@ def test_a_master_that_starts_at_zero_has_no_bound():
     assert model.weight.tolist() == [[7, 0]]
 
 
-def test_the_bound_of_masters_is_saved():
+def test_the_bound_of_masters_is_saved(push):
     def bound_at(value):
         weight = nn.Parameter(torch.full((1, 2), value))
         optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -340,7 +313,7 @@ def test_the_bound_of_masters_is_saved():
 # --- a format fine enough makes no difference -----------------------------------------------------------
 
 
-def _final_losses(format, rounding, lr):
+def _final_losses(train, format, rounding, lr):
     """The loss after training, for each of four seeds: of a float32 model where there is no format."""
     found = []
     for seed in range(4):
@@ -357,9 +330,9 @@ def _final_losses(format, rounding, lr):
 
 
 @pytest.mark.slow
-def test_bf16_with_stochastic_rounding_trains_as_float32_does_within_the_spread_of_seeds(table):
+def test_bf16_with_stochastic_rounding_trains_as_float32_does_within_the_spread_of_seeds(table, train):
     exact, stochastic, nearest = (
-        _final_losses(format, rounding, lr=3e-4)
+        _final_losses(train, format, rounding, lr=3e-4)
         for format, rounding in ((None, ""), (table("BF16"), "stochastic"), (table("BF16"), "nearest_even"))
     )
     spread = exact.std()
@@ -387,7 +360,7 @@ def test_other_parameters_are_untouched_to_the_bit(uniform, rounding):
     assert same(*runs)
 
 
-def test_weights_whose_rule_says_master_are_left_alone(uniform):
+def test_weights_whose_rule_says_master_are_left_alone(uniform, train, is_on_grid):
     rules = [Rule("0", uniform), Rule("3", uniform, storage="master")]
     model = quantize_model(perceptron(), rules=rules)
     optimizer = torch.optim.SGD(param_groups(model), lr=0.01)
@@ -428,7 +401,7 @@ def test_one_number_is_drawn_from_the_generator_and_none_means_seed_zero(uniform
     assert seeds[3] == 0
 
 
-def test_with_fp32_training_is_that_of_the_unquantized_model():
+def test_with_fp32_training_is_that_of_the_unquantized_model(train):
     runs = []
     for format in (None, "FP32"):
         model = perceptron(format)
@@ -442,7 +415,7 @@ def test_with_fp32_training_is_that_of_the_unquantized_model():
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", None])
-def test_e0m7_and_e1m6_train_alike_to_the_bit(table, rounding):
+def test_e0m7_and_e1m6_train_alike_to_the_bit(table, rounding, train):
     runs = []
     for name in ("E0M7", "E1M6"):
         model = perceptron(table(name))
@@ -458,16 +431,8 @@ def test_e0m7_and_e1m6_train_alike_to_the_bit(table, rounding):
 # --- resuming, copying, threads -------------------------------------------------------------------------
 
 
-def saved(*states):
-    """The states as torch reads them back from a file, without any class of ours."""
-    file = io.BytesIO()
-    torch.save(states, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @rounded_both_ways
-def test_a_fresh_run_resumes_to_the_bit(uniform, rounding):
+def test_a_fresh_run_resumes_to_the_bit(uniform, rounding, train, saved, is_on_grid):
     def fresh(seed):
         model = perceptron(uniform)
         model[0].weight.data.mul_(seed)
@@ -499,7 +464,7 @@ def test_a_state_of_other_weights_is_refused(uniform):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
-def test_model_optimizer_and_storage_are_copied_together(uniform, copied):
+def test_model_optimizer_and_storage_are_copied_together(uniform, copied, train, is_on_grid):
     model = perceptron(uniform)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     storage = store_on_grid(optimizer, "stochastic", generator())
@@ -519,7 +484,7 @@ copied_both_ways = pytest.mark.parametrize(
 
 
 @copied_both_ways
-def test_a_copy_of_the_model_alone_quantizes_in_its_forward_pass(uniform, copied):
+def test_a_copy_of_the_model_alone_quantizes_in_its_forward_pass(uniform, copied, train, is_on_grid):
     model = perceptron(uniform)
     storage = store_on_grid(torch.optim.SGD(model.parameters(), lr=0.05))
     twin, x = copied(model), torch.randn(8, 6, generator=generator())
@@ -534,7 +499,7 @@ def test_a_copy_of_the_model_alone_quantizes_in_its_forward_pass(uniform, copied
 
 
 @copied_both_ways
-def test_the_parts_are_copied_in_any_order(uniform, copied):
+def test_the_parts_are_copied_in_any_order(uniform, copied, train, is_on_grid):
     model = perceptron(uniform)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     storage, optimizer, model = copied((store_on_grid(optimizer), optimizer, model))
@@ -544,7 +509,7 @@ def test_the_parts_are_copied_in_any_order(uniform, copied):
 
 
 @copied_both_ways
-def test_a_copy_of_the_model_alone_can_be_stored_on_the_grid_again(uniform, copied):
+def test_a_copy_of_the_model_alone_can_be_stored_on_the_grid_again(uniform, copied, train, is_on_grid):
     model = perceptron(uniform)
     store_on_grid(torch.optim.SGD(model.parameters(), lr=0.05))
     twin = copied(model)
@@ -555,7 +520,9 @@ def test_a_copy_of_the_model_alone_can_be_stored_on_the_grid_again(uniform, copi
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "error_feedback", "eco"])
-def test_snapped_a_loaded_model_is_as_one_that_was_stored_with_these_weights(uniform, rounding):
+def test_snapped_a_loaded_model_is_as_one_that_was_stored_with_these_weights(
+    uniform, rounding, train, is_on_grid
+):
     def make(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         return model, optimizer, store_on_grid(optimizer, rounding, generator(), bound=2.0)
@@ -596,7 +563,7 @@ def test_one_thread_and_two_give_the_same_bits(table, rounding):
 # --- what monitors are shown ----------------------------------------------------------------------------
 
 
-def test_the_update_before_rounding_is_kept_where_it_is_watched(uniform):
+def test_the_update_before_rounding_is_kept_where_it_is_watched(uniform, push):
     weight, optimizer, storage = single([0.5, 0.25], uniform)
     push(weight, optimizer, 0.1 / 128)
     assert storage.intended == {}
@@ -613,7 +580,7 @@ def test_the_update_before_rounding_is_kept_where_it_is_watched(uniform):
 
 
 def test_an_optimizer_without_quantized_weights_is_refused():
-    with pytest.raises(ValueError, match=r"no quantised weight.*quantize_model"):
+    with pytest.raises(ValueError, match=r"no quantized weight.*quantize_model"):
         store_on_grid(torch.optim.SGD(perceptron().parameters(), lr=0.1))
 
 

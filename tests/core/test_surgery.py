@@ -11,16 +11,11 @@ from torch import nn
 
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
+from altgrad_core.quantized_linear import QuantizedLinear
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.rules import Rule
 from altgrad_core.stiffness import grid_stiffness
-from altgrad_core.surgery import (
-    QuantizedLinear,
-    dequantize_model,
-    held_weights,
-    quantize_model,
-    quantized_layers,
-    quantizer_of,
-)
+from altgrad_core.surgery import dequantize_model, held_weights, quantize_model, quantized_layers
 
 COARSE = Format(name="COARSE", bits=4, values=[k / 4 for k in range(-7, 8)])
 FINE = Format(name="FINE", bits=8, values=[k / 128 for k in range(-127, 128)])
@@ -28,7 +23,7 @@ WIDE = Format(name="WIDE", bits=9, values=[k / 256 for k in range(-255, 256)])
 
 
 class Counting(Format):
-    """Counts how often something is quantised."""
+    """Counts how often something is quantized."""
 
     def __init__(self):
         super().__init__(name="COUNTING", bits=8, values=FINE.values)
@@ -117,18 +112,8 @@ def gpt():
 
 
 @pytest.fixture
-def mlp():
-    return seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
-
-
-@pytest.fixture
 def tokens():
     return torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 
 def quantized_by_hand(weight, format=FINE):
@@ -143,7 +128,7 @@ def same_tensors(first, second):
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-# --- what is quantised --------------------------------------------------------------------------------
+# --- what is quantized --------------------------------------------------------------------------------
 
 
 def test_the_forward_pass_sees_the_quantized_weights(mlp, x):
@@ -318,7 +303,7 @@ def test_hooks_of_others_stay_when_a_layer_is_dequantized(mlp, x):
     assert seen == [mlp[0]]
 
 
-# --- what is quantised once -------------------------------------------------------------------------------
+# --- what is quantized once -------------------------------------------------------------------------------
 
 
 def test_a_layer_that_the_model_calls_in_two_places_is_quantized_once():
@@ -669,7 +654,7 @@ def test_dequantizing_an_untouched_model_changes_nothing(mlp):
 
 def test_quantizing_twice_is_an_error(mlp):
     quantize_model(mlp, FINE)
-    with pytest.raises(ValueError, match="quantised already; dequantize_model"):
+    with pytest.raises(ValueError, match="quantized already; dequantize_model"):
         quantize_model(mlp, FINE)
 
 
@@ -765,7 +750,7 @@ def test_a_tied_head_is_quantized_where_a_rule_names_it(gpt, tokens):
     plain = gpt(tokens)
     quantize_model(gpt, rules=[Rule("lm_head", COARSE)])
     quantizer = quantizer_of(gpt.lm_head.weight)
-    assert (quantizer.storage, quantizer.geometry) == ("master", False)
+    assert (quantizer.storage, quantizer.covered) == ("master", False)
     assert gpt.transformer.wte.weight is gpt.lm_head.weight
     assert not torch.equal(gpt(tokens), plain)
     assert torch.equal(gpt.transformer.wte(tokens), F.embedding(tokens, gpt.lm_head.weight))
@@ -797,7 +782,7 @@ def test_an_untied_head_is_a_linear_like_any_other(gpt):
 def test_wide_formats_in_a_rule_are_masters_unless_it_says_otherwise(mlp, format, storage, expected):
     quantize_model(mlp, rules=[Rule("0", format, storage=storage)])
     quantizer = quantizer_of(mlp[0].weight)
-    assert (quantizer.storage, quantizer.geometry) == expected
+    assert (quantizer.storage, quantizer.covered) == expected
 
 
 # --- held weights ---------------------------------------------------------------------------------------

@@ -11,24 +11,24 @@ CLASSIFICATION = 'name = "e"\ntask = "classification"\n'
 
 
 @attrs.frozen(kw_only=True)
-class LabelledOptions:
+class LabeledOptions:
     label_count: int = option("how many labels", default=4, validator=at_least(0))
 
 
 @pytest.fixture
 def registry(registry, registered):
     """The fake components, and a data set with labels."""
-    return Registry(registered=(*registry.registered, registered("dataset", "labelled", LabelledOptions)))
+    return Registry(registered=(*registry.registered, registered("dataset", "labeled", LabeledOptions)))
 
 
 def test_language_modelling_is_the_default_whatever_the_data_set_has(experiment):
-    found = experiment('name = "e"\ndata.plugin = "labelled"')
+    found = experiment('name = "e"\ndata.plugin = "labeled"')
     assert found.task == "language_modelling"
     assert found.architecture == Architecture(found.model, 256)
 
 
 def test_the_head_of_a_classifier_has_an_output_for_each_label_and_is_never_tied(experiment):
-    found = experiment(CLASSIFICATION + 'data.plugin = "labelled"\nquantize = {format = "E5M2"}')
+    found = experiment(CLASSIFICATION + 'data.plugin = "labeled"\nquantize = {format = "E5M2"}')
     assert found.model.tie_weights
     *_, (head, shape) = linear_shapes(found.architecture).items()
     assert (head, shape) == ("classifier", (4, 384))
@@ -36,15 +36,15 @@ def test_the_head_of_a_classifier_has_an_output_for_each_label_and_is_never_tied
 
 
 def test_the_tokens_of_a_step_are_those_of_all_windows(experiment):
-    text = "data = {plugin = 'labelled', windows = 3}\nmodel.block_size = 8\ntrain.batch_size = 5\n"
+    text = "data = {plugin = 'labeled', windows = 3}\nmodel.block_size = 8\ntrain.batch_size = 5\n"
     found = experiment(CLASSIFICATION + text)
     assert (found.rows_per_step, found.tokens_per_step) == (5, 5 * 3 * 8)
 
 
 def test_windows_stand_beside_the_options_of_the_data_set(experiment):
-    found = experiment(CLASSIFICATION + "data = {plugin = 'labelled', windows = 3, label_count = 7}")
+    found = experiment(CLASSIFICATION + "data = {plugin = 'labeled', windows = 3, label_count = 7}")
     assert found.plain()["data"] == {
-        "plugin": "labelled",
+        "plugin": "labeled",
         "label_count": 7,
         "tokenizer": "bytes",
         "windows": 3,
@@ -68,14 +68,14 @@ def test_windows_stand_beside_the_options_of_the_data_set(experiment):
             "task: the data set 'markov' has no labels to classify by",
         ),
         (
-            'task = "classification"\ndata = {plugin = "labelled", label_count = 0}',
+            'task = "classification"\ndata = {plugin = "labeled", label_count = 0}',
             "data: classification needs to know how many labels there are; set label_count",
         ),
         (
             "data.windows = 2",
             'data.windows: says how a document is classified; leave it out, or set task = "',
         ),
-        ('task = "classification"\ndata = {plugin = "labelled", windows = 0}', "data.windows: expected 1 or"),
+        ('task = "classification"\ndata = {plugin = "labeled", windows = 0}', "data.windows: expected 1 or"),
     ],
 )
 def test_what_cannot_be_learnt_is_an_error_at_its_line(mistakes, text, mistake):
@@ -89,7 +89,7 @@ def test_what_cannot_be_learnt_is_an_error_at_its_line(mistakes, text, mistake):
 )
 def test_a_rule_a_monitor_and_frozen_parameters_name_the_head_of_the_task(mistakes, experiment, task, right):
     text = (
-        'name = "e"\ntask = "{task}"\ndata.plugin = "labelled"\nmodel.tie_weights = false\n'
+        'name = "e"\ntask = "{task}"\ndata.plugin = "labeled"\nmodel.tie_weights = false\n'
         'train.freeze = ["{head}.weight"]\nquantize = {{format = "E5M2", rule = [{{layers = "{head}", '
         'format = "E3M4"}}]}}'
     )

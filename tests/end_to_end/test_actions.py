@@ -254,7 +254,7 @@ def step(model, optimizer):
 
 
 def moved_to(model, optimizer, format):
-    recipes = LayerRecipes(weights=format and Recipe(format=format), geometry=format != "BF16")
+    recipes = LayerRecipes(weights=format and Recipe(format=format), covered=format != "BF16")
     requantize([model[0]], recipes)
     regroup(optimizer, [model[0].weight])
     optimizer.regrid([model[0].weight])
@@ -350,7 +350,7 @@ def test_the_event_tells_layers_formats_and_numbers(write, tmp_path, run):
         ("2 switch .* E5M3", r"SwitchFormat cannot be carried out: .*E5M3.*did you mean"),
         ("2 switch mlp E5M2", r"SwitchFormat cannot .*'mlp' matches no layer"),
         ("2 adjust .* 0.3 weights", r"AdjustScale cannot .*no power of two"),
-        ("2 adjust .* 0.5 gradients", r"AdjustScale cannot .*no layer has quantised gradients"),
+        ("2 adjust .* 0.5 gradients", r"AdjustScale cannot .*no layer has quantized gradients"),
         ("2 rate nan", r"ScaleLearningRate cannot be carried out: factor=nan is no finite number above 0"),
         ("2 rate -1", r"ScaleLearningRate cannot .*factor=-1\.0"),
         ("2 clip nan", r"ClipGradients cannot .*norm=nan"),

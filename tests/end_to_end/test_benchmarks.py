@@ -51,7 +51,7 @@ def quantize(benchmark):
 
 @pytest.fixture
 def wrong_shares(exactness, reference):
-    """Return a function (layout, quantiser of an array) -> the classes in which it is wrong, and how much."""
+    """Return a function (layout, quantizer of an array) -> the classes in which it is wrong, and how much."""
     grid = reference.magnitudes(E4M3)
     tried = reference.inputs(E4M3, 400)
 
@@ -148,7 +148,7 @@ def test_there_are_no_subnormals_without_an_exponent_field(reference):
     assert len(reference.inputs(NAMED["E0M7"], 400)["subnormal"]) == 0
 
 
-# --- what the table would show of a wrong quantiser ----------------------------------------------------
+# --- what the table would show of a wrong quantizer ----------------------------------------------------
 
 
 def test_a_quantizer_like_the_reference_is_wrong_nowhere(reference, wrong_shares):
@@ -414,7 +414,7 @@ def test_monitors_prints_every_installed_one_and_multiples_of_adamw(watching, ca
     assert all((row["share"] is None) == bool(row["missing"]) for row in result["shares"])
     raced = {(row["storage"], row["who"]): row for row in result["multiples"]}
     assert len(raced) == 7
-    assert ("master", "founding tracker: quantises twice") in raced
+    assert ("master", "founding tracker: quantizes twice") in raced
     targets = {who for (_, who), row in raced.items() if row["target"] is not None}
     assert targets == {"flip + stall"}
 
@@ -457,8 +457,8 @@ def nanogpt(tmp_path):
 def test_train_races_every_arm_and_upstream_at_every_batch_size(training, nanogpt):
     rows = training(f"--only steps --batch-sizes 1 2 --upstream {nanogpt}")["steps"]
     arms = [
-        "unquantised",
-        "unquantised, again",
+        "unquantized",
+        "unquantized, again",
         "upstream nanoGPT",
         "weights",
         "weights on the grid",
@@ -469,7 +469,7 @@ def test_train_races_every_arm_and_upstream_at_every_batch_size(training, nanogp
     ]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(8 * row["batch_size"] / row["seconds"])
-        assert (row["ratio"] is None) == (row["who"] == "unquantised")
+        assert (row["ratio"] is None) == (row["who"] == "unquantized")
     assert {row["who"]: row["target"] for row in rows if row["target"]} == {
         "weights": 1.1,
         "weights, activations, gradients": 1.5,
@@ -481,7 +481,7 @@ def test_a_slower_upstream_meets_its_target_and_a_slower_arm_does_not(benchmark)
     rows = benchmark("train").rows
     slow = {"weights": [2.0, 2.4, 2.2], "upstream nanoGPT": [2.0, 2.4, 2.2]}
     plain, *others = rows([1.0, 1.2, 1.1], slow, batch_size=1, tokens=11, device="cpu")
-    assert (plain.who, plain.tokens_per_second, plain.ratio, plain.met) == ("unquantised", 10.0, None, None)
+    assert (plain.who, plain.tokens_per_second, plain.ratio, plain.met) == ("unquantized", 10.0, None, None)
     found = {row.who: (row.ratio, row.tokens_per_second, row.met) for row in others}
     assert found == {"weights": (2.0, 5.0, False), "upstream nanoGPT": (2.0, 5.0, True)}
 
@@ -495,7 +495,7 @@ def test_the_memory_of_quantized_weights_is_one_copy_of_them_and_that_of_stored_
     assert more["weights"] == pytest.approx(4 * 2 * 12 * 48**2 / parameters, abs=0.1)
     assert more["weights on the grid"] == pytest.approx(0, abs=0.1)
     assert 0 < more["weights on the grid, flips"] <= 1.1
-    assert rows["unquantised"]["bytes"] > 16 * parameters  # weights, gradients, two moments
+    assert rows["unquantized"]["bytes"] > 16 * parameters  # weights, gradients, two moments
 
 
 def test_the_most_that_was_held_follows_from_allocations(benchmark):

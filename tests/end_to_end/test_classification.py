@@ -1,11 +1,9 @@
-"""Whole runs of task = "classification": they learn, resume, quantise, and say what they are."""
+"""Whole runs of task = "classification": they learn, resume, quantize, and say what they are."""
 
 import json
 import math
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 
@@ -199,26 +197,19 @@ def test_arms_of_one_seed_learn_from_the_same_documents(run, monkeypatch):
 
     monkeypatch.setattr(loop, "_one_step", watched)
     run("float32", ADAMW, "steps=2")
-    run("quantised", GRID + ADAMW, "steps=2")
+    run("quantized", GRID + ADAMW, "steps=2")
     for step in range(2):
-        both = zip(seen["float32", step], seen["quantised", step], strict=True)
+        both = zip(seen["float32", step], seen["quantized", step], strict=True)
         assert all(torch.equal(one, other) for one, other in both)
 
 
 @pytest.mark.parametrize("tables", [ADAMW, GRID + FLOWS + ADAMW + EXTRA_PASSES], ids=["float32", "all"])
-def test_a_run_that_was_interrupted_goes_on_bit_for_bit(run, monkeypatch, tables):
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(run, interrupted_at, tables):
     more = "train.gradient_accumulation=2", "model.dropout=0.1", "steps=24", "train.log_every=1"
     whole = run("fine", tables, *more, out="whole")
-    one_step = loop._one_step
-
-    def interrupted(state):
-        if state.step == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        one_step(state)
-
-    monkeypatch.setattr(loop, "_one_step", interrupted)
+    undo = interrupted_at(10)
     assert run("fine", tables, *more).outcome == "interrupted"
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    undo()
     parts = run("fine", tables, *more)
     assert same(weights(parts), weights(whole))
     assert lines(parts) == lines(whole)

@@ -1,6 +1,7 @@
 """The commands `altgrad` and `altgrad-run --check`, with everything installed."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -73,8 +74,15 @@ def test_the_next_command_of_a_run_is_one_that_is_taken(seed, following, altgrad
     code, out, _ = altgrad_run(TINY, "--set", f"seed={seed}", "--set", "steps=1", "--set", "data.tokens=4000")
     assert code == 0
     *_, command = re.findall(r"another seed: altgrad-run (.*)", out)
-    assert f"--set seed={following} " in command
-    load_experiment("e.toml", [shlex.split(command)[2]])
+    file, *flags = shlex.split(command)
+    assert flags[1:-2:2] == [f"seed={following}", "steps=1", "data.tokens=4000"]
+    load_experiment(file, flags[1:-2:2])
+
+
+def test_the_next_command_is_one_that_a_shell_takes(altgrad_run, tmp_path):
+    _, out, _ = altgrad_run(TINY, "--set", "steps=1", "--set", "data.tokens=4000", "--out", "a b/it's")
+    *_, command = re.findall(r"another seed: (.*)", out)
+    assert shlex.split(command)[-2:] == ["--out", "a b/it's-seed1338"]
 
 
 # --- altgrad plugins ---------------------------------------------------------------------------------
@@ -383,7 +391,7 @@ def test_check_prints_the_assembled_run_for_both_devices(altgrad_run):
         "e.toml is right\n"
         "\n"
         "on cpu: 1 run, 160 tokens\n"
-        "  format       FP32: nothing is quantised\n"
+        "  format       FP32: nothing is quantized\n"
         "  optimizer    AdamW (lr 0.001, other_lr 0.001, betas 0.9 0.95, eps 1e-08, weight_decay 0.1)\n"
         "  task         language modelling\n"
         "  data         markov (order 2, vocab_size 16, tokens 1000000, validation_tokens 100000, "
@@ -486,7 +494,8 @@ def test_a_wrong_file_is_refused_before_a_run_begins(altgrad_run):
     [
         (["--device", "gpu"], "--device is auto, cpu or cuda, not 'gpu'"),
         (["--jobs", "0"], "--jobs is 1 or more, not 0"),
-        (["--jobs", "x"], "int"),
+        (["--jobs", "x"], "'x' is no whole number"),
+        (["--jobs", "1.5"], "'1.5' is no whole number"),
         (["--set"], "--set"),
         (["--set", "steps"], "--set steps: expected key=value"),
         (["--without", "nothing"], "no such plugin is installed"),
@@ -502,6 +511,23 @@ def test_a_wrong_flag_exits_with_2(altgrad_run, tokens, message):
 def test_a_file_that_is_none_exits_with_2(capsys, tmp_path, name):
     assert guarded(run_app, [str(tmp_path / name), "--check"]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+LONG, HOMELESS = 300 * "x", "~no-such-user/x"
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        (["--out"], LONG),
+        *itertools.product((["--resume"], ["--set", "init_from"], ["--set", "baseline"]), (LONG, HOMELESS)),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_in_one_line(altgrad_run, flag, name):
+    tokens = [*flag, name] if len(flag) == 1 else [flag[0], f"{flag[1]}='{name}'"]
+    code, _, err = altgrad_run(TINY, "--quiet", *tokens)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert name[:50] in err
 
 
 # --- what is imported --------------------------------------------------------------------------------

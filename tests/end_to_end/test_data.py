@@ -10,8 +10,11 @@ import socket
 import numpy as np
 import pytest
 
+from altgrad_core import data_set
 from altgrad_core.apps import guarded, run_app
+from altgrad_core.experiment_file import load_experiment
 from altgrad_core.record import read_lines
+from altgrad_core.registry import UsageError
 
 BESIDE = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / "eurlex"
 SMALL = """
@@ -168,6 +171,15 @@ def test_without_a_network_wikitext_exits_with_2_and_names_what_needs_none(
     assert f"the data set 'wikitext' cannot be prepared: no network: {hub} does not answer" in err
     assert 'or take plugin = "licenses"' in err
     assert "Traceback" not in err
+
+
+def test_without_a_network_gpt2_is_refused_before_a_run_is_made(write, tmp_path, monkeypatch):
+    pytest.importorskip("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    file = load_experiment(write('tokenizer = "gpt2"'))
+    with pytest.raises(UsageError, match="tokenizer 'gpt2': no network"):
+        data_set.refuse_absent(file, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -487,6 +488,17 @@ def test_without_a_whole_checkpoint_nothing_begins_anew_in_silence(write, tmp_pa
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+def test_without_a_checkpoint_of_a_step_it_is_said_that_a_run_begins_anew(write, tmp_path, killed_at, run):
+    path, folder = write(PLAIN.replace("steps = 30", "steps = 7")), tmp_path / "tiny" / "run"
+    killed_at(path, tmp_path, 7)
+    for step in folder.glob("checkpoints/step_*"):
+        shutil.rmtree(step)
+    (folder / "log.txt").unlink()
+    run(path, tmp_path)
+    first, *_ = (folder / "log.txt").read_text().splitlines()
+    assert first == f"{folder} has no checkpoint of a step: beginning anew at step 0"
+
+
 class PlainAttention(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -519,11 +531,15 @@ def test_the_model_file_is_one_of_plain_nanogpt(write, tmp_path, run):
 # --- folders and locks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["out", "cache"])
+SEEDS = "[grid]\nseed = [1, 2]\n"
+COMPARED = "[grid]\n'optimizer.lr' = [1e-3, 2e-3]\n[compare]\narm = 'optimizer.lr'\nseeds = [3]\n"
+
+
+@pytest.mark.parametrize(("place", "tables"), [("out", ""), ("out", SEEDS), ("out", COMPARED), ("cache", "")])
 def test_a_folder_that_cannot_be_written_ends_the_command_before_step_1(
-    place, write, tmp_path, monkeypatch, capsys
+    place, tables, write, tmp_path, monkeypatch, capsys
 ):
-    path = write(PLAIN)
+    path = write(PLAIN + tables)
     (tmp_path / "file").write_text("")
     out = tmp_path / ("file" if place == "out" else "runs")
     if place == "cache":

@@ -1,4 +1,4 @@
-"""Runs on float32 weights differ from quantised ones in how the same weights are stored, and nothing else."""
+"""Runs on float32 weights differ from quantized ones in how the same weights are stored, and nothing else."""
 
 import pytest
 import torch

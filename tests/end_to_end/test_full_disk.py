@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy
 import pytest
 
-from altgrad_core import checkpoint
+from altgrad_core import checkpoint, tokenizers
 from altgrad_core.apps import guarded, run_app
 from altgrad_core.token_cache import build
 
@@ -209,3 +210,18 @@ def test_files_that_may_not_grow_keep_what_was_there(
     with starved(room(folder)):
         assert refused in ended(folder, tmp_path, path, capsys)
     assert run(path, tmp_path).outcome == "finished"
+
+
+@pytest.mark.parametrize("what", ["tokens", "merges"])
+def test_prepared_tokens_that_may_not_grow_name_the_way_out(what, tmp_path):
+    text = " ".join(map(str, range(2000)))
+
+    def write(writer):
+        if what == "tokens":
+            writer.array("tokens", numpy.zeros(2**16, dtype="uint8"))
+        else:
+            writer.files(tokenizers.load("bpe:300", lambda: [text]).save(writer.folder))
+
+    with starved(1000), pytest.raises(OSError, match=r"File too large.*set ALTGRAD_CACHE to a folder"):
+        build(tmp_path / "tokens", write)
+    assert not list(tmp_path.iterdir())

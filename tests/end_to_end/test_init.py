@@ -1,15 +1,13 @@
 """What a run starts from: another run's last weights, and weights rounded to a format's grid."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
 
 import altgrad_core as altgrad
-from altgrad_core import checkpoint, loop
+from altgrad_core import checkpoint
 from altgrad_core.apps import guarded, run_app
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
@@ -41,7 +39,7 @@ ADAMW = "[optimizer]\nplugin = 'AdamW'\nlr = 1e-2\n"
 STILL = "[optimizer]\nplugin = 'AdamW'\nlr = 0.0\n"
 GRID = "[quantize]\nformat = '{}'\nstorage = 'grid'\n"
 ARMS = {
-    "unquantised": ADAMW,
+    "unquantized": ADAMW,
     "grid": GRID.format("E4M3") + "storage_rounding = 'stochastic'\nbound = 4.0\n" + ADAMW,
     "master": "[quantize]\nformat = 'E5M2'\nscale_mode = 'initial'\nbound = 4.0\n" + ADAMW,
     "rungs": GRID.format("E7M0") + "[optimizer]\nplugin = 'GridOptim'\n",
@@ -121,21 +119,14 @@ def test_scales_and_grids_are_fitted_to_the_weights_it_starts_from(run, source):
 
 @pytest.mark.parametrize("arm", ["grid", "master", "manifold"])
 def test_a_run_goes_on_bit_for_bit_though_the_run_it_started_from_is_gone(
-    arm, run, source, monkeypatch, tmp_path, lines
+    arm, run, source, interrupted_at, tmp_path, lines
 ):
     top = start_from(source) + "\n"
     whole = run("fine", ARMS[arm], top=top)
     shutil.move(whole.folder, tmp_path / "whole")
-    one_step = loop._one_step
-
-    def interrupted(state):
-        if state.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        one_step(state)
-
-    monkeypatch.setattr(loop, "_one_step", interrupted)
+    undo = interrupted_at(4)
     assert run("fine", ARMS[arm], top=top).outcome == "interrupted"
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    undo()
     shutil.rmtree(source)
     parts = run("fine", ARMS[arm], top=top)
     assert same(weights_of(parts), weights_of(tmp_path / "whole"))

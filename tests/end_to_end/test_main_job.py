@@ -1,4 +1,4 @@
-"""The shipped experiments on the embedded licence texts: shortly by default, whole where marked slow."""
+"""The shipped experiments on the embedded license texts: shortly by default, whole where marked slow."""
 
 import math
 import pathlib

@@ -1,13 +1,10 @@
 """`ulp`, `position` and `oscillation` in real runs: what they report, also after a resume."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
 
-from altgrad_core import loop
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
 
@@ -85,18 +82,12 @@ def test_updates_in_rungs_are_measured_too(run_text):
     assert last["ulp/rounding_noise/total"] > 0
 
 
-def test_a_resumed_run_reports_what_an_uninterrupted_one_does(monkeypatch, last_checkpoint, run_text):
-    text, whole_step = TINY + COUNTING + POSITION, loop._one_step
+def test_a_resumed_run_reports_what_an_uninterrupted_one_does(interrupted_at, last_checkpoint, run_text):
+    text = TINY + COUNTING + POSITION
     whole = run_text(text, "whole")
-
-    def interrupted(one):
-        if one.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        whole_step(one)
-
-    monkeypatch.setattr(loop, "_one_step", interrupted)
+    undo = interrupted_at(7)
     assert run_text(text, "parts").outcome == "interrupted"
-    monkeypatch.setattr(loop, "_one_step", whole_step)
+    undo()
     parts = run_text(text, "parts")
     assert reported(whole) == reported(parts)
     one, other = (last_checkpoint(result).state for result in (whole, parts))

@@ -56,7 +56,7 @@ def test_the_command_says_what_it_wrote_and_what_to_type_next(tmp_path, capsys):
         "tests/test_altgrad_x.py",
     ]
     assert files == [str(tmp_path / "altgrad-x" / one) for one in own]
-    assert following.startswith(f"next: pip install -e {tmp_path / 'altgrad-x'} && pytest ")
+    assert following.startswith(f"next: pip install -e '{tmp_path / 'altgrad-x'}[test]' && pytest ")
     assert following.endswith(" && altgrad check-plugin altgrad-x")
 
 

@@ -4,10 +4,13 @@ import re
 import sys
 
 import pytest
+import torch
 
+from altgrad_core import lookup
 from altgrad_core import registry as registry_module
 from altgrad_core.apps import app, guarded, run_app
 from altgrad_core.record import read_json, read_lines
+from altgrad_core.registry import PluginError
 
 PLUGIN = '''
 """One component of each kind, and all of them called acme; and a policy that reads the monitor. Light."""
@@ -87,11 +90,19 @@ def acme(tmp_path, monkeypatch):
 
     def forget():
         registry_module._discover.cache_clear()
+        lookup._built_format.cache_clear()
         for module in ("acme_plugin", "acme_parts"):
             sys.modules.pop(module, None)
 
     yield install
     forget()
+
+
+@pytest.fixture(autouse=True)
+def _settings_kept():
+    yield
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -176,7 +187,7 @@ def test_anything_else_that_cannot_be_had_ends_the_run_in_one_line(kind, flag, p
     code, (line,) = command("", flag)
     assert code == 1
     assert line.startswith(f"failed: {kind} 'acme' of acme 3.1")
-    assert line.endswith("RuntimeError: boom")
+    assert re.search(r"RuntimeError: boom \(acme_parts\.py:\d\)$", line)
 
 
 THREE = "def Part(*inputs):\n    return 3"
@@ -201,6 +212,18 @@ OPTIMIZER = (
         ),
         (
             "optimizer.plugin='acme'",
+            OPTIMIZER + "super().__init__([{'params': group['params'][1:]} for group in inputs.groups])",
+            "optimizer 'acme' of acme 3.1 leaves out 2 of the 9 parameters it was given",
+        ),
+        (
+            "monitor=[{plugin = 'acme'}]",
+            WORKING.replace(
+                "return", "import torch\n\n        torch.set_default_dtype(torch.float64)\n        return"
+            ),
+            "acme of acme 3.1 left torch's default dtype at torch.float64, it was torch.float32",
+        ),
+        (
+            "optimizer.plugin='acme'",
             OPTIMIZER
             + "super().__init__(inputs.groups)\n\n    def state_dict(self):\n        return {'f': print}",
             "optimizer 'acme' of acme 3.1: state_dict raised",
@@ -211,12 +234,36 @@ OPTIMIZER = (
             "    def decide(self, step, metrics):\n        raise SystemExit(0)",
             "acme of acme 3.1: decide raised SystemExit: 0",
         ),
+        (
+            "fallback=[{plugin = 'acme'}]",
+            "class Part:\n    needs = ()\n\n    def __init__(self, options):\n        pass\n\n"
+            "    def decide(self, step, metrics):\n"
+            "        __import__('torch').set_grad_enabled(False)",
+            "acme of acme 3.1 left torch's grad mode at False, it was True",
+        ),
     ],
 )
 def test_what_is_not_what_its_kind_asks_for_ends_the_run_in_one_line(flag, parts, reason, acme, command):
     acme(parts)
     code, (line,) = command("", flag)
     assert (code, line.startswith(f"failed: {reason}")) == (1, True), line
+
+
+DRAWING_FORMAT = (
+    "import torch\n\nfrom altgrad_core.format import Format\n\n\nclass Drawing(Format):\n"
+    "    def fake_quantize(self, *args, **kwargs):\n        torch.rand(1)\n"
+    "        return super().fake_quantize(*args, **kwargs)\n\n\n"
+    "def Part(options):\n    return Drawing(name='acme', bits=3, values=[-2.0, -1.0, 0.0, 1.0, 2.0])"
+)
+
+
+def test_evaluation_is_pure_though_a_format_draws_from_the_global_stream(acme, train):
+    acme(DRAWING_FORMAT)
+    arm = "[quantize]\nformat = 'acme'\n"
+    runs = [
+        train(arm, f"every {steps}", ("model.dropout=0.5", f"train.eval_every={steps}")) for steps in (1, 4)
+    ]
+    assert losses(runs[0]) == losses(runs[1])
 
 
 LEAVING = (
@@ -287,12 +334,22 @@ def test_a_monitor_that_answers_with_no_table_is_dropped(answer, acme, train, wa
 
 
 @pytest.mark.parametrize("parts", [THREE, WORKING.replace("observe", "documents")])
-def test_an_error_while_tokens_are_prepared_names_the_data_set(parts, acme, train, tmp_path):
+def test_what_is_no_data_set_is_named_with_its_owner(parts, acme, train, tmp_path):
     acme(parts)
-    with pytest.raises(AttributeError) as raised:
+    with pytest.raises(PluginError, match=r"dataset 'acme' of acme 3\.1 is no TextSource and no TokenSource"):
         train("", flags=("data.plugin='acme'",))
-    assert raised.value.__notes__[0] == "while the tokens of dataset 'acme' of acme 3.1 were prepared"
     assert read_json(next(tmp_path.rglob("summary.json")))["outcome"] == "failed"
+
+
+def test_what_is_no_document_is_named_with_its_place_in_the_data_set(acme, train):
+    acme(
+        WORKING.replace("observe(self, step)", "documents(self, split)").replace(
+            "return {'acme/count/total': 1.0}", "return ['text']"
+        )
+        + "\n\n    def fingerprint(self):\n        return 'acme'"
+    )
+    with pytest.raises(PluginError, match="'acme': document 1 of train is 'text', which is no Document"):
+        train("", flags=("data.plugin='acme'",))
 
 
 def test_a_file_that_names_a_component_of_a_broken_plugin_is_refused_with_the_reason(acme, command, capsys):
@@ -300,7 +357,7 @@ def test_a_file_that_names_a_component_of_a_broken_plugin_is_refused_with_the_re
     code, (line,) = command(MONITOR)
     assert code == 2
     assert "monitor[0].plugin: no monitor named 'acme' is installed" in line
-    assert line.endswith("broken plugins, where it may be: acme 3.1 (RuntimeError: boom)")
+    assert line.endswith("broken plugins, where it may be: acme 3.1 (RuntimeError: boom (acme_plugin.py:1))")
     guarded(app, ["plugins"])
     assert "acme 3.1" in capsys.readouterr().out
     assert command("") == (0, [])

@@ -1,15 +1,12 @@
 """Each fallback policy in a real run in which it fires, and in a healthy one in which it does not."""
 
 import math
-import os
 import pathlib
-import signal
 
 import pytest
 import torch
 
 import altgrad_core as altgrad
-from altgrad_core import checkpoint, loop
 from altgrad_core.record import read_lines
 from altgrad_core.registry import UsageError
 
@@ -97,12 +94,6 @@ def actions(result):
     ]
 
 
-def saved(result):
-    found, passed_over = checkpoint.newest(result.folder / "checkpoints")
-    assert not passed_over
-    return found
-
-
 def on_grid(found, format, layers=LINEARS):
     format = altgrad.get_format(format)
     for name in (f"transformer.h.0.{layer}.weight" for layer in layers):
@@ -133,13 +124,13 @@ ARRIVES = {
 }
 
 
-def test_updates_lost_on_the_grid_move_every_layer_to_the_next_format(run):
+def test_updates_lost_on_the_grid_move_every_layer_to_the_next_format(run, last_checkpoint):
     result = run(LOST, "steps=10")
     ((step, policy, action, details, metrics),) = actions(result)
     assert (step, policy, action, details["to"]) == (9, "emergency_shift", "SwitchFormat", "E5M2")
     assert metrics["descent/delivered/total"] < 0.2
-    assert on_grid(saved(result), "E5M2")
-    assert not on_grid(saved(result), "E3M4")
+    assert on_grid(last_checkpoint(result), "E5M2")
+    assert not on_grid(last_checkpoint(result), "E3M4")
 
 
 def test_when_the_chain_ends_the_run_stops_and_says_so(run):
@@ -226,14 +217,14 @@ def test_only_the_stalled_one_of_two_formats_moves(run):
     assert details["layers"] == r"transformer\.h\.0\.mlp\.c_fc|transformer\.h\.0\.mlp\.c_proj"
 
 
-def test_non_finite_losses_go_along_the_chain_to_its_end(run):
+def test_non_finite_losses_go_along_the_chain_to_its_end(run, last_checkpoint):
     """Weights of 1e30 are infinite in any format: two steps are skipped, then the format changes."""
     text = SMALL.format(lr=1e30) + MASTER + SHIFT
     result = run(text, "train.grad_clip=0.0")
     found = [(action, details.get("to")) for _, _, action, details, _ in actions(result)]
     skipped = [("SkipStep", None)] * 2
     assert found == [*skipped, ("SwitchFormat", "E5M2"), *skipped, ("Stop", None)]
-    assert all(tensor.isfinite().all() for tensor in saved(result).model.values())
+    assert all(tensor.isfinite().all() for tensor in last_checkpoint(result).model.values())
 
 
 def test_an_unknown_format_in_the_chain_is_refused_at_the_start(run):
@@ -262,7 +253,7 @@ def test_an_unquantized_run_is_told_that_there_is_no_format_to_move(run):
     warnings = [
         line["message"] for line in read_lines(result.folder / "events.jsonl") if line["event"] == "warning"
     ]
-    assert "emergency_shift has no format to move: no weights are quantised" in warnings
+    assert "emergency_shift has no format to move: no weights are quantized" in warnings
 
 
 # --- loss_spike ----------------------------------------------------------------------------------------
@@ -270,18 +261,18 @@ def test_an_unquantized_run_is_told_that_there_is_no_format_to_move(run):
 SPIKE = '[[fallback]]\nplugin = "loss_spike"\nwarmup = 1\n'
 
 
-def test_a_loss_that_jumps_halves_the_learning_rate(run):
+def test_a_loss_that_jumps_halves_the_learning_rate(run, last_checkpoint):
     result = run(SMALL.format(lr=10.0) + SPIKE)
     ((_, policy, action, details, metrics), *_) = actions(result)
     assert (policy, action, details) == ("loss_spike", "ScaleLearningRate", {"factor": 0.5})
     assert metrics["train/loss"] > 4
-    assert saved(result).state["lr_factor"] == 0.5 ** len(actions(result))
+    assert last_checkpoint(result).state["lr_factor"] == 0.5 ** len(actions(result))
 
 
-def test_a_loss_that_falls_leaves_the_learning_rate_alone(run):
+def test_a_loss_that_falls_leaves_the_learning_rate_alone(run, last_checkpoint):
     result = run(SMALL.format(lr=1e-2) + SPIKE)
     assert actions(result) == []
-    assert saved(result).state["lr_factor"] == 1.0
+    assert last_checkpoint(result).state["lr_factor"] == 1.0
 
 
 # --- high_precision_layer ------------------------------------------------------------------------------
@@ -339,20 +330,20 @@ def test_gradients_within_their_range_are_not_clipped(run):
     assert actions(run(SMALL.format(lr=1e-3) + STATIC.format(amax=1.0) + CLIP)) == []
 
 
-def test_saturated_gradients_get_half_the_scale_until_they_fit(run):
+def test_saturated_gradients_get_half_the_scale_until_they_fit(run, last_checkpoint):
     result = run(SMALL.format(lr=1e-3) + STATIC.format(amax=1e-3) + BACKOFF, "steps=24")
     factors = [details["factor"] for _, _, _, details, _ in actions(result)]
     assert factors[0] == 0.5
     product = math.prod(factors)
     adjustments = {
         float(flow["adjustment"])
-        for name, flow in saved(result).state["flows"].items()
+        for name, flow in last_checkpoint(result).state["flows"].items()
         if name.endswith(".gradients")
     }
     assert adjustments == {product}
 
 
-def test_gradients_that_overflow_to_infinity_get_half_the_scale_in_each_skipped_step(run):
+def test_gradients_that_overflow_to_infinity_get_half_the_scale_in_each_skipped_step(run, last_checkpoint):
     """Nothing of these steps is taken: what a skipped step has shown halves the scale once."""
     infinite = STATIC.replace("{amax}", '1e-5\noverflow = "ieee"')
     result = run(SMALL.format(lr=1e-3) + infinite + BACKOFF.replace("6", "1000"), "steps=24")
@@ -362,7 +353,7 @@ def test_gradients_that_overflow_to_infinity_get_half_the_scale_in_each_skipped_
     assert {factor for _, factor, _ in found} == {0.5}
     assert len(found) < 16
     assert result.outcome == "finished"
-    assert all(tensor.isfinite().all() for tensor in saved(result).model.values())
+    assert all(tensor.isfinite().all() for tensor in last_checkpoint(result).model.values())
 
 
 def test_gradients_that_never_saturate_keep_their_scale(run):
@@ -381,29 +372,18 @@ RESUMED = {
 @pytest.mark.slow  # twelve times two runs
 @pytest.mark.parametrize("pause", [4, 8, 9, 12])
 @pytest.mark.parametrize("arm", RESUMED)
-def test_resume_around_an_action_reproduces_weights_and_decisions_bit_for_bit(run, monkeypatch, arm, pause):
+def test_resume_around_an_action_reproduces_weights_and_decisions_bit_for_bit(
+    run, interrupted_at, arm, pause, last_checkpoint
+):
     whole = run(RESUMED[arm], "steps=13", name="whole")
-    restore = interrupt_at(monkeypatch, pause)
+    restore = interrupted_at(pause)
     assert run(RESUMED[arm], "steps=13", name="parts").outcome == "interrupted"
     restore()
     parts = run(RESUMED[arm], "steps=13", name="parts")
-    one, other = saved(whole), saved(parts)
+    one, other = last_checkpoint(whole), last_checkpoint(parts)
     assert actions(whole) == actions(parts) != []
     policy = "scale_backoff" if arm == "scale" else "emergency_shift"
     assert one.state["plugins"][policy] == other.state["plugins"][policy]
     assert one.model.keys() == other.model.keys()
     for name, tensor in one.model.items():
         assert tensor.numpy().tobytes() == other.model[name].numpy().tobytes()
-
-
-def interrupt_at(monkeypatch, step):
-    """Send this process SIGINT in the middle of a step; returns what ends that."""
-    whole = loop._one_step
-
-    def until(run):
-        if run.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        whole(run)
-
-    monkeypatch.setattr(loop, "_one_step", until)
-    return lambda: monkeypatch.setattr(loop, "_one_step", whole)

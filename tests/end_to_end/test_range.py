@@ -1,11 +1,7 @@
 """The monitor `range` in real runs: what it sees where gradients overflow, and that it leaves no trace."""
 
-import os
-import signal
-
 import pytest
 
-from altgrad_core import loop
 from altgrad_core.record import read_lines
 
 TINY = """
@@ -74,19 +70,13 @@ def test_counting_leaves_the_training_as_it_is_bit_for_bit(arm, last_checkpoint,
 
 @pytest.mark.parametrize("arm", ["master", "rungs"])
 def test_a_run_that_was_interrupted_counts_and_averages_as_one_in_one_go(
-    arm, monkeypatch, last_checkpoint, run_text, same_tree
+    arm, interrupted_at, last_checkpoint, run_text, same_tree
 ):
     text = TINY + ARMS[arm] + RANGE.format(3)
-    whole, one_step = run_text(text, "whole"), loop._one_step
-
-    def interrupted(started):
-        if started.step == 4:  # between two observations
-            os.kill(os.getpid(), signal.SIGINT)
-        one_step(started)
-
-    monkeypatch.setattr(loop, "_one_step", interrupted)
+    whole = run_text(text, "whole")
+    undo = interrupted_at(5)  # between two observations
     assert run_text(text, "parts").outcome == "interrupted"
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    undo()
     parts = run_text(text, "parts")
     assert "range/amax_ema_weights/total" in ranges(parts)[3]
     assert ranges(whole) == ranges(parts)

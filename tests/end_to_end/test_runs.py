@@ -67,7 +67,7 @@ rounding = "stochastic"
 ADAMW = "[optimizer]\nplugin = 'AdamW'\nlr = 1e-2\n"
 
 ARMS = {
-    "unquantised": "[optimizer]\nplugin = 'AdamW'\n",
+    "unquantized": "[optimizer]\nplugin = 'AdamW'\n",
     "master": "[quantize]\nformat = 'E4M3'\n[optimizer]\nplugin = 'ManifoldAdamW'\n",
     "grid": STORED + "[optimizer]\nplugin = 'ManifoldAdamW'\nlr = 1e-2\n",
     "feedback": STORED.replace("stochastic", "error_feedback") + ADAMW,
@@ -258,14 +258,14 @@ def test_the_model_file_loads_strictly_into_a_plain_model(write, tmp_path, last_
 
 
 def test_fp32_everywhere_equals_the_unquantized_run(write, tmp_path, last_checkpoint, run, same_tree):
-    one = run(write(TINY + ARMS["unquantised"]), tmp_path / "one")
-    named = TINY + ARMS["unquantised"] + "[quantize]\nformat='FP32'\nstorage='grid'\n"
+    one = run(write(TINY + ARMS["unquantized"]), tmp_path / "one")
+    named = TINY + ARMS["unquantized"] + "[quantize]\nformat='FP32'\nstorage='grid'\n"
     other = run(write(named, "other.toml"), tmp_path / "other")
     assert same_tree(last_checkpoint(one).model, last_checkpoint(other).model)
 
 
 def test_a_finished_run_is_not_run_again(write, tmp_path, run):
-    path = write(TINY + ARMS["unquantised"])
+    path = write(TINY + ARMS["unquantized"])
     first = run(path, tmp_path / "runs")
     lines = (first.folder / "metrics.jsonl").read_text()
     assert run(path, tmp_path / "runs").outcome == "skipped"
@@ -273,7 +273,7 @@ def test_a_finished_run_is_not_run_again(write, tmp_path, run):
 
 
 def test_an_edited_file_is_refused_and_the_difference_named(write, tmp_path, run):
-    path = write(TINY + ARMS["unquantised"])
+    path = write(TINY + ARMS["unquantized"])
     run(path, tmp_path / "runs")
     with pytest.raises(UsageError, match=r"train\.batch_size: 4 -> 5.*--out"):
         run(path, tmp_path / "runs", "train.batch_size=5")
@@ -282,14 +282,14 @@ def test_an_edited_file_is_refused_and_the_difference_named(write, tmp_path, run
 def test_a_folder_in_use_is_refused_and_says_by_whom(write, tmp_path, run):
     held = RunFolder(tmp_path / "runs" / "tiny" / "run")
     with pytest.raises(UsageError, match="is being run by process"):
-        run(write(TINY + ARMS["unquantised"]), tmp_path / "runs")
+        run(write(TINY + ARMS["unquantized"]), tmp_path / "runs")
     held.close()
 
 
 def test_an_unwritable_folder_is_refused_in_one_line(write, tmp_path, run):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written") as caught:
-        run(write(TINY + ARMS["unquantised"]), tmp_path / "file")
+        run(write(TINY + ARMS["unquantized"]), tmp_path / "file")
     assert "\n" not in str(caught.value)
 
 
@@ -323,7 +323,7 @@ def test_no_metrics_line_is_written_twice_after_a_resume(write, tmp_path, run, i
 
 
 def test_nan_guard_stops_a_diverged_run_and_keeps_the_last_finite_state(write, tmp_path, run):
-    text = TINY + ARMS["unquantised"] + "lr = 1e30\n" + GUARDED
+    text = TINY + ARMS["unquantized"] + "lr = 1e30\n" + GUARDED
     result = run(write(text), tmp_path / "runs", "steps=30", "train.grad_clip=0.0")
     assert result.outcome == "stopped"
     events = list(read_lines(result.folder / "events.jsonl"))
@@ -341,7 +341,7 @@ def test_nan_guard_leaves_a_healthy_run_alone(write, tmp_path, last_checkpoint, 
 
 
 def test_without_a_guard_nan_stays_visible(write, tmp_path, run):
-    result = run(write(TINY + ARMS["unquantised"] + "lr = 1e30\n"), tmp_path / "runs", "train.grad_clip=0.0")
+    result = run(write(TINY + ARMS["unquantized"] + "lr = 1e30\n"), tmp_path / "runs", "train.grad_clip=0.0")
     assert result.outcome == "finished"
     assert math.isnan(result.summary["final"]["validation/loss"])
 
@@ -349,7 +349,7 @@ def test_without_a_guard_nan_stays_visible(write, tmp_path, run):
 def test_more_steps_for_a_finished_run_are_refused_with_a_way_out_that_works(
     write, tmp_path, last_checkpoint, run, same_tree
 ):
-    path = write(TINY + ARMS["unquantised"])
+    path = write(TINY + ARMS["unquantized"])
     first = run(path, tmp_path / "runs")
     with pytest.raises(UsageError) as refused:
         run(path, tmp_path / "runs", "steps=14")
@@ -360,7 +360,7 @@ def test_more_steps_for_a_finished_run_are_refused_with_a_way_out_that_works(
 
 
 def test_the_frozen_linears_do_not_move(write, tmp_path, last_checkpoint, run):
-    path = write(TINY + ARMS["unquantised"])
+    path = write(TINY + ARMS["unquantized"])
     frozen = run(path, tmp_path / "frozen", "train.freeze=['.*(attn|mlp).*']")
     start = run(path, tmp_path / "start", "steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
     one, other = last_checkpoint(frozen).model, last_checkpoint(start).model
@@ -369,7 +369,7 @@ def test_the_frozen_linears_do_not_move(write, tmp_path, last_checkpoint, run):
 
 
 def test_gradient_accumulation_sees_the_batches_and_averages_them(write, tmp_path, run):
-    path = write(TINY.replace("dropout = 0.2", "") + ARMS["unquantised"])
+    path = write(TINY.replace("dropout = 0.2", "") + ARMS["unquantized"])
     result = run(path, tmp_path / "runs", "train.gradient_accumulation=3")
     assert result.summary["tokens"] == 12 * 3 * 4 * 16
 
@@ -460,7 +460,7 @@ def test_a_grid_skips_finished_cells_and_runs_added_ones(write, tmp_path):
 
 
 def test_a_failing_cell_lets_the_others_finish_and_the_command_fail(write, tmp_path):
-    text = TINY + ARMS["unquantised"] + GUARDED + '[grid]\n"optimizer.lr" = [1e30, 1e-3]\n'
+    text = TINY + ARMS["unquantized"] + GUARDED + '[grid]\n"optimizer.lr" = [1e30, 1e-3]\n'
     ended = command(write(text), "--out", tmp_path / "runs", "--set", "train.grad_clip=0.0", "--quiet")
     assert ended.returncode == 1
     summaries = sorted(path for path in (tmp_path / "runs").rglob("summary.json"))
@@ -489,12 +489,12 @@ def test_text_that_is_too_short_for_a_window_is_said_with_the_way_out(write, tmp
     (tmp_path / "short.txt").write_text("too short")
     text = TINY.replace('"markov"', '"text"').replace("tokens = 4000", f'path = "{tmp_path / "short.txt"}"')
     with pytest.raises(UsageError, match=r"'text'.*(block_size|short)"):
-        run(write(text + ARMS["unquantised"]), tmp_path / "runs")
+        run(write(text + ARMS["unquantized"]), tmp_path / "runs")
 
 
 def test_a_missing_text_file_ends_the_command_without_a_traceback(write, tmp_path):
     text = TINY.replace('"markov"', '"text"').replace("tokens = 4000", 'path = "nowhere.txt"')
-    ended = command(write(text + ARMS["unquantised"]), "--out", tmp_path / "runs")
+    ended = command(write(text + ARMS["unquantized"]), "--out", tmp_path / "runs")
     assert ended.returncode in (1, 2)
     assert "nowhere.txt" in ended.stderr
     assert "Traceback" not in ended.stderr

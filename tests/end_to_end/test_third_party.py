@@ -42,7 +42,7 @@ from altgrad_core.options import above, option
 class LogarithmicOptions:
     """Zero and 7 magnitudes of each sign, each `base` times the one before."""
 
-    base: float = option("ratio of neighbouring magnitudes", default=2.0, validator=above(1))
+    base: float = option("ratio of neighboring magnitudes", default=2.0, validator=above(1))
 
 
 @hookimpl

@@ -1,10 +1,8 @@
 """What policies are shown, what lines and summaries keep, and what becomes of plugins that break a rule."""
 
 import math
-import os
 import random
 import re
-import signal
 import sys
 
 import numpy
@@ -133,18 +131,6 @@ def warnings(result):
     return [line["message"] for line in lines(result, "events.jsonl") if line["event"] == "warning"]
 
 
-def interrupted_at(step, monkeypatch):
-    whole = loop._one_step
-
-    def until(run):
-        if run.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        whole(run)
-
-    monkeypatch.setattr(loop, "_one_step", until)
-    return lambda: monkeypatch.setattr(loop, "_one_step", whole)
-
-
 # --- what policies are shown -------------------------------------------------------------------------
 
 
@@ -196,8 +182,8 @@ def test_what_a_monitor_leaves_out_is_not_shown(shown, plugin, monkeypatch):
     assert [seen[step] for step in (3, 4, 5)] == [2.0, None, 4.0]
 
 
-def test_what_a_policy_is_shown_survives_a_resume(shown, monkeypatch):
-    restore = interrupted_at(4, monkeypatch)
+def test_what_a_policy_is_shown_survives_a_resume(shown, interrupted_at):
+    restore = interrupted_at(4)
     shown(EYE, HAND)
     restore()
     assert shown(EYE, HAND)[5] == 4.0
@@ -425,14 +411,14 @@ def test_of_a_step_whose_loss_is_not_finite_no_number_is_a_fault(sick, undefined
     assert bool(warnings(result)) == (sick != 4 and not undefined)
 
 
-def test_the_step_of_a_number_survives_a_resume(plugin, train, monkeypatch):
+def test_the_step_of_a_number_survives_a_resume(plugin, train, monkeypatch, interrupted_at):
     monkeypatch.setattr(plugin.Eye, "observe", says({3: math.nan}))
     monkeypatch.setattr(plugin.Eye, "undefined_is_nan", False)
     whole = loop._forward_backward
     monkeypatch.setattr(
         loop, "_forward_backward", lambda run: whole(run) * (math.nan if run.step == 2 else 1)
     )
-    restore = interrupted_at(3, monkeypatch)
+    restore = interrupted_at(3)
     seldom = {"overrides": ["train.log_every=5"]}
     train(EYE + "every = 3\n", **seldom)
     restore()
@@ -476,11 +462,11 @@ def test_a_line_of_an_epoch_leaves_the_lines_around_it_as_they_are(train):
     assert few == many
 
 
-def test_a_resume_in_an_interval_repeats_the_epochs(train, monkeypatch):
+def test_a_resume_in_an_interval_repeats_the_epochs(train, interrupted_at):
     options = {"overrides": ["steps=12", "train.log_every=50"]}
     whole = train(EYE, out="whole", **options)
     for step in (4, 7):
-        restore = interrupted_at(step, monkeypatch)
+        restore = interrupted_at(step)
         train(EYE, out=str(step), **options)
         restore()
         assert epochs(train(EYE, out=str(step), **options)) == epochs(whole)
@@ -525,10 +511,10 @@ def test_a_monitor_whose_state_cannot_be_saved_is_dropped(save, plugin, train, m
     assert "eye/count/total" not in lines(result)[-1]
 
 
-def test_a_monitor_that_cannot_take_up_its_state_is_dropped(plugin, train, monkeypatch):
+def test_a_monitor_that_cannot_take_up_its_state_is_dropped(plugin, train, monkeypatch, interrupted_at):
     monkeypatch.setattr(plugin.Eye, "state_dict", lambda self: {"a": 1}, raising=False)
     monkeypatch.setattr(plugin.Eye, "load_state_dict", raising, raising=False)
-    restore = interrupted_at(4, monkeypatch)
+    restore = interrupted_at(4)
     train(EYE)
     restore()
     result = train(EYE)
@@ -538,10 +524,12 @@ def test_a_monitor_that_cannot_take_up_its_state_is_dropped(plugin, train, monke
 
 
 @pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
-def test_a_policy_whose_state_fails_ends_the_run_by_its_name(method, plugin, train, monkeypatch):
+def test_a_policy_whose_state_fails_ends_the_run_by_its_name(
+    method, plugin, train, monkeypatch, interrupted_at
+):
     monkeypatch.setattr(plugin.Hand, "state_dict", lambda self: {"a": 1}, raising=False)
     monkeypatch.setattr(plugin.Hand, method, raising, raising=False)
-    restore = interrupted_at(2, monkeypatch)
+    restore = interrupted_at(2)
 
     def twice():
         train(EYE, HAND)
@@ -619,9 +607,9 @@ def test_monitors_draw_from_no_stream_of_the_training(plugin, train, monkeypatch
     assert torch.equal(quiet["torch"], loud["torch"])
 
 
-def test_a_monitor_without_anything_to_report_is_warned_of_once(plugin, train, monkeypatch):
+def test_a_monitor_without_anything_to_report_is_warned_of_once(plugin, train, monkeypatch, interrupted_at):
     monkeypatch.setattr(plugin.Eye, "observe", lambda self, step: {})
-    restore = interrupted_at(4, monkeypatch)
+    restore = interrupted_at(4)
     train(EYE + "layers = 'lm_head'\n")
     restore()
     (warning,) = warnings(train(EYE + "layers = 'lm_head'\n"))

@@ -15,7 +15,7 @@ def format(request):
 
 @pytest.fixture
 def model(format):
-    """Return a quantised network whose largest weights are scaled to between 2 and 4."""
+    """Return a quantized network whose largest weights are scaled to between 2 and 4."""
     torch.manual_seed(0)
     first, last = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(32, 4)
     model = torch.nn.Sequential(first, torch.nn.Tanh(), last)

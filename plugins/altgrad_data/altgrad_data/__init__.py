@@ -1,4 +1,4 @@
-"""Data sets for AltGrad: licence texts, legal cases, Wikipedia, your own files, Markov sources."""
+"""Data sets for AltGrad: license texts, legal cases, Wikipedia, your own files, Markov sources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import attrs
 from attrs.validators import ge, gt, instance_of, le, lt
 
 from altgrad_core.hookspecs import Component, hookimpl
+from altgrad_core.options import option
 
 MOST_TRANSITIONS = 2**20
 """Transition probabilities a Markov source may have: 8 MB of float64."""
@@ -25,13 +26,12 @@ def _named_column(_: object, field: attrs.Attribute[str], value: str) -> None:
 
 @attrs.frozen(kw_only=True)
 class LicensesOptions:
-    """The licence texts leave nothing to choose: everybody trains and validates on the same texts."""
+    """The license texts leave nothing to choose: everybody trains and validates on the same texts."""
 
     label_count: ClassVar[int] = 10
 
-    labels: Literal["labels"] = attrs.field(
-        default="labels",
-        metadata={"help": "the column of the label indices, which is the only one here", "unit": ""},
+    labels: Literal["labels"] = option(
+        "the column of the label indices, which is the only one here", default="labels"
     )
 
 
@@ -39,52 +39,44 @@ class LicensesOptions:
 class HubOptions:
     """A data set of the Hugging Face hub."""
 
-    path: str = attrs.field(
+    path: str = option(
+        "files with the hub's columns instead: a folder of Parquet files or .jsonl (.gz, .xz), "
+        "or one such file; empty: the hub",
         default="",
         validator=instance_of(str),
-        metadata={
-            "help": "files with the hub's columns instead: a folder of Parquet files or .jsonl (.gz, .xz), "
-            "or one such file; empty: the hub",
-            "unit": "",
-        },
     )
 
 
 @attrs.frozen(kw_only=True)
-class LabelledHubOptions(HubOptions):
+class LabeledHubOptions(HubOptions):
     """A data set of the Hugging Face hub with labels."""
 
-    labels: str = attrs.field(
-        default="labels",
-        validator=[instance_of(str), _named_column],
-        metadata={"help": "the column of the label indices", "unit": ""},
+    labels: str = option(
+        "the column of the label indices", default="labels", validator=[instance_of(str), _named_column]
     )
 
 
 def _label_count(of_the_hub: int) -> Any:
     """Return an option for data whose column `labels` has that many; of another column that is not known."""
-    return attrs.field(
+    return option(
+        f"how many labels there are, for classification; left out: the {of_the_hub} of the "
+        "column labels, or 0 for another column: as many as the largest index says",
         default=attrs.Factory(
             lambda options: of_the_hub if options.labels == "labels" else 0, takes_self=True
         ),
         validator=[instance_of(int), ge(0)],
-        metadata={
-            "help": f"how many labels there are, for classification; left out: the {of_the_hub} of the "
-            "column labels, or 0 for another column: as many as the largest index says",
-            "unit": "",
-        },
     )
 
 
 @attrs.frozen(kw_only=True)
-class EurlexOptions(LabelledHubOptions):
+class EurlexOptions(LabeledHubOptions):
     """EU laws under EuroVoc concepts."""
 
     label_count: int = _label_count(100)
 
 
 @attrs.frozen(kw_only=True)
-class EcthrOptions(LabelledHubOptions):
+class EcthrOptions(LabeledHubOptions):
     """Cases of the European Court of Human Rights under the articles that were violated."""
 
     label_count: int = _label_count(10)
@@ -94,23 +86,19 @@ class EcthrOptions(LabelledHubOptions):
 class TextOptions:
     """Plain text files."""
 
-    path: str = attrs.field(
+    path: str = option(
+        "a text file, a folder (every .txt below it), or a glob",
         validator=[instance_of(str), _named],
-        metadata={
-            "help": "a text file, a folder (every .txt below it), or a glob",
-            "unit": "",
-            "example": "texts/*.txt",
-        },
+        example="texts/*.txt",
     )
-    validation: str = attrs.field(
-        default="",
-        validator=instance_of(str),
-        metadata={"help": "the same for the validation split; empty: a part of `path`", "unit": ""},
+    validation: str = option(
+        "the same for the validation split; empty: a part of `path`", default="", validator=instance_of(str)
     )
-    validation_fraction: float = attrs.field(
+    validation_fraction: float = option(
+        "share of the text held out where `validation` is empty",
+        unit="of the bytes",
         default=0.1,
         validator=[gt(0.0), lt(1.0)],
-        metadata={"help": "share of the text held out where `validation` is empty", "unit": "of the bytes"},
     )
 
 
@@ -118,53 +106,40 @@ class TextOptions:
 class JsonlOptions:
     """Documents in a file with one JSON object a line."""
 
-    path: str = attrs.field(
+    path: str = option(
+        "a .jsonl, .jsonl.gz or .jsonl.xz file",
         validator=[instance_of(str), _named],
-        metadata={
-            "help": "a .jsonl, .jsonl.gz or .jsonl.xz file",
-            "unit": "",
-            "example": "documents.jsonl",
-        },
+        example="documents.jsonl",
     )
-    validation: str = attrs.field(
+    validation: str = option(
+        "the file of the validation split; empty: a part of `path`", default="", validator=instance_of(str)
+    )
+    split: str = option(
+        "the key that says `train`, `validation` or `test`; empty: none does",
         default="",
         validator=instance_of(str),
-        metadata={"help": "the file of the validation split; empty: a part of `path`", "unit": ""},
     )
-    split: str = attrs.field(
-        default="",
-        validator=instance_of(str),
-        metadata={"help": "the key that says `train`, `validation` or `test`; empty: none does", "unit": ""},
-    )
-    field: str = attrs.field(
+    field: str = option(
+        "the key of the text: a string, or a list of strings, joined by newlines",
         default="text",
         validator=instance_of(str),
-        metadata={
-            "help": "the key of the text: a string, or a list of strings, joined by newlines",
-            "unit": "",
-        },
     )
-    labels: str = attrs.field(
+    labels: str = option(
+        "the key of the label indices: an integer or a list of them",
         default="labels",
         validator=instance_of(str),
-        metadata={"help": "the key of the label indices: an integer or a list of them", "unit": ""},
     )
-    label_count: int = attrs.field(
+    label_count: int = option(
+        "how many labels there are, for classification: every object must then have the key; "
+        "0: as many as the largest index says, if any has it",
         default=0,
         validator=[instance_of(int), ge(0)],
-        metadata={
-            "help": "how many labels there are, for classification: every object must then have the key; "
-            "0: as many as the largest index says, if any has it",
-            "unit": "",
-        },
     )
-    validation_fraction: float = attrs.field(
+    validation_fraction: float = option(
+        "share held out where neither `validation` nor `split` says",
+        unit="of the documents",
         default=0.1,
         validator=[gt(0.0), lt(1.0)],
-        metadata={
-            "help": "share held out where neither `validation` nor `split` says",
-            "unit": "of the documents",
-        },
     )
 
     def __attrs_post_init__(self) -> None:
@@ -179,18 +154,16 @@ class JsonlOptions:
 class BinOptions:
     """Token files as nanoGPT prepares them."""
 
-    path: str = attrs.field(
+    path: str = option(
+        "the folder that holds train.bin and val.bin, uint16 tokens",
         validator=[instance_of(str), _named],
-        metadata={
-            "help": "the folder that holds train.bin and val.bin, uint16 tokens",
-            "unit": "",
-            "example": "data/openwebtext",
-        },
+        example="data/openwebtext",
     )
-    vocab_size: int = attrs.field(
+    vocab_size: int = option(
+        "tokens of the vocabulary; the default is GPT-2's",
+        unit="tokens",
         default=50257,
         validator=[instance_of(int), ge(2), le(65536)],
-        metadata={"help": "tokens of the vocabulary; the default is GPT-2's", "unit": "tokens"},
     )
 
 
@@ -198,41 +171,33 @@ class BinOptions:
 class MarkovOptions:
     """A random Markov source whose entropy, and so the lowest possible loss, is known exactly."""
 
-    order: int = attrs.field(
+    order: int = option(
+        "how many tokens back the next one depends on",
+        unit="tokens",
         default=2,
         validator=[instance_of(int), ge(1)],
-        metadata={"help": "how many tokens back the next one depends on", "unit": "tokens"},
     )
-    vocab_size: int = attrs.field(
-        default=16,
-        validator=[instance_of(int), ge(2), le(65536)],
-        metadata={"help": "different tokens", "unit": "tokens"},
+    vocab_size: int = option(
+        "different tokens", unit="tokens", default=16, validator=[instance_of(int), ge(2), le(65536)]
     )
-    tokens: int = attrs.field(
-        default=1_000_000,
-        validator=[instance_of(int), ge(2)],
-        metadata={"help": "length of the training split", "unit": "tokens"},
+    tokens: int = option(
+        "length of the training split", unit="tokens", default=1_000_000, validator=[instance_of(int), ge(2)]
     )
-    validation_tokens: int = attrs.field(
+    validation_tokens: int = option(
+        "length of the validation split, a stream of its own",
+        unit="tokens",
         default=100_000,
         validator=[instance_of(int), ge(2)],
-        metadata={"help": "length of the validation split, a stream of its own", "unit": "tokens"},
     )
-    concentration: float = attrs.field(
+    concentration: float = option(
+        "Dirichlet concentration of each row of probabilities; smaller: lower entropy",
         default=0.3,
         validator=[gt(0.0), le(1000.0)],
-        metadata={
-            "help": "Dirichlet concentration of each row of probabilities; smaller: lower entropy",
-            "unit": "",
-        },
     )
-    seed: int = attrs.field(
+    seed: int = option(
+        "draws the probabilities and the tokens; the run's seed does not matter",
         default=0,
         validator=[instance_of(int), ge(0), lt(2**64)],
-        metadata={
-            "help": "draws the probabilities and the tokens; the run's seed does not matter",
-            "unit": "",
-        },
     )
 
     def __attrs_post_init__(self) -> None:
@@ -249,10 +214,10 @@ def altgrad_datasets() -> list[Component]:
     return [
         Component(
             name="licenses",
-            summary="14 MB of licence texts that are installed with this plugin; 10 categories",
+            summary="14 MB of license texts that are installed with this plugin; 10 categories",
             options=LicensesOptions,
             target="altgrad_data.licenses:Licenses",
-            source="ScanCode's licence data, pip package licensedcode-data, CC-BY-4.0",
+            source="ScanCode's license data, pip package licensedcode-data, CC-BY-4.0",
         ),
         Component(
             name="eurlex",
@@ -263,7 +228,7 @@ def altgrad_datasets() -> list[Component]:
         ),
         Component(
             name="ecthr_a",
-            summary="cases of the European Court of Human Rights, labelled by 10 articles, from hub or files",
+            summary="cases of the European Court of Human Rights, labeled by 10 articles, from hub or files",
             options=EcthrOptions,
             target="altgrad_data.hub:ecthr_a",
             source="Chalkidis et al., LexGLUE, ACL 2022; hub: coastalcph/lex_glue",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def existing(path: str, option: str, wanted: str) -> Path:
     """Return the path if something is there; FileNotFoundError names option, path and what was wanted."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if not found.exists():
         where = "" if found.is_absolute() else f" (relative to {Path.cwd()})"
         raise FileNotFoundError(f"{option} = {path!r}{where} does not exist; set {option} to {wanted}")

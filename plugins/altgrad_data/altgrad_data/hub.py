@@ -96,16 +96,19 @@ class Articles(HubTexts):
 
 
 def eurlex(options: EurlexOptions = EurlexOptions()) -> HubTexts:  # noqa: B008 - it is frozen
+    """Return the data set `eurlex`."""
     origin = Origin("coastalcph/lex_glue", "eurlex")
     return HubTexts(origin, options.path, options.labels, options.label_count)
 
 
 def ecthr_a(options: EcthrOptions = EcthrOptions()) -> HubTexts:  # noqa: B008 - it is frozen
+    """Return the data set `ecthr_a`."""
     origin = Origin("coastalcph/lex_glue", "ecthr_a")
     return HubTexts(origin, options.path, options.labels, options.label_count)
 
 
 def wikitext(options: HubOptions = HubOptions()) -> HubTexts:  # noqa: B008 - it is frozen
+    """Return the data set `wikitext`."""
     return Articles(Origin("Salesforce/wikitext", "wikitext-103-raw-v1"), options.path)
 
 
@@ -121,9 +124,6 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
         after_empty = not line.strip()
     if "".join(article).strip():
         yield "".join(article)
-
-
-# --- the hub -------------------------------------------------------------------------------------------
 
 
 def from_hub(origin: Origin, split: str) -> Iterable[Row]:
@@ -168,8 +168,8 @@ def copy_of(origin: Origin) -> Path:
     """Return the folder in which `datasets` keeps what it downloaded of this data set."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     home = Path(os.environ.get("HF_HOME") or caches)
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
-    return cache / origin.repository.replace("/", "___") / origin.configuration
+    cache = os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    return Path(cache) / origin.repository.replace("/", "___") / origin.configuration
 
 
 def _offline_asked() -> bool:

@@ -1,9 +1,9 @@
-"""The licence texts that ScanCode recognises, in the pip package `licensedcode-data`: no network needed.
+"""The license texts that ScanCode recognizes, in the pip package `licensedcode-data`: no network needed.
 
 Each `*.LICENSE` file is a YAML front matter (key, category, ...) and a text. The few without a text, or of
 the category "Unstated License" are dropped; the 10 other categories are the labels.
 
-Licences come in families (`gpl-1.0`, `gpl-2.0`, `gpl-2.0-autoconf`, ...) of near-duplicates, so a family
+Licenses come in families (`gpl-1.0`, `gpl-2.0`, `gpl-2.0-autoconf`, ...) of near-duplicates, so a family
 goes to one split whole. That is not enough: many texts of one name copy those of another (`qwt` is the
 LGPL with a foreword). So a family can be held out only if each of its texts is its own: less than half of
 its 13-word runs occur in other families. Of these families as many are held out, in the order of a hash of
@@ -45,7 +45,7 @@ _FAMILY = re.compile(r"[^-]*?[a-z](?=[0-9])|[^-]+")
 
 @attrs.frozen
 class License:
-    """One licence text."""
+    """One license text."""
 
     key: str
     category: str
@@ -63,7 +63,7 @@ def family(key: str) -> str:
 
 
 def parse(file: str, name: str) -> License:
-    """Return the licence in the content of a `*.LICENSE` file called `name`.
+    """Return the license in the content of a `*.LICENSE` file called `name`.
 
     Only two keys of the front matter are read, both plain scalars in the first column, so no YAML library
     is needed: nested and continued lines are indented.
@@ -91,7 +91,7 @@ class Licenses:
             self._distribution = importlib.metadata.distribution(DISTRIBUTION)
         except importlib.metadata.PackageNotFoundError as error:
             raise FileNotFoundError(
-                f"the licence texts are in the pip package {DISTRIBUTION}, which is not installed: "
+                f"the license texts are in the pip package {DISTRIBUTION}, which is not installed: "
                 f"pip install {DISTRIBUTION}"
             ) from error
 
@@ -105,7 +105,7 @@ class Licenses:
 
     @cached_property
     def licenses(self) -> tuple[License, ...]:
-        """Every licence with a text, in the order of the keys."""
+        """Every license with a text, in the order of the keys."""
         folder = Path(str(self._distribution.locate_file("licensedcode/data/licenses")))
         files = sorted(folder.glob("*.LICENSE"))
         if not files:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from altgrad_core.registry import shown
+from altgrad_core.wording import shown
 
 SPLITS = ("train", "validation", "test")
 
@@ -78,6 +78,7 @@ def split_of(row: Row, key: str, option: str, where: str) -> str:
 
 
 def value_of(row: Row, key: str, option: str, where: str) -> Any:
+    """Return what a row has under a key. Raises ValueError, which names the option that says the key."""
     if key not in row:
         way_out = f": set {option} to one" if option else ""
         raise ValueError(f"{where}: no key {key!r}; its keys are {', '.join(row) or 'none'}{way_out}")

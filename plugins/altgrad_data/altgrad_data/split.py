@@ -1,7 +1,7 @@
 """Which of many units (families of texts, files) are held out for validation.
 
 Each unit goes to one split whole. Drawing each by a hash with probability 0.1 can miss the share by far
-where units differ in size: the licence families' hash alone gives 6 %. So units are taken in the order of
+where units differ in size: the license families' hash alone gives 6 %. So units are taken in the order of
 their hashes until the share is reached, and a unit so large that it would be most of the validation text
 is never taken.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,9 @@ class TextFiles:
 
 def _find(path: str, option: str) -> list[Path]:
     wanted = "a text file, a folder of .txt files, or a glob"
-    if glob.has_magic(path) and not Path(path).expanduser().exists():
-        matches = (Path(name) for name in glob.glob(str(Path(path).expanduser()), recursive=True))
+    own = os.path.expanduser(path)
+    if glob.has_magic(path) and not os.path.exists(own):
+        matches = (Path(name) for name in glob.glob(own, recursive=True))
         files = sorted(match for match in matches if match.is_file())
         missing = "no file matches it"
     else:

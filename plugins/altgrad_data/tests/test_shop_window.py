@@ -65,12 +65,12 @@ def test_options_of_data_sets_with_labels_say_how_many_there_are():
     assert not any(hasattr(options, "label_count") for options in (TextOptions, BinOptions, MarkovOptions))
 
 
-def test_the_licences_have_one_column_of_labels():
+def test_the_licenses_have_one_column_of_labels():
     registry = discover()
     options, problems = structure({"labels": "labels"}, LicensesOptions, registry)
     assert (options, problems) == (LicensesOptions(), [])
-    _, (problem,) = structure({"labels": "licence"}, LicensesOptions, registry)
-    assert problem.message == "expected one of 'labels'; got 'licence'"
+    _, (problem,) = structure({"labels": "license"}, LicensesOptions, registry)
+    assert problem.message == "expected one of 'labels'; got 'license'"
 
 
 def test_options_of_token_sources_have_a_vocab_size():

@@ -27,25 +27,27 @@ __all__ = [*NAMED, *SECOND_NAMES, "ExMy", "ExMyOptions", "ScrambledOptions"]
 class ExMyOptions:
     """A format by its numbers: 1 sign bit, `exponent_bits`, `mantissa_bits`; 3 to 16 bits in all."""
 
-    exponent_bits: int = attrs.field(
+    exponent_bits: int = option(
+        "width of the exponent field",
+        unit="bits",
         validator=[instance_of(int), ge(0), le(MOST_BITS)],
-        metadata={"help": "width of the exponent field", "unit": "bits", "example": 4},
+        example=4,
     )
-    mantissa_bits: int = attrs.field(
+    mantissa_bits: int = option(
+        "width of the mantissa field",
+        unit="bits",
         validator=[instance_of(int), ge(0), le(MOST_BITS)],
-        metadata={"help": "width of the mantissa field", "unit": "bits", "example": 5},
+        example=5,
     )
-    bias: int | None = attrs.field(
+    bias: int | None = option(
+        "exponent bias; left out: the named format's of that shape, else 2^(E-1) - 1",
         default=None,
         validator=optional(instance_of(int)),
-        metadata={"help": "exponent bias; left out: the named format's of that shape, else 2^(E-1) - 1"},
     )
-    specials: Literal["finite", "ieee", "fn"] = attrs.field(
+    specials: Literal["finite", "ieee", "fn"] = option(
+        "codes for inf and NaN: finite (none), ieee (the top exponent field), fn (one NaN)",
         default="finite",
         validator=in_(SPECIALS),
-        metadata={
-            "help": "codes for inf and NaN: finite (none), ieee (the top exponent field), fn (one NaN)"
-        },
     )
 
     def __attrs_post_init__(self) -> None:

@@ -371,6 +371,78 @@ void block_spacings(const float *x, float *spacings, int32_t n, float s, const v
     else spacings_of(x, spacings, n, s, k, 0);
 }
 
+#define EXPONENT 0x7F800000
+
+/* Patterns that steps of finite values within the format are taken with: 1.5 * 2^23 spacings and the inverse spacing of a
+   binade, as distances to it. */
+typedef struct {
+    int32_t middle, inverse;
+    int32_t largest; /* of a magnitude; negative: no float32 holds the middle, or the inverse */
+} Ruler;
+
+static Ruler ruler_of(Layout k) {
+    const int32_t to_ulp = (23 - k.shift) << 23, largest = bits_of(value_of(k.largest, k)), top = largest & EXPONENT;
+    const int fits = (top > k.normal ? top : k.normal) <= EXPONENT - ((k.shift + 1) << 23) && k.normal > to_ulp;
+    return (Ruler){k.shift << 23 | 0x400000, (254 << 23) + to_ulp, fits ? largest : -1};
+}
+
+/* The nearest value: adding the middle rounds to a multiple of the spacing, and to an even one where two are as near. Without
+   fraction bits it is the even code that counts, so the middle is odd where the lower code is even. */
+INLINE float nearest_by_adding(float v, int32_t binade, Ruler ruler, Layout k, const int fraction) {
+    const int32_t odd = fraction ? 0 : ~((binade >> 23) + k.offset) & 1;
+    const float middle = float_of((binade + ruler.middle) | odd);
+    return (v + middle) - middle;
+}
+
+/* Returns the largest pattern of a magnitude, of those on which it depends whether what is written is right. */
+INLINE int32_t steps_by_adding(const float *restrict before, const float *restrict now, int32_t *restrict same,
+                               float *restrict shares, int32_t n, float s, Layout k, const int compares, const int fraction) {
+    const Ruler ruler = ruler_of(k);
+    const int32_t top = ruler.largest & EXPONENT;
+    int32_t most = 0, one = bits_of(1.0f);
+    __asm__("" : "+r"(one)); /* as a constant it would be a float, whose minimum takes three instructions */
+    _Pragma("omp simd reduction(max : most)")
+    EACH {
+        const float w = before[i] * s;
+        int32_t binade = bits_of(w) & EXPONENT;
+        if (!compares) binade = binade > top ? top : binade;
+        binade = binade > k.normal ? binade : k.normal;
+        const int32_t share = bits_of((now[i] - before[i]) * s * float_of(ruler.inverse - binade)) & INT32_MAX;
+        shares[i] = float_of(share < one ? share : one);
+        if (compares) {
+            const float v = now[i] * s;
+            const int32_t other = (bits_of(v) & EXPONENT) > k.normal ? bits_of(v) & EXPONENT : k.normal;
+            same[i] = nearest_by_adding(v, other, ruler, k, fraction) == nearest_by_adding(w, binade, ruler, k, fraction) ? -1 : 0;
+            const int32_t one = bits_of(v) & INT32_MAX, two = bits_of(w) & INT32_MAX, both = one > two ? one : two;
+            most = both > most ? both : most;
+        } else
+            most = share > most ? share : most;
+    }
+    return most;
+}
+
+/* The same of any values. */
+INLINE void any_steps(const float *restrict before, const float *restrict now, int32_t *restrict same, float *restrict shares,
+                      int32_t n, float s, Layout k, const int compares) {
+    spacings_of(before, shares, n, s, k, 0);
+    EACH {
+        const float v = now[i] * s, w = before[i] * s, share = fabsf(now[i] - before[i]) / shares[i];
+        shares[i] = 1.0f < share ? 1.0f : share; /* NaN stays NaN */
+        if (compares) same[i] = (v != v || w != w ? v != v && w != w : rung_of(v, k) == rung_of(w, k)) ? -1 : 0;
+    }
+}
+
+void block_steps(const float *before, const float *now, int32_t *same, float *shares, int32_t n, float s, const void *layout) {
+    const Layout k = *(const Layout *)layout;
+    const int32_t end = same ? ruler_of(k).largest : ruler_of(k).largest < 0 ? -1 : EXPONENT;
+#define IF_STEPS(compares_, fraction_)                                                                  \
+    if (end >= 0 && (same != 0) == compares_ && (k.shift < 23) == fraction_ &&                           \
+        steps_by_adding(before, now, same, shares, n, s, k, compares_, fraction_) <= end) return;
+    IF_STEPS(1, 1) IF_STEPS(1, 0) IF_STEPS(0, 1) IF_STEPS(0, 0)
+    if (same) any_steps(before, now, same, shares, n, s, k, 1);
+    else any_steps(before, now, same, shares, n, s, k, 0);
+}
+
 void block_quantize(const float *x, float *out, int32_t n, uint32_t first, float s, float low, float high,
                     const Keys *keys, const void *layout) {
     Rounding r = {.layout = *(const Layout *)layout, .low = low, .high = high, .stochastic = keys != 0};

@@ -118,8 +118,6 @@ class ExMy(Format):
     def block_loops(self) -> native.BlockLoops | None:
         return self._native.block_loops()
 
-    # --- the arithmetic of `Format`, overridden ------------------------------------------------------
-
     def _fake_quantize(
         self,
         x: Tensor,
@@ -205,8 +203,6 @@ class ExMy(Format):
         if overflow == "saturate":
             return self.largest
         return torch.inf if self.has_inf else torch.nan
-
-    # --- its pieces ----------------------------------------------------------------------------------
 
     @property
     def _lowest_unit(self) -> int:

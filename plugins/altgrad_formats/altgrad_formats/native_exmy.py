@@ -56,7 +56,7 @@ class NativeExMy:
         scales = torch.ones(1, dtype=torch.float32, device="cpu") if scale is None else scale.contiguous()
         low, high = (-math.inf, math.inf) if limit is None else limit.tolist()
         rows = scales.numel()
-        _loops_in_use().quantize(
+        native.in_use(_loops()).quantize(
             native.address(x),
             native.address(out),
             rows,
@@ -75,7 +75,8 @@ class NativeExMy:
         x = x.contiguous()
         byte = self._layout.bits <= 8
         out = torch.empty(x.shape, dtype=torch.uint8 if byte else torch.int16, device="cpu")
-        loop = _loops_in_use().encode_bytes if byte else _loops_in_use().encode_words
+        loops = native.in_use(_loops())
+        loop = loops.encode_bytes if byte else loops.encode_words
         return out, bool(loop(*map(native.address, (x, out)), x.numel(), native.address(self._constants)))
 
     def decodes(self, codes: Tensor) -> bool:
@@ -93,14 +94,7 @@ class NativeExMy:
         """Return the float32 values of codes that `decodes`."""
         codes = codes.contiguous()
         out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
-        byte = codes.dtype == torch.uint8
-        loop = _loops_in_use().decode_bytes if byte else _loops_in_use().decode_words
+        loops = native.in_use(_loops())
+        loop = loops.decode_bytes if codes.dtype == torch.uint8 else loops.decode_words
         loop(*map(native.address, (codes, out)), codes.numel(), native.address(self._constants))
         return out
-
-
-def _loops_in_use() -> ctypes.CDLL:
-    loops = _loops()
-    if loops is None:
-        raise RuntimeError("there is no compiled loop; ask `serves` first")
-    return loops

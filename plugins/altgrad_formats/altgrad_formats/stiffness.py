@@ -99,12 +99,15 @@ def _mantissa_bits(format: Format, formula: str) -> int:
 
 
 def ideal(options: NoOptions) -> Stiffness:
+    """Return the formula `ideal`."""
     return Looped(ideal_stiffness, "ideal")
 
 
 def smooth(options: NoOptions) -> Stiffness:
+    """Return the formula `smooth`."""
     return Looped(smooth_stiffness, "smooth")
 
 
 def scrambled(options: ScrambledOptions) -> Stiffness:
+    """Return the formula `scrambled` of a permutation."""
     return functools.partial(scrambled_stiffness, seed=options.seed)

@@ -14,6 +14,7 @@ from altgrad_formats.layout import NAMED
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 UNARY = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, POINTER)
 SPACINGS = ctypes.CFUNCTYPE(None, POINTER, POINTER, COUNT, NUMBER, POINTER)
+STEPS = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, POINTER, COUNT, NUMBER, POINTER)
 QUANTIZE = ctypes.CFUNCTYPE(
     None, POINTER, POINTER, COUNT, ctypes.c_uint32, NUMBER, NUMBER, NUMBER, POINTER, POINTER
 )
@@ -202,6 +203,54 @@ def test_blocks_give_the_spacing_over_the_scale_and_nan_for_nan(format, loops, x
     SPACINGS(loops.spacings)(x.data_ptr(), found.data_ptr(), x.numel(), scale, loops.context)
     assert torch.equal(found[:-1], format.spacing(x[:-1] * scale) / scale)
     assert bool(found[-1].isnan())
+
+
+def steps(loops, before, now, scale, compares=True):
+    """Call block by block: what a block holds decides which way it is taken."""
+    same, shares = torch.empty(before.shape, dtype=torch.int32), torch.empty_like(before)
+    for at in range(0, len(before), 192):
+        ends = (one[at : at + 192] for one in (before, now, same, shares))
+        first, second, third, fourth = ends
+        to = third.data_ptr() if compares else None
+        arguments = first.data_ptr(), second.data_ptr(), to, fourth.data_ptr(), len(first), scale
+        STEPS(loops.steps)(*arguments, loops.context)
+    return same, shares
+
+
+def about(values, scale):
+    """Return values over a scale, the middles between them, and the float32 on both sides of all."""
+    middles = (values[1:].double() + values[:-1].double()).div(2).float()
+    points = torch.cat((values[:1500], values[-1500:], middles[:1500], middles[-1500:])) / scale
+    return torch.cat((points, points.nextafter(torch.tensor(torch.inf)), points.nextafter(-points - 1)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 3.0])
+@pytest.mark.parametrize("shift", [0, 1, 2, 1500])
+def test_blocks_tell_whether_a_step_leads_to_another_rung(format, loops, scale, shift):
+    before = torch.cat((about(format.values, scale), torch.tensor([torch.inf, -torch.inf])))
+    now = before.roll(shift)
+    same, _ = steps(loops, before, now, scale)
+    expected = format.rung(before * scale) == format.rung(now * scale)
+    assert torch.equal(same, -expected.int())
+
+
+def test_a_nan_has_a_rung_of_its_own_to_a_step(format, loops):
+    before, now = torch.ones(192), torch.ones(192)
+    before[5:7], now[6:8] = torch.nan, torch.nan
+    same, shares = steps(loops, before, now, 1.0)
+    assert same[4:9].tolist() == [-1, 0, -1, 0, -1]
+    assert shares[6].isnan()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 3.0])
+@pytest.mark.parametrize("compares", [True, False])
+def test_blocks_give_the_spacings_that_a_step_is_long_but_one_at_most(format, loops, scale, compares):
+    before = about(format.values, scale).clamp(-1e30, 1e30)
+    spacing = format.spacing(before * scale) / scale
+    now = before + spacing * torch.linspace(-1.5, 1.5, len(before))
+    _, shares = steps(loops, before, now, scale, compares)
+    expected = ((now - before).abs() / spacing).clamp(max=1)
+    torch.testing.assert_close(shares, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])

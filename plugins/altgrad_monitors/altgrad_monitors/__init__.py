@@ -31,7 +31,7 @@ class MonitorOptions:
 
 @attrs.frozen(kw_only=True)
 class FidelityOptions(MonitorOptions):
-    """Two extra gradients of the whole step: the quantised one and the float32 reference."""
+    """Two extra gradients of the whole step: the quantized one and the float32 reference."""
 
     every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
 
@@ -145,11 +145,15 @@ class StiffnessOptions(MonitorOptions):
 
 @attrs.frozen(kw_only=True)
 class AlignmentOptions(MonitorOptions):
+    """How the weights sit on their grids, which changes slowly."""
+
     every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
 
 
 @attrs.frozen(kw_only=True)
 class MagnitudeOptions(MonitorOptions):
+    """How large the weights are, which changes slowly."""
+
     every: int = option("interval between observations", unit="steps", default=100, validator=at_least(1))
 
 
@@ -211,7 +215,7 @@ def altgrad_monitors() -> list[Component]:
         ),
         Component(
             name="fidelity",
-            summary="the quantised gradient beside a float32 one: cosine and SNR",
+            summary="the quantized gradient beside a float32 one: cosine and SNR",
             options=FidelityOptions,
             target="altgrad_monitors.fidelity:Fidelity",
         ),

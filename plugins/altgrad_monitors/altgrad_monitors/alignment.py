@@ -13,8 +13,8 @@ octave_below      share further down
 zeros             share at zero
 
 A code is a finite value of the format, both zeros being one; a weight has the code of its nearest value, so
-under master storage this describes what the forward pass sees. Only quantised weights are observed. Over
-layers, shares and means are those of all their elements; utilisation and KS distance, which hang on the
+under master storage this describes what the forward pass sees. Only quantized weights are observed. Over
+layers, shares and means are those of all their elements; utilization and KS distance, which hang on the
 format, are averaged. A NaN weight has no code and is off the grid; the layer's distances are NaN then. A
 tensor with fewer elements than the format has codes cannot use them all.
 """
@@ -78,7 +78,7 @@ class Alignment:
         self._options, self.layers = options, options.layers
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
-        """Return the quantities of each quantised layer, and of all of them."""
+        """Return the quantities of each quantized layer, and of all of them."""
         found = {weight.layer: aligned(weight) for weight in chosen(self.layers, step).values()}
 
         def quantity(
@@ -105,7 +105,7 @@ def _share_at(found: Aligned, place: int) -> Share:
 
 @torch.no_grad()
 def aligned(weight: Weight) -> Aligned:
-    """Return how a quantised weight sits on its grid."""
+    """Return how a quantized weight sits on its grid."""
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
     value, scale, format = flat(weight.value), row_of(weight.scale), weight.format
     value = wide(value)

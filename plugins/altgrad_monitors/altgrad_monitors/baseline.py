@@ -5,6 +5,7 @@ Read once, from the `metrics.jsonl` of its run folder.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,7 @@ class Baseline:
 
     def __init__(self, folder: str, metric: str) -> None:
         self._folder, self._metric = folder, metric
-        path = Path(folder).expanduser() / METRICS
+        path = Path(os.path.expanduser(folder)) / METRICS
         if not path.is_file():
             raise UsageError(
                 f"baseline {folder!r} is no run: it has no {METRICS}; name the folder of a run, such as "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step
-from altgrad_core.storage import COMPENSATED
+from altgrad_core.storage_options import COMPENSATED
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, book_of
 from altgrad_monitors.tally import shares

@@ -1,7 +1,7 @@
-"""`fidelity`: how far the quantised model's gradient is from a float32 one.
+"""`fidelity`: how far the quantized model's gradient is from a float32 one.
 
-Of the same micro-batches and at the same weights, two gradients: g as the run computes it, quantised and
-under its autocast, and the reference r (the "FP32 shadow"), which nothing quantises.
+Of the same micro-batches and at the same weights, two gradients: g as the run computes it, quantized and
+under its autocast, and the reference r (the "FP32 shadow"), which nothing quantizes.
 
 cosine  <g, r> / (|g| |r|)
 snr_db  10 log10(|r|^2 / |g - r|^2), in decibels; inf where both are the same bit for bit
@@ -11,8 +11,8 @@ The gradients of the step itself do not serve: they are clipped, which changes |
 weights before the step, which are gone. So g is what training is about to compute, dropout apart.
 
 The reference uses the weights as they are stored. Weights that live on a grid are on it in both gradients:
-the monitor then sees what quantising activations and gradients does, and not what storing on a grid does; a
-run with grid weights and nothing else quantised, in float32, has a cosine of 1 and an SNR of inf. The SNR
+the monitor then sees what quantizing activations and gradients does, and not what storing on a grid does; a
+run with grid weights and nothing else quantized, in float32, has a cosine of 1 and an SNR of inf. The SNR
 counts a wrong length of the gradient, the cosine does not. Stochastic rounding of gradients is noise in g:
 its mean is right at an SNR that is low.
 
@@ -78,10 +78,12 @@ class Fidelity:
 
 
 def products(g: Tensor, r: Tensor) -> Products:
+    """Return g.r, g.g, r.r and (g - r).(g - r), 0-d."""
     return (g * r).sum(), g.square().sum(), r.square().sum(), (g - r).square().sum()
 
 
 def added(several: list[Products]) -> Products:
+    """Return the products of several weights as one's."""
     dot, gg, rr, ee = (summed(list(column)) for column in zip(*several, strict=True))
     return dot, gg, rr, ee
 

@@ -16,7 +16,7 @@ distribution, and it stays away from the Fisher where the model does not fit the
 as the mean gradient is small beside the noise. It is averaged over `batches` micro-batches alone, and so is
 noisy: an element's F has a relative standard error of about sqrt(2/batches).
 
-The gradients are those of the model that trains, quantised as it is, at the weights after the step, in
+The gradients are those of the model that trains, quantized as it is, at the weights after the step, in
 evaluation mode, on the first `batches` micro-batches of the coming step (further random windows of the
 training text where the step has fewer). S is the formula's (`grid`: the spacing at the weight). Equal values
 share their average rank, as in scipy.stats.spearmanr; ranks are taken of -S, whose order is that of 1/S^2
@@ -60,7 +60,7 @@ class Fisher:
         self._run = run
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
-        """Return the two metrics of the quantised weights."""
+        """Return the two metrics of the quantized weights."""
         weights = chosen(self.layers, step)
         if not weights:
             return {}

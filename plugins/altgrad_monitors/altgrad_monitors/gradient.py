@@ -7,10 +7,10 @@ snr                   |mean| / standard deviation over the layer's elements (the
                       are 0
 dead_fraction         share of elements with |g| < 1e-8 in `window` consecutive checks; not reported before
                       so many checks were made. A NaN is not dead
-zero_update_fraction  share of the elements of quantised weights that this step left exactly as they were,
+zero_update_fraction  share of the elements of quantized weights that this step left exactly as they were,
                       with or without a gradient: rounded away, or never moved
 
-Every parameter that trains is observed, biases and LayerNorms too; only quantised ones have a
+Every parameter that trains is observed, biases and LayerNorms too; only quantized ones have a
 zero_update_fraction. Parameters of one layer count as one. Over layers, everything is what it would be of one
 long vector: `l2/total` is the norm that clipping left. Sums are float64; the deviation is resolved down to
 1e-7 of the mean.

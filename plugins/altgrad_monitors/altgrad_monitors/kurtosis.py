@@ -8,7 +8,7 @@ excess  the excess kurtosis; `total` is the largest of the layers'; not defined,
         the same, or not finite
 alert   1 where it is above the option `alert`, or the inputs are not finite, else 0
 
-The inputs are those before any quantisation, in evaluation mode (no dropout), of one micro-batch of the
+The inputs are those before any quantization, in evaluation mode (no dropout), of one micro-batch of the
 coming step: one extra forward pass. Padding past a document's end does not count. Moments are taken in
 float64, biased as scipy.stats.kurtosis takes them.
 """

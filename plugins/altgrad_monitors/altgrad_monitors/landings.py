@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Set
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from altgrad_core.hookspecs import Step, Weight
+from altgrad_monitors.kept import Room
 from altgrad_monitors.native_tally import Table
-from altgrad_monitors.tally import Asked, Tally, decodable
+from altgrad_monitors.tally import Asked, Tally
 
 
 class Landings:
@@ -22,8 +22,7 @@ class Landings:
         self._table = Table()
         self._told: Collection[str] = ()
         self._gradients: Mapping[str, Tensor] = {}
-        self._before: Mapping[str, Tensor] = {}
-        self._now: Mapping[str, Tensor] = {}
+        self._room = Room({}, {}, {}, {})
 
     def begin(
         self,
@@ -31,19 +30,18 @@ class Landings:
         wanted: Set[str],
         weights: Mapping[str, Weight],
         gradients: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        now: Mapping[str, Tensor],
-    ) -> dict[str, tuple[int, int] | None]:
-        """Return whom to tell of each of the weights that have codes in `before`; None: nobody can be told.
+        room: Room,
+    ) -> dict[str, tuple[int, int]]:
+        """Return whom to tell of each of the weights with values in the room.
 
-        index: of the step. wanted: as in `book_of`. now: where the codes after it go, which may be `before`.
+        index: of the step. wanted: as in `book_of`. room: of the values, and maybe codes, before the step.
         """
-        ask = Asked("stall" in wanted, "descent" in wanted, in_rungs=False, recode=False)
-        asked = dict.fromkeys(before, ask)
-        told = self._table.onlookers(asked, weights, gradients, before, now)
+        stall, descent = "stall" in wanted, "descent" in wanted
+        asked = {name: Asked(stall, descent, False, name not in room.codes_before) for name in room.values}
+        told = self._table.onlookers(asked, weights, gradients, room)
         self._index, self._wanted, self._told = index, wanted | {"flips"}, told
-        self._gradients, self._before, self._now = gradients, before, now  # whose memory is written
-        return {name: told.get(name) for name in before}
+        self._gradients, self._room = gradients, room  # whose memory is written
+        return told
 
     def landed(self, step: Step, wanted: Collection[str]) -> tuple[list[str], list[str]]:
         """Return the weights of which all has been tallied that can be, and those whose codes alone have.
@@ -63,13 +61,9 @@ class Landings:
         """Return the tally of weights that have landed."""
         return self._table.told().of(list(names))
 
-    def before(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return their codes before the step."""
-        return {name: self._before[name] for name in names}
-
-    def now(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return their codes after it."""
-        return {name: self._now[name] for name in names}
+    def room(self, names: Collection[str]) -> Room:
+        """Return where what is kept of weights that have landed has been left."""
+        return Room(*({name: one[name] for name in names if name in one} for one in self._room))
 
 
 def leaves_residuals(run: Any) -> bool:
@@ -81,17 +75,10 @@ def leaves_residuals(run: Any) -> bool:
 
 def told_of(run: Any, weights: Mapping[str, Weight]) -> set[str]:
     """Return the weights that somebody can be told of when they land: all that a storage rounds, or none."""
-    stored = {name: weight for name, weight in weights.items() if on_grid(weight)}
     if getattr(run, "storage", None) is None or leaves_residuals(run):
         return set()
-    return {*stored} if all(map(_has_values_by_code, stored.values())) else set()
+    return {name for name, weight in weights.items() if on_grid(weight)}
 
 
 def on_grid(weight: Weight) -> bool:
     return weight.storage == "grid"
-
-
-def _has_values_by_code(weight: Weight) -> bool:
-    """Whether a weight on a grid has the values that its codes say."""
-    assert weight.format is not None  # of one on a grid
-    return weight.value.dtype == torch.float32 and decodable(weight.format)

@@ -5,7 +5,7 @@ log2_std              log|w| is a random walk on flat directions, under value ro
 max_over_initial_rms  the largest |w| over the weight's root mean square at the start of the run; the total is
                       the largest of the layers'
 
-Quantised weights only. A layer without a non-zero weight has no log2; one that began at zero has no ratio.
+Quantized weights only. A layer without a non-zero weight has no log2; one that began at zero has no ratio.
 NaN weights make all of it NaN.
 
 Source: the drift of multiplicative updates, docs/science.md.

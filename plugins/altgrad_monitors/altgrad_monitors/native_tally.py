@@ -10,7 +10,7 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,16 +18,15 @@ from torch import Tensor
 
 from altgrad_core import native
 from altgrad_core.hookspecs import Step, Weight
+from altgrad_monitors.kept import Room
 from altgrad_monitors.tally import COUNTS, SUMS, Asked, Tally, recorded, scale_then
 
 _SOURCE = Path(__file__).with_name("tally.c")
 CHUNK = 15360  # as in altgrad_core/loops.h
 _WORDS, _RECODE, _STALL, _DESCENT, _IN_RUNGS = 1, 2, 4, 8, 16
-_FIELDS = 22  # of the struct Weight, of which the first seven are addresses that are written anew
-_GRADIENT, _CODES_BEFORE, _CODES = 1, 5, 6
+_FIELDS = 23  # of the struct Weight, of which the first nine are addresses that are written anew
+_CODES_BEFORE = 5  # column
 _FOUND = 8 * (len(COUNTS) + len(SUMS))  # bytes of the struct Found
-
-Codes = Mapping[str, Tensor]
 
 
 @functools.cache
@@ -42,18 +41,6 @@ def _loops() -> ctypes.CDLL | None:
     return loops
 
 
-def tallied(
-    asked: Mapping[str, Asked], step: Step, before: Codes, now: Codes, kept: Mapping[str, Tensor]
-) -> Tally | None:
-    """Tally those of the weights that the loop can take; leave their codes in `now`, their values in `kept`.
-
-    before, now: codes by parameter name, which may be the same memory. Of a weight that is recoded, the codes
-    before the step are filled in. kept: of some weights; may be the memory of `step.before`. None where the
-    loop takes none.
-    """
-    return Table().tallied(asked, step, before, now, kept)
-
-
 class Table:
     """The rows of some weights, kept from step to step."""
 
@@ -66,46 +53,47 @@ class Table:
         self._founds = torch.empty(0)
         self._chunks = 0
 
-    def tallied(
-        self, asked: Mapping[str, Asked], step: Step, before: Codes, now: Codes, kept: Mapping[str, Tensor]
-    ) -> Tally | None:
-        """As the function of this module."""
+    def tallied(self, asked: Mapping[str, Asked], step: Step, room: Room) -> Tally | None:
+        """Tally those of the weights that the loop can take, and leave what is kept of them.
+
+        None where the loop takes none.
+        """
         loops = None if native.recording() else _loops()
         if loops is None:
             return None
-        asked = _readable(asked, lambda names: _given(names, asked, step, kept))
-        self._take(
-            asked, step.weights, {name: scale_then(step, name) for name, ask in asked.items() if ask.recode}
-        )
+        given = {name: _given(name, ask, step, room) for name, ask in asked.items()}
+        asked = _readable(asked, given)
+        self._take(asked, step.weights, _scales_then(asked, step))
         if not self._names:
             return None
-        names = self._names
-        values = [step.weights[name].value for name in names]
-        codes = ([one[name] for name in names] for one in (before, now))
-        self._move(0, values, *_given(names, asked, step, kept), *codes)
+        values = [step.weights[name].value for name in self._names]
+        self._move(values, *zip(*(given[name] for name in self._names), strict=True))
+        self._move_kept(room, [scale_then(step, name) for name in self._names])
         counts, sums = self._results()
-        loops.tally(len(names), self._address, self._chunks, native.address(counts), native.address(sums))
-        return Tally(names=names, counts=counts, sums=sums)
+        loops.tally(len(values), self._address, self._chunks, native.address(counts), native.address(sums))
+        return Tally(names=self._names, counts=counts, sums=sums)
 
     def onlookers(
         self,
         asked: Mapping[str, Asked],
         weights: Mapping[str, Weight],
         gradients: Mapping[str, Tensor],
-        before: Codes,
-        now: Codes,
+        room: Room,
     ) -> dict[str, tuple[int, int]]:
         """Return what tallies weights on a grid as they land, for those that the loop can take.
 
-        The memory of gradients and codes must stay until they have landed; `told` returns what was found.
+        room: there are values before the step in it, of all. Its memory, and that of the gradients, must
+        stay until the weights have landed; `told` returns what was found.
         """
         loops = None if native.recording() else _loops()
         if loops is None:
             return {}
-        self._take(_readable(asked, lambda names: [[gradients[name] for name in names]]), weights, {})
-        names = self._names
-        self._move(_GRADIENT, [gradients[name] for name in names])
-        self._move(_CODES_BEFORE, [before[name] for name in names], [now[name] for name in names])
+        asked = _readable(asked, {name: (gradients[name], room.values[name]) for name in asked})
+        self._take(asked, weights, {name: room.scales[name] for name, ask in asked.items() if ask.recode})
+        names, nothing = self._names, [None] * len(self._names)
+        values = [room.values[name] for name in names]
+        self._move(nothing, [gradients[name] for name in names], values, nothing, values)
+        self._move_kept(room._replace(scales={}), [room.scales.get(name) for name in names])  # which stay
         look, row = native.entry(loops, "tally_landing"), 8 * _FIELDS
         return {name: (look, self._address + row * place) for place, name in enumerate(names)}
 
@@ -125,23 +113,27 @@ class Table:
         counts = torch.empty((shape, len(COUNTS)), dtype=torch.int64, device="cpu")
         return counts, torch.empty((shape, len(SUMS)), dtype=torch.float64, device="cpu")
 
-    def _move(self, first: int, *columns: Sequence[Tensor | None]) -> None:
+    def _move_kept(self, room: Room, scales_before: Sequence[Tensor | None]) -> None:
+        codes_before, codes, scales = (
+            [one.get(name) for name in self._names] for one in (room.codes_before, room.codes, room.scales)
+        )
+        self._move(codes_before, codes, scales_before, scales, first=_CODES_BEFORE)
+
+    def _move(self, *columns: Sequence[Tensor | None], first: int = 0) -> None:
         """Write addresses into columns from the first one."""
         for column, tensors in enumerate(columns, start=first):
             addresses = [0 if one is None else one.data_ptr() for one in tensors]
             self._rows[column::_FIELDS] = array.array("q", addresses)
 
     def _take(
-        self,
-        asked: Mapping[str, Asked],
-        weights: Mapping[str, Weight],
-        scales_then: Mapping[str, Tensor | None],
+        self, asked: Mapping[str, Asked], weights: Mapping[str, Weight], scales_then: Mapping[str, Tensor]
     ) -> None:
         """Make the rows of those of the weights that the loop can take, less their moving addresses.
 
         scales_then: of the weights that are recoded.
         """
-        if weights is self._weights and asked == self._asked and not scales_then:
+        single = not any([scale.dim() for scale in scales_then.values()])  # noqa: C419 - sooner
+        if weights is self._weights and asked == self._asked and single:
             return
         self._blocks, rows = native.Blocks(), {}
         for name, ask in asked.items():
@@ -149,7 +141,8 @@ class Table:
             if row is not None:
                 rows[name] = row
         chunks = [-(-row[-1] // CHUNK) for row in rows.values()]
-        self._names, self._weights, self._asked, self._chunks = list(rows), weights, asked, sum(chunks)
+        self._names, self._asked, self._chunks = list(rows), asked, sum(chunks)
+        self._weights = weights if single else {}  # rows of scales may lie otherwise in the next step
         self._founds = torch.empty(_FOUND * self._chunks, dtype=torch.uint8, device="cpu")
         self._rows, first = array.array("q"), 0
         for row, size in zip(rows.values(), chunks, strict=True):
@@ -158,29 +151,30 @@ class Table:
 
 
 def _readable(
-    asked: Mapping[str, Asked], read: Callable[[Collection[str]], Iterable[Sequence[Tensor | None]]]
+    asked: Mapping[str, Asked], given: Mapping[str, Sequence[Tensor | None]]
 ) -> Mapping[str, Asked]:
-    """Return those of the weights of which all that is to be read can be: columns of what `read` returns."""
-    if native.readable(*(x for column in read(asked) for x in column if x is not None)):
+    """Return those of the weights of which all that is given can be read."""
+    found = {id(x): x for each in given.values() for x in each if x is not None}
+    if native.readable(*found.values()):
         return asked
     return {
         name: ask
         for name, ask in asked.items()
-        if native.readable(*(x for column in read([name]) for x in column if x is not None))
+        if native.readable(*(x for x in given[name] if x is not None))
     }
 
 
-def _given(
-    names: Collection[str], asked: Mapping[str, Asked], step: Step, kept: Mapping[str, Tensor]
-) -> list[list[Tensor | None]]:
-    """Return the gradients, the weights before, the intended updates and the memory for values: columns."""
-    aims = [(name, ask.stall or ask.descent, ask.recode) for name in names for ask in [asked[name]]]
-    return [
-        [step.gradients[name] for name in names],
-        [step.before[name] if aim or recode else None for name, aim, recode in aims],
-        [recorded(step, name) if aim else None for name, aim, _ in aims],
-        [kept.get(name) for name in names],
-    ]
+def _given(name: str, ask: Asked, step: Step, room: Room) -> tuple[Tensor | None, ...]:
+    """Return the gradient, the weight before, the intended update, and the memory for values."""
+    aim = ask.stall or ask.descent
+    before = step.before[name] if aim or ask.recode else None
+    return step.gradients[name], before, recorded(step, name) if aim else None, room.values.get(name)
+
+
+def _scales_then(asked: Mapping[str, Asked], step: Step) -> dict[str, Tensor]:
+    """Return the scales before the step of weights that are recoded."""
+    found = {name: scale_then(step, name) for name, ask in asked.items() if ask.recode}
+    return {name: scale for name, scale in found.items() if scale is not None}
 
 
 def _row(weight: Weight, ask: Asked, scale_then: Tensor | None, blocks: native.Blocks) -> list[int] | None:
@@ -196,9 +190,9 @@ def _row(weight: Weight, ask: Asked, scale_then: Tensor | None, blocks: native.B
     flags = _WORDS * (weight.format.bits > 8) + _RECODE * ask.recode
     flags += _STALL * ask.stall + _DESCENT * ask.descent + _IN_RUNGS * ask.in_rungs
     return [
-        *(0, 0, 0, 0, 0, 0, 0),
-        *(loops.rungs, loops.values, loops.spacings, loops.context),
-        *(*scale, before[0], *before[2:], flags, weight.value.numel()),
+        *(0, 0, 0, 0, 0, 0, 0, 0, 0),
+        *(loops.rungs, loops.spacings, loops.steps, loops.context),
+        *(*scale, *before[2:], flags, weight.value.numel()),
     ]
 
 

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define PIECE 4096 /* elements whose count fits an int32 that vectorises */
+#define PIECE 4096 /* elements whose count fits an int32 that vectorizes */
 
 typedef struct {
     const void *before, *now; /* codes */

@@ -136,7 +136,7 @@ class Oscillation:
 
 
 def _format(weight: Weight) -> str:
-    """Return the name of a quantised weight's format."""
+    """Return the name of a quantized weight's format."""
     assert weight.format is not None  # for the type checker
     return weight.format.name
 

@@ -63,12 +63,14 @@ class Position:
 
 
 def sums(values: Tensor) -> Sums:
+    """Return count, sum and sum of squares, 0-d float64."""
     wide = values.double()
     total = wide.sum()
     return torch.full_like(total, values.numel()), total, wide.square_().sum()
 
 
 def mean(parts: list[Sums]) -> Tensor:
+    """Return the mean over all parts; NaN of nothing."""
     return pooled((total, count) for count, total, _ in parts)
 
 

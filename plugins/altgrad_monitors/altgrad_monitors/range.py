@@ -1,15 +1,15 @@
-"""`range`: what rounding does at the ends of the formats, wherever a tensor is quantised.
+"""`range`: what rounding does at the ends of the formats, wherever a tensor is quantized.
 
-Overflow, underflow and non-finite elements are counted inside the quantisers (`altgrad_core.range_counts`
+Overflow, underflow and non-finite elements are counted inside the quantizers (`altgrad_core.range_counts`
 defines them), over all micro-batches of the observed step, apart for
 
-    forward     weights that the forward pass quantises, and activations
+    forward     weights that the forward pass quantizes, and activations
     backward    gradients of the Linears' outputs
     optimizer   weights that are rounded onto their grid after the step: what lies past the format's end, or
                 past the bound, is cut off there
 
 <direction>_<kind>_count      how many elements, in the step
-<direction>_<kind>_fraction   their share of the elements that were quantised there
+<direction>_<kind>_fraction   their share of the elements that were quantized there
 saturated_<flow>              the share that overflowed, of weights, activations or gradients alone
 amax_<flow>, amax_ema_<flow>  largest finite magnitude before rounding, and its average over the observed
                               steps: e <- e + alpha*(amax - e), which begins with the first amax
@@ -19,7 +19,7 @@ rescale                       weights whose scale is another than at the last ob
 
 A weight on the grid counts as `weights` where it is rounded, after the step. GridOptim's rungs are counted by
 `rung_counts`; its float32 masters are not looked at. Nothing is counted in evaluation. `total` takes counts
-and shares over all layers together, of amax and octaves the largest. Where nothing was quantised in the step,
+and shares over all layers together, of amax and octaves the largest. Where nothing was quantized in the step,
 nothing is reported: of a step that was skipped, forward and backward only.
 """
 
@@ -61,7 +61,7 @@ FLOWS = {"forward": ("weights", "activations"), "backward": ("gradients",), "opt
 
 @attrs.frozen
 class Place:
-    """Where tensors are quantised: the row of its counters in the run's table."""
+    """Where tensors are quantized: the row of its counters in the run's table."""
 
     kind: str  # weights, landing, activations or gradients
     layer: str
@@ -70,12 +70,12 @@ class Place:
 
     @property
     def quantizer(self) -> WeightQuantizer | None:
-        """What quantises the weight at the moment; it may be another after a change of format."""
+        """What quantizes the weight at the moment; it may be another after a change of format."""
         return None if self.weight is None else quantizer_of(self.weight)
 
 
 class Range:
-    """Has the quantisers count, and reports what they counted; see the module's text."""
+    """Has the quantizers count, and reports what they counted; see the module's text."""
 
     undefined_is_nan = True
     provides: Mapping[str, str] = {
@@ -101,7 +101,7 @@ class Range:
     # --- on the run ------------------------------------------------------------------------------------
 
     def start(self, run: Any) -> None:
-        """Hang counters on the run's quantisers. Raises ValueError for averages that are of other layers."""
+        """Hang counters on the run's quantizers. Raises ValueError for averages that are of other layers."""
         self._run = run
         self._places = list(self._found(run))
         self._table = RangeTable(len(self._places), run.device, lambda: run.step + 1, self._due)

@@ -15,7 +15,7 @@ The reference is the average of a baseline run at the same step (its last logged
 or without a baseline the run's own average at the first check after `warmup` steps. Until there is one there
 is no warning, neither 0 nor 1.
 
-Every matrix that trains is observed: quantised or not, embeddings too, the values as they are stored (under
+Every matrix that trains is observed: quantized or not, embeddings too, the values as they are stored (under
 master storage the masters). Over layers, ranks are averaged, norms and warnings are the largest.
 
 One decomposition serves a check: the eigenvalues of W W^T or W^T W, the smaller one, in float64, are s^2. For

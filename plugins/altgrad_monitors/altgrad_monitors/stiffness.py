@@ -11,7 +11,7 @@ metric_violations      how many weights have no positive and finite metric 1/S^2
 out_of_range           how many lie beyond their grid's ends after the step
 
 S is that of the weight's own format unless the formula says `of_format`; it is taken at the weights before
-the step, to which the gradients belong, under the scale after it. Only quantised weights have a stiffness.
+the step, to which the gradients belong, under the scale after it. Only quantized weights have a stiffness.
 Over layers, the histograms and the counts add up, and the correlation is that of all their elements. A layer
 with a NaN weight has NaN quantiles, shares and correlation, and they are not logged; the NaN counts as both
 violations.

@@ -1,23 +1,23 @@
-/* What one step did to the quantised weights, on a CPU: each of weight, gradient, weight before and intended update is
-   read once, and the codes are written over those of the step before; so are the weights, where they are kept. `tally`
-   goes through all weights after a step; `tally_landing` takes blocks of a weight that is just being rounded to its
-   grid, and reads neither copies of what was before nor updates: the codes say the one, and with it the other follows.
+/* What one step did to the quantized weights, on a CPU: each of weight, gradient, weight before and intended update is
+   read once, and the weights, or their codes, are left where the next step finds them. `tally` goes through all weights
+   after a step; `tally_landing` takes blocks of a weight that is just being rounded to its grid, where what it was meant
+   to become is at hand.
 
    What is counted is said by the torch code beside it (tally.py); here are the same operations, so the same counts,
-   and the same sums but for their order; `lost` is summed in float32 within a piece. A format's arithmetic comes as functions over blocks
-   (altgrad_core.native.BlockLoops). Loops are over 32 bits throughout, a mask of all ones being -1: what a
-   processor does at once is then the same number of elements in all of them. Sums are taken by chunks in a fixed
+   and the same sums but for their order; `lost` is summed in float32 within a piece. A format's arithmetic comes as
+   functions over blocks (altgrad_core.native.BlockLoops). Loops are over 32 bits throughout, a mask of all ones being -1:
+   what a processor does at once is then the same number of elements in all of them. Sums are taken by chunks in a fixed
    order: the same with any number of threads, and whoever goes through the weights. */
 
 #include "loops.h"
 
-#define PIECE 192 /* elements of a block: what is known of them stays in a core's first cache */
+#define PIECE 384 /* elements of a block: what is known of them stays in a core's first cache */
 
 _Static_assert(LANDED % PIECE == 0 && CHUNK % LANDED == 0, "pieces are the same whoever goes through the weights");
 
 enum {
     WORDS = 1,    /* codes are int16, else int8 */
-    RECODE = 2,   /* the codes before the step are those of `before` under the scale of then, left where they belong */
+    RECODE = 2,   /* the codes before the step are those of `before` under the scale of then */
     STALL = 4,    /* count moves, and sum what is expected to be lost */
     DESCENT = 8,  /* sum products */
     IN_RUNGS = 16 /* `intended` is in rungs */
@@ -40,18 +40,20 @@ typedef struct {
 
 typedef struct {
     const float *now, *gradient;
-    const float *before;   /* NULL where none of RECODE, STALL and DESCENT is asked for; not read of what lands */
+    const float *before;   /* NULL where none of RECODE, STALL and DESCENT is asked for */
     const float *intended; /* NULL: now - before; not read of what lands */
     float *kept;           /* NULL, or where `now` is left for the next step; may be the memory of `before` */
-    void *codes_before, *codes; /* may be the same memory */
+    void *codes_before;    /* NULL, under RECODE: not kept; there they are left */
+    void *codes;           /* NULL, or where the codes after the step are left; may be the same memory */
+    const float *scale_before; /* read under RECODE only, see `scale` */
+    float *scale_kept;         /* NULL, or where a single scale is left for the next step; may be the same memory */
     Rungs rungs;
-    Values values;
     Spacings spacings;
+    Steps steps;
     const void *context;
     const float *scale;            /* element i has scale[i / columns * down + i % columns * across] */
     int64_t columns, down, across; /* columns 0: one scale for all */
-    const float *scale_before;     /* of the same columns; read under RECODE only */
-    int64_t down_before, across_before;
+    int64_t down_before, across_before; /* of the scale before, whose columns are the same */
     int64_t flags;
     int64_t n, first; /* elements, and number of the first chunk */
     Found *founds;    /* of its chunks */
@@ -118,57 +120,44 @@ static void write_codes(const Weight *t, const int32_t *rungs, void *codes, int6
 
 /* Of one piece; pointers that are not needed may be anything. */
 typedef struct {
-    const int32_t *rungs, *rungs_before; /* equal in the lower `bits` where the codes are */
     const float *now, *before, *gradient;
-    const float *intended;  /* NULL: now - before */
-    const float *unrounded; /* NULL, or of what lands: before + intended */
-    const float *scales, *spacings;
-    int32_t bits;
+    const float *to;       /* where the update was meant to lead: `now`, or of what lands that before its rounding */
+    const float *intended; /* NULL: to - before */
+    const float *scales;
+    const int32_t *same; /* -1 where the code has not changed */
+    const float *shares; /* spacings that elements are meant to move, at most one each */
 } Piece;
 
-/* What is counted of updates beside flips: nothing; or how much is lost of the actual ones, of those given, of those given
-   in rungs, or of weights that land, which move where their codes change. */
-enum { NOTHING, ACTUAL, GIVEN, GIVEN_IN_RUNGS, LANDING };
+/* What is counted of updates beside flips: nothing; how many move, and how much is lost; the same of weights on the grid,
+   which move where their codes change. */
+enum { NOTHING, STEPS, STEPS_ON_GRID };
 
 INLINE void count(const Piece *p, int32_t n, Found *found, const int what) {
-    const int32_t *rungs = p->rungs, *rungs_before = p->rungs_before, bits = p->bits;
-    const float *now = p->now, *before = p->before, *gradient = p->gradient, *intended = p->intended;
-    const float *unrounded = p->unrounded, *spacings = p->spacings;
-    int32_t same = 0, updates = 0, updated_same = 0, moved = 0, stayed = 0; /* negative: a mask is -1 */
-    float reached = 0; /* spacings that updated elements are meant to move, at most one each */
-    _Pragma("omp simd reduction(+ : same, updates, updated_same, moved, stayed, reached)")
+    const float *now = p->now, *before = p->before, *gradient = p->gradient, *shares = p->shares;
+    const int32_t *same_code = p->same;
+    int32_t same = 0, updates = 0, updated_same = 0, still = 0, stayed = 0; /* negative: a mask is -1 */
+    float reached = 0;
+    _Pragma("omp simd reduction(+ : same, updates, updated_same, still, stayed, reached)")
     EACH {
-        const int32_t has_moved = what && now[i] != before[i] ? -1 : 0;
-        const int32_t is_same = what == LANDING ? ~has_moved : ((rungs[i] ^ rungs_before[i]) & bits) == 0 ? -1 : 0;
+        const int32_t stands = what && now[i] == before[i] ? -1 : 0;
+        const int32_t is_same = what == STEPS_ON_GRID ? stands : same_code[i];
         const int32_t is_updated = gradient[i] != 0 ? -1 : 0;
         same += is_same;
         updates += is_updated;
         updated_same += is_updated & is_same;
-        if (what && what != LANDING) {
-            moved += has_moved;
-            stayed += has_moved & is_same;
+        if (what == STEPS) {
+            still += stands;
+            stayed += ~stands & is_same;
         }
-        if (what) {
-            const float aim = what == ACTUAL ? now[i] - before[i] : what == LANDING ? unrounded[i] - before[i] : intended[i];
-            const float size = what == GIVEN_IN_RUNGS ? fabsf(aim) : fabsf(aim) / spacings[i];
-            const float part = 1.0f < size ? 1.0f : size; /* NaN stays NaN */
-            reached += part * (gradient[i] != 0 ? 1.0f : 0.0f);
-        }
+        if (what) reached += shares[i] * (gradient[i] != 0 ? 1.0f : 0.0f); /* NaN stays NaN */
     }
     found->counts.flips += n + same;
     found->counts.updates -= updates;
     found->counts.both += updated_same - updates;
-    found->counts.moved += what == LANDING ? n + same : -moved;
+    if (!what) return;
+    found->counts.moved += n + (what == STEPS_ON_GRID ? same : still);
     found->counts.stayed -= stayed;
-    if (what) found->sums.lost += -updates - (double)reached;
-}
-
-static void count_piece(const Weight *t, const Piece *p, int32_t n, Found *found) {
-    if (!(t->flags & STALL)) count(p, n, found, NOTHING);
-    else if (p->unrounded) count(p, n, found, LANDING);
-    else if (t->flags & IN_RUNGS) count(p, n, found, GIVEN_IN_RUNGS);
-    else if (p->intended) count(p, n, found, GIVEN);
-    else count(p, n, found, ACTUAL);
+    found->sums.lost += -updates - (double)reached;
 }
 
 /* --- products ------------------------------------------------------------------------------------------------ */
@@ -176,9 +165,9 @@ static void count_piece(const Weight *t, const Piece *p, int32_t n, Found *found
 /* Rungs before the step are those under the scale of now here, which may not be those that are kept. */
 static void products_in_rungs(const Weight *t, const Piece *p, int32_t n, Sums *sums) {
     const float *intended = p->intended, *now = p->now, *before = p->before;
-    const int32_t *rungs = p->rungs;
-    int32_t rungs_before[PIECE];
+    int32_t rungs[PIECE], rungs_before[PIECE];
     double product = 0, square = 0;
+    rungs_of(t, now, p->scales, rungs, n);
     rungs_of(t, before, p->scales, rungs_before, n);
     _Pragma("omp simd reduction(+ : product, square)")
     EACH {
@@ -205,29 +194,26 @@ static void products_in_units(const Piece *p, int32_t n, Sums *sums) {
 
 /* --- a piece of a weight, and all of them -------------------------------------------------------------------- */
 
-/* The rungs before the step: as they are kept, or of the values before it under the scale of then, left to be kept. */
-static void rungs_before_step(const Weight *t, int64_t at, int32_t *rungs, int32_t n) {
+/* The rungs before the step: as they are kept, or of the values before it under the scale of then. */
+static void rungs_before_step(const Weight *t, const float *before, int64_t at, int32_t *rungs, int32_t n) {
     float room[PIECE];
     if (!(t->flags & RECODE)) {
         read_codes(t, t->codes_before, at, rungs, n);
         return;
     }
     const float *scales = scales_of(t->scale_before, t->columns, t->down_before, t->across_before, at, n, room);
-    rungs_of(t, t->before + at, scales, rungs, n);
-    write_codes(t, rungs, t->codes_before, at, n);
+    rungs_of(t, before, scales, rungs, n);
+    if (t->codes_before) write_codes(t, rungs, t->codes_before, at, n);
 }
 
-/* The values before the step of a weight on a grid under one scale. */
-static void values_before_step(const Weight *t, const int32_t *rungs, float *before, int32_t n) {
-    const float scale = *t->scale, inverse = 1.0f / scale;
-    const int32_t lowest = nan_code(t);
-    int32_t least = 0;
-    t->values(rungs, before, n, t->context);
-    _Pragma("omp simd reduction(min : least)")
-    EACH least = rungs[i] < least ? rungs[i] : least;
-    if (is_power_of_two(scale)) SIMD EACH before[i] *= inverse;
-    else SIMD EACH before[i] /= scale;
-    if (least == lowest) SIMD EACH before[i] = rungs[i] == lowest ? NAN : before[i];
+/* Whether codes have not changed, by comparing them; they are left where they are kept. */
+static void compared(const Weight *t, const Piece *p, int64_t at, int32_t *same, int32_t n) {
+    const int32_t bits = t->flags & WORDS ? UINT16_MAX : UINT8_MAX;
+    int32_t rungs[PIECE], rungs_before[PIECE];
+    rungs_before_step(t, p->before, at, rungs_before, n);
+    rungs_of(t, p->now, p->scales, rungs, n);
+    if (t->codes) write_codes(t, rungs, t->codes, at, n);
+    SIMD EACH same[i] = ((rungs[i] ^ rungs_before[i]) & bits) == 0 ? -1 : 0;
 }
 
 /* The spacings at x, in weight units. */
@@ -242,39 +228,52 @@ static void spacings_of(const Weight *t, const float *x, const float *scales, fl
     SIMD EACH spacings[i] /= scales[i];
 }
 
-/* Counts and sums what the weight's flags say, and writes its codes. p: all but rungs, spacings and bits is filled in. */
-static void piece_of(const Weight *t, int64_t at, int32_t n, Piece *p, Found *found) {
-    const float *now = p->now, *before = p->before, *unrounded = p->unrounded;
-    float spacings[PIECE], intended[PIECE];
-    int32_t rungs[PIECE];
-    rungs_of(t, p->now, p->scales, rungs, n);
-    write_codes(t, rungs, t->codes, at, n);
-    if ((t->flags & STALL) && !(t->flags & IN_RUNGS)) spacings_of(t, p->before, p->scales, spacings, n);
-    if (before && !p->intended && t->flags & (DESCENT | IN_RUNGS)) {
-        const float *to = unrounded ? unrounded : now;
-        SIMD EACH intended[i] = to[i] - before[i];
-        p->intended = intended;
+/* Spacings that updates are long, at most one. */
+static void shares_of(const Weight *t, const Piece *p, float *shares, int32_t n) {
+    if (t->flags & IN_RUNGS) SIMD EACH shares[i] = 1.0f;
+    else spacings_of(t, p->before, p->scales, shares, n);
+    SIMD EACH {
+        const float share = fabsf(p->intended ? p->intended[i] : p->to[i] - p->before[i]) / shares[i];
+        shares[i] = 1.0f < share ? 1.0f : share; /* NaN stays NaN */
     }
-    p->rungs = rungs;
-    p->spacings = spacings;
-    p->bits = t->flags & WORDS ? UINT16_MAX : UINT8_MAX;
-    count_piece(t, p, n, found);
-    if ((t->flags & DESCENT) && (t->flags & IN_RUNGS)) products_in_rungs(t, p, n, &found->sums);
-    else if (t->flags & DESCENT) products_in_units(p, n, &found->sums);
 }
 
-static void chunk_of(const Weight *t, int64_t begin, int64_t end, Found *found) {
+/* Counts and sums what the weight's flags say. p: all but `same` and `shares` is filled in. lands: both sides of the step
+   are on one grid. */
+static void piece_of(const Weight *t, int64_t at, int32_t n, Piece *p, int lands, Found *found) {
+    float shares[PIECE], intended[PIECE];
+    int32_t same[PIECE];
+    const int stall = t->flags & STALL, codes = t->codes_before || t->codes;
+    const int regular = !t->columns && (!(t->flags & RECODE) || *t->scale == *t->scale_before);
+    const int at_once = stall && regular && !p->intended && !(t->flags & IN_RUNGS);
+    p->same = same;
+    p->shares = shares;
+    lands = lands && stall && regular;
+    if (at_once) t->steps(p->before, p->to, codes || lands ? 0 : same, shares, n, *t->scale, t->context);
+    else if (stall) shares_of(t, p, shares, n);
+    if (codes || !at_once) compared(t, p, at, same, n);
+    if (!stall) count(p, n, found, NOTHING);
+    else if (lands) count(p, n, found, STEPS_ON_GRID);
+    else count(p, n, found, STEPS);
+    if (!(t->flags & DESCENT)) return;
+    if (!p->intended) {
+        SIMD EACH intended[i] = p->to[i] - p->before[i];
+        p->intended = intended;
+    }
+    if (t->flags & IN_RUNGS) products_in_rungs(t, p, n, &found->sums);
+    else products_in_units(p, n, &found->sums);
+}
+
+/* The same of a block of a weight; to: NULL, or where the update led before the weight landed. */
+static void block_of(const Weight *t, const float *now, const float *to, int64_t at, int64_t n, Found *found) {
     float room[PIECE];
-    int32_t rungs_before[PIECE];
-    *found = (Found){0};
-    for (int64_t at = begin; at < end; at += PIECE) {
-        const int32_t n = (int32_t)(end - at < PIECE ? end - at : PIECE);
-        Piece p = {.now = t->now + at, .before = t->before ? t->before + at : 0, .gradient = t->gradient + at,
-                   .intended = t->intended ? t->intended + at : 0, .rungs_before = rungs_before};
-        p.scales = scales_of(t->scale, t->columns, t->down, t->across, at, n, room);
-        rungs_before_step(t, at, rungs_before, n);
-        piece_of(t, at, n, &p, found);
-        if (t->kept) memcpy(t->kept + at, p.now, (size_t)n * sizeof(float));
+    for (const int64_t end = at + n; at < end; at += PIECE, now += PIECE, to += to ? PIECE : 0) {
+        const int32_t size = (int32_t)(end - at < PIECE ? end - at : PIECE);
+        Piece p = {.now = now, .before = t->before ? t->before + at : 0, .gradient = t->gradient + at, .to = to ? to : now,
+                   .intended = t->intended && !to ? t->intended + at : 0};
+        p.scales = scales_of(t->scale, t->columns, t->down, t->across, at, size, room);
+        piece_of(t, at, size, &p, to != 0, found);
+        if (t->kept) memcpy(t->kept + at, now, (size_t)size * sizeof(float));
     }
 }
 
@@ -289,7 +288,7 @@ static void add(Found *whole, const Found *part) {
     whole->sums.square += part->sums.square;
 }
 
-/* Adds up what has been found in the chunks of each weight. */
+/* Adds up what has been found in the chunks of each weight, all of which has been gone through. */
 void gather(int64_t count, const Weight *weights, Counts *counts, Sums *sums) {
     for (int64_t each = 0; each < count; each++) {
         const int64_t chunks = (weights[each].n + CHUNK - 1) / CHUNK;
@@ -297,6 +296,7 @@ void gather(int64_t count, const Weight *weights, Counts *counts, Sums *sums) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) add(&whole, &weights[each].founds[chunk]);
         counts[each] = whole.counts;
         sums[each] = whole.sums;
+        if (weights[each].scale_kept) *weights[each].scale_kept = *weights[each].scale;
     }
 }
 
@@ -306,29 +306,18 @@ void tally(int64_t count, const Weight *weights, int64_t chunks, Counts *counts,
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const Weight *t = weights;
         while (t + 1 < weights + count && t[1].first <= chunk) t++;
-        const int64_t begin = (chunk - t->first) * CHUNK, end = begin + CHUNK;
-        chunk_of(t, begin, end < t->n ? end : t->n, &t->founds[chunk - t->first]);
+        const int64_t at = (chunk - t->first) * CHUNK, rest = t->n - at;
+        Found *found = &t->founds[chunk - t->first];
+        *found = (Found){0};
+        block_of(t, t->now + at, 0, at, rest < CHUNK ? rest : CHUNK, found);
     }
     gather(count, weights, counts, sums);
 }
 
-/* The same of a block of a weight that lands on its grid, a Look; `gather` finds what was counted. weight: a Weight
-   under one scale, whose codes before the step are those of its values then. */
+/* The same of a block of a weight that lands on its grid, a Look; `gather` finds what was counted. */
 void tally_landing(const float *unrounded, const float *rounded, int64_t at, int32_t n, void *weight) {
     const Weight *t = weight;
     Found *found = &t->founds[at / CHUNK];
-    float before[PIECE];
-    int32_t rungs_before[PIECE];
     if (at % CHUNK == 0) *found = (Found){0};
-    for (int64_t end = at + n; at < end; at += PIECE, unrounded += PIECE, rounded += PIECE) {
-        n = (int32_t)(end - at < PIECE ? end - at : PIECE);
-        Piece p = {.now = rounded, .gradient = t->gradient + at, .scales = t->scale, .rungs_before = rungs_before};
-        rungs_before_step(t, at, rungs_before, n);
-        if (t->flags & (STALL | DESCENT)) {
-            values_before_step(t, rungs_before, before, n);
-            p.before = before;
-            p.unrounded = unrounded;
-        }
-        piece_of(t, at, n, &p, found);
-    }
+    block_of(t, rounded, unrounded, at, n, found);
 }

@@ -1,4 +1,4 @@
-"""What one step did to each quantised weight: the counts and sums that flip, stall and descent are made of.
+"""What one step did to each quantized weight: the counts and sums that flip, stall and descent are made of.
 
 Here is what they mean, in torch, for any device. On a CPU a loop in C takes them all in one pass over a
 weight (`native_tally`): the same counts, and the same sums but for their order; `lost` to one in 10^6 of the
@@ -18,6 +18,7 @@ from torch import Tensor
 from altgrad_core.format import NAN_RUNG, Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat, kernel
+from altgrad_core.observed import MetricTable
 from altgrad_monitors.reporting import layer_type
 
 COUNTS = ("flips", "updates", "flips_of_updated", "stayed", "moved")
@@ -120,20 +121,6 @@ def codes(value: Tensor, format: Format, scale: Tensor) -> Tensor:
     return torch.where(rungs == NAN_RUNG, -half, wrapped).to(dtype)
 
 
-def decoded(codes: Tensor, format: Format, scale: Tensor) -> Tensor:
-    """Return the values of codes of a `decodable` format under a 0-d scale: of a weight on its grid."""
-    nan = codes == torch.iinfo(codes.dtype).min
-    return format.from_rung(codes.int().masked_fill(nan, NAN_RUNG)) / scale
-
-
-@functools.lru_cache(maxsize=64)
-def decodable(format: Format) -> bool:
-    """Whether every value has a code of its own that is its rung, and NaN another."""
-    lowest, highest = format.rung(format.values[[0, -1]]).tolist()
-    half = 2**7 if format.bits <= 8 else 2**15
-    return -half < lowest and highest < half
-
-
 def tallied(
     asked: Mapping[str, Asked], step: Step, before: Mapping[str, Tensor], now: Mapping[str, Tensor]
 ) -> Tally:
@@ -206,15 +193,13 @@ def _rungs(x: Tensor, format: Format) -> Tensor:
 # --- to metrics --------------------------------------------------------------------------------------
 
 
-def added_up(columns: Mapping[str, Tensor], layers: Sequence[str], per: str) -> dict[str, Tensor | float]:
+def added_up(columns: Mapping[str, Tensor], layers: Sequence[str], per: str) -> MetricTable:
     """Return metrics of each layer, or type of layer, and in total: the sums of the rows of their columns."""
     groups, sums = _grouped(layers, torch.stack([*columns.values()], dim=1), per)
     return _named(tuple(columns), groups, sums)
 
 
-def shares(
-    ratios: Mapping[str, tuple[Tensor, Tensor]], layers: Sequence[str], per: str
-) -> dict[str, Tensor | float]:
+def shares(ratios: Mapping[str, tuple[Tensor, Tensor]], layers: Sequence[str], per: str) -> MetricTable:
     """Return metrics of each layer, or type of layer, and in total: sum of parts over sum of wholes.
 
     ratios: parts and wholes by metric, a row for each layer, (n,) float64. NaN for 0/0: not defined.
@@ -237,12 +222,13 @@ def _grouped(layers: Sequence[str], rows: Tensor, per: str) -> tuple[tuple[str, 
     return (*names, "total"), torch.cat((each, rows.sum(dim=0, keepdim=True)))
 
 
-def _named(metrics: tuple[str, ...], groups: tuple[str, ...], values: Tensor) -> dict[str, Tensor | float]:
+def _named(metrics: tuple[str, ...], groups: tuple[str, ...], values: Tensor) -> MetricTable:
     """Return the numbers of a table by name. values: a row for each group, a column for each metric."""
-    return dict(zip(_names(metrics, groups), values.flatten().unbind(), strict=True))
+    return MetricTable(_places(metrics, groups), values.flatten())
 
 
 @functools.lru_cache(maxsize=64)
-def _names(metrics: tuple[str, ...], groups: tuple[str, ...]) -> list[str]:
-    """Return the names of the metrics of all groups, group by group: made in every step, and always alike."""
-    return [f"{metric}/{group}" for group in groups for metric in metrics]
+def _places(metrics: tuple[str, ...], groups: tuple[str, ...]) -> dict[str, int]:
+    """Return the places of the metrics of all groups, group by group: always alike."""
+    names = [f"{metric}/{group}" for group in groups for metric in metrics]
+    return {name: place for place, name in enumerate(names)}

@@ -14,6 +14,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_monitors import native_tally, tally
 from altgrad_monitors.codes import CodeBook, book_of, codes
+from altgrad_monitors.kept import Room
 
 EIGHTHS = Format(name="EIGHTHS", bits=4, values=[rung / 8 for rung in range(-7, 8)])
 WARPED = Format(
@@ -75,11 +76,15 @@ def both_ways(step, wanted=EVERYTHING, recode=False):
     now = {name: _codes(one, one.value) for name, one in step.weights.items()}
     kept = {name: torch.zeros_like(one) if recode else one.clone() for name, one in before.items()}
     written = {name: torch.zeros_like(one) for name, one in now.items()}
-    in_c = native_tally.tallied(asked, step, kept, written, {})
+    in_c = in_the_loop(asked, step, kept, written)
     if in_c is None:
         pytest.skip("there is no C compiler")
     in_torch = tally.tallied(asked, step, before, now)
     return (in_torch, before, now), (in_c, kept, written)
+
+
+def in_the_loop(asked, step, before, now, values=None, scales=None):
+    return native_tally.Table().tallied(asked, step, Room(before, now, values or {}, scales or {}))
 
 
 def _codes(one, value):
@@ -216,7 +221,7 @@ def test_weights_that_are_no_plain_rows_of_float32_take_the_way_through_torch(dr
     assert torch.equal(straight.counts, bent.counts)
     asked = {name: tally.asked(odd, name, EVERYTHING, False)}
     kept = {name: _codes(turned, step.before[name])}
-    assert native_tally.tallied(asked, odd, kept, kept, {}) is None
+    assert in_the_loop(asked, odd, kept, kept) is None
 
 
 # --- the code book -----------------------------------------------------------------------------------
@@ -260,12 +265,12 @@ def flips(tally):
 def test_codes_are_kept_from_step_to_step_in_one_byte_a_weight():
     run = Run({"a": torch.zeros(3)})
     book = book_of(run, "flips")
-    kept = book._codes["a"]
+    kept = book.kept.codes["a"]
     assert kept.dtype == torch.int8
     assert flips(book.tally(stepped(1, [0.125, 0.0, 0.0]))) == [1]
     assert flips(book.tally(stepped(2, [0.125, 0.25, 0.5]))) == [2]
     if native_tally._loops() is not None:
-        assert book._codes["a"].data_ptr() == kept.data_ptr()
+        assert book.kept.codes["a"].data_ptr() == kept.data_ptr()
 
 
 def test_a_step_is_tallied_once_however_many_ask():
@@ -361,7 +366,7 @@ def test_the_loop_takes_scales_of_before_in_rows_as_torch_does(drawn):
     before, now = (
         {name: torch.zeros(value.numel(), dtype=torch.int8) for name, value in then.items()} for _ in "12"
     )
-    if native_tally.tallied(asked, step, before, now, {}) is None:
+    if in_the_loop(asked, step, before, now) is None:
         pytest.skip("there is no C compiler")
     for name, value in step.before.items():
         expected = codes(value.reshape(-1), WARPED, then[name].reshape(-1))
@@ -406,7 +411,7 @@ def test_nothing_is_counted_behind_the_back_of_who_records(drawn):
     kept = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     with Recording():
         assert native.recording()
-        assert native_tally.tallied(asked, step, kept, kept, {}) is None
+        assert in_the_loop(asked, step, kept, kept) is None
 
 
 # --- values that the book keeps ----------------------------------------------------------------------
@@ -465,14 +470,13 @@ def test_the_weights_of_a_step_are_not_what_is_kept_of_them(following):
     assert moved(book.tally(updated(2, [0.125, 0.0, 0.0]))) == [0, 0]
 
 
-def test_kept_values_of_a_weight_without_a_gradient_are_asked_for_until_it_has_one(following):
+@pytest.mark.usefixtures("either_way")
+def test_values_of_a_weight_without_a_gradient_are_kept_too(following):
     run, book = following
     book.tally(updated(1, [0.125, 0.0, 0.0], before=[0.0, 0.0, 0.0], gradients=False))
     run.step = 1
-    assert book.needs(updates=True) == ("before",)
-    assert moved(book.tally(updated(2, [0.25, 0.0, 0.0], before=[0.125, 0.0, 0.0]))) == [1, 1]
-    run.step = 2
     assert book.needs(updates=True) == ()
+    assert moved(book.tally(updated(2, [0.25, 0.0, 0.0]))) == [1, 1]
 
 
 def test_values_are_needed_again_after_a_step_that_was_left_out(following):
@@ -499,7 +503,7 @@ def test_values_are_not_kept_for_who_looks_now_and_then():
     book = book_of(run, "stall", every=5)
     assert book.needs(updates=True) == ("before", "intended")
     book.tally(updated(1, [0.125, 0.0, 0.01], before=[0.0, 0.0, 0.0]))
-    assert book._values == {}
+    assert book.kept.values == {}
 
 
 def test_the_loop_leaves_values_where_they_are_kept(drawn):
@@ -508,7 +512,7 @@ def test_the_loop_leaves_values_where_they_are_kept(drawn):
     expected, *_ = both_ways(step)[1]
     codes_of = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     kept = {name: step.before[name] for name in ("a", "b")}  # over what is read
-    found = native_tally.tallied(asked, step, codes_of, codes_of, kept)
+    found = in_the_loop(asked, step, codes_of, codes_of, kept)
     assert all(torch.equal(kept[name].isnan(), step.weights[name].value.isnan()) for name in kept)
     assert all(torch.equal(kept[name].nan_to_num(), step.weights[name].value.nan_to_num()) for name in kept)
     assert torch.equal(found.counts, expected.counts)

@@ -86,7 +86,7 @@ class ManifoldAdamWOptions:
     lr: float = option(
         "learning rate; under normalize = none and q = 1, ULPs per step", default=1e-3, validator=at_least(0)
     )
-    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantized parameters", default=1e-3, validator=at_least(0))
     placement: Placement = option("gradient, update, both, or {p, q}", default=Placement(p=0.0, q=1.0))
     stiffness: StiffnessChoice = option(
         "a stiffness formula, or a table with options", default=StiffnessChoice("grid")
@@ -102,7 +102,7 @@ class ManifoldAdamWOptions:
         "rate of the decay where lr is not in weight units", default=1e-3, validator=at_least(0)
     )
     track_position: bool = option(
-        "count how far each quantised weight moves, in ULPs, at 4 bytes a weight", default=False
+        "count how far each quantized weight moves, in ULPs, at 4 bytes a weight", default=False
     )
 
     @property
@@ -126,7 +126,7 @@ class GridOptimOptions:
         default=6.0,
         validator=at_least(0),
     )
-    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantized parameters", default=1e-3, validator=at_least(0))
     normalize: Literal["none", "adam"] = option("direction: the raw velocity, or Adam's", default="none")
     rounding: Literal["rung", "value"] = option("what is rounded stochastically", default="rung")
     momentum: float = option("of the velocity", default=0.9, validator=within(0, 1))
@@ -148,11 +148,11 @@ class MadamOptions:
     storage_roundings: ClassVar[tuple[str, ...]] = _ROUNDINGS
 
     lr: float = option("share of |w| per unit of direction", default=0.01, validator=at_least(0))
-    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantized parameters", default=1e-3, validator=at_least(0))
     beta: float = option("decay of the second moment's average", default=0.999, validator=within(0, 1))
-    clip: float = option("limit on the normalised gradient", default=10.0, validator=above(0))
+    clip: float = option("limit on the normalized gradient", default=10.0, validator=above(0))
     betas: tuple[float, float] = option(
-        _BETAS + " (unquantised parameters)", default=(0.9, 0.95), validator=within(0, 1)
+        _BETAS + " (unquantized parameters)", default=(0.9, 0.95), validator=within(0, 1)
     )
     eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
     weight_decay: float = option(_DECAY, default=0.0, validator=at_least(0))
@@ -168,7 +168,7 @@ class RiemannianAdamOptions:
     storage_roundings: ClassVar[tuple[str, ...]] = _ROUNDINGS
 
     lr: float = option("learning rate", unit="ULPs per step", default=0.1, validator=at_least(0))
-    other_lr: float = option("learning rate of unquantised parameters", default=1e-3, validator=at_least(0))
+    other_lr: float = option("learning rate of unquantized parameters", default=1e-3, validator=at_least(0))
     stiffness: StiffnessChoice = option(
         "a stiffness formula, or a table with options; the metric is 1/S^2", default=StiffnessChoice("grid")
     )

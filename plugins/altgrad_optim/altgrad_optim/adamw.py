@@ -54,16 +54,17 @@ def corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:
     return 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
 
 
-def moments(
-    state: dict[str, Any], parameter: Tensor, *names: str, step_device: torch.device | str = "cpu"
-) -> None:
+_CPU = torch.device("cpu")
+
+
+def moments(state: dict[str, Any], parameter: Tensor, *names: str, step_device: torch.device = _CPU) -> None:
     """Start a parameter's state: zero tensors, and `step` (0-d float32, as torch keeps it).
 
     `step` moves to `step_device`, wherever a checkpoint has put it: on the CPU it can be read without
     waiting, torch's fused update wants it beside the parameter.
     """
     step = state["step"] if "step" in state else torch.zeros((), dtype=torch.float32, device="cpu")
-    if step.dtype != torch.float32 or step.device != torch.device(step_device):
+    if step.dtype != torch.float32 or step.device != step_device:
         step = step.to(step_device, torch.float32)
     state["step"] = step
     for name in names:

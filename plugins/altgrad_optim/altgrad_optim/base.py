@@ -20,7 +20,7 @@ Gridded = tuple[Tensor, Format, Tensor]
 
 
 class GeometryOptimizer(torch.optim.Optimizer):
-    """An optimizer that treats quantised parameters by their grid and the others as AdamW does.
+    """An optimizer that treats quantized parameters by their grid and the others as AdamW does.
 
     The `lr` of a group in which some parameter has a grid is that of the parameters with a grid; those
     without one train at `other_lr`, following the group's schedule. The `lr` of a group without any grid is
@@ -65,14 +65,14 @@ class GeometryOptimizer(torch.optim.Optimizer):
 
     def _refuse_bad_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError, in torch's words, on a group's options that are out of range."""
-        refuse_bad(**{self._lr_name: (options["lr"], not_negative)})
+        refuse_bad(**{self._lr_name: (options["lr"], _not_negative)})
         refuse_out_of_range(options)
         if "betas" in options:
             refuse_betas(options["betas"])
 
     def grid_lr(self, group: dict[str, Any]) -> float:
         """Return the learning rate of the group's parameters that have a grid."""
-        if group["lr_is_other"]:  # they were quantised after the optimizer was made
+        if group["lr_is_other"]:  # they were quantized after the optimizer was made
             return float(self.defaults["lr"] * schedule_factor(group))
         return float(group["lr"])
 
@@ -152,27 +152,27 @@ def plain_lr(group: dict[str, Any]) -> float:
     return float(group["lr"] if group["lr_is_other"] else group["other_lr"] * schedule_factor(group))
 
 
-def not_negative(value: float) -> bool:
+def _not_negative(value: float) -> bool:
     return value >= 0
 
 
-def positive(value: float) -> bool:
+def _positive(value: float) -> bool:
     return value > 0
 
 
-def finite(value: float) -> bool:
+def _finite_and_not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-def a_share(value: float) -> bool:
+def _a_share(value: float) -> bool:
     return 0 <= value < 1
 
 
 RANGES: Mapping[str, Callable[[float], bool]] = {
-    **dict.fromkeys(("eps", "weight_decay", "decay_lr", "other_lr"), not_negative),
-    **dict.fromkeys(("max_stiffness", "clip"), positive),
-    **dict.fromkeys(("beta", "momentum"), a_share),
-    "bound": finite,
+    **dict.fromkeys(("eps", "weight_decay", "decay_lr", "other_lr"), _not_negative),
+    **dict.fromkeys(("max_stiffness", "clip"), _positive),
+    **dict.fromkeys(("beta", "momentum"), _a_share),
+    "bound": _finite_and_not_negative,
 }
 """What options of the same name must be, whichever optimizer has them."""
 
@@ -194,7 +194,7 @@ def refuse_bad(**values: tuple[float, Callable[[float], bool]]) -> None:
 def _refuse_bad_scale(group: dict[str, Any]) -> None:
     """Raise ValueError unless a group's own scale is one positive number, or one for each parameter.
 
-    Quantisers' scales, which `param_groups` lists, are their own affair.
+    Quantizers' scales, which `param_groups` lists, are their own affair.
     """
     scale, params = group.get("scale"), group["params"]
     scales = list(scale) if isinstance(scale, list | tuple) else [scale] * len(params)
@@ -214,6 +214,7 @@ def refuse_others(name: str, given: Any, allowed: Sequence[str]) -> None:
 
 
 def refuse_betas(betas: Sequence[float]) -> None:
+    """Raise ValueError unless they are two decays in [0, 1)."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"Invalid betas value: {betas!r}; a pair of decays")
     for index, beta in enumerate(betas):

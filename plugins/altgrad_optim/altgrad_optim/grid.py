@@ -1,6 +1,6 @@
 """GridOptim: weights that move by whole rungs of their format's grid.
 
-A rung is one step from a grid value to its neighbour. With a direction d (the raw velocity, or Adam's),
+A rung is one step from a grid value to its neighbor. With a direction d (the raw velocity, or Adam's),
 
     r = clamp(lr*d, -rung_clip, rung_clip)                   # rungs, float32
     k = stochastic_round(r)                                  # |r| rounds up with probability frac|r|
@@ -9,7 +9,7 @@ A rung is one step from a grid value to its neighbour. With a direction d (the r
 The rule founded on the raw velocity (`normalize="none"`) couples weight decay into the gradient; under
 "adam", lr reads as rungs per step, and decay adds decay_lr*weight_decay*w/ulp(w) rungs before the clip.
 
-rounding="value" rounds the target w - r*ulp(w) stochastically between its neighbours instead, never further
+rounding="value" rounds the target w - r*ulp(w) stochastically between its neighbors instead, never further
 than rung_clip rungs, and a target beyond 0 becomes 0. Rung rounding makes log|w| a driftless random walk on
 flat directions of a floating-point format, so that the largest weights grow: give a `bound`. Value rounding
 shrinks the typical weight.
@@ -36,7 +36,7 @@ from altgrad_core.grid_scales import GridScales
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import not_compiled
 from altgrad_core.random_bits import draw_seed
-from altgrad_core.storage import SCALE_MODES, STORAGE_ROUNDINGS
+from altgrad_core.storage_options import SCALE_MODES, STORAGE_ROUNDINGS
 from altgrad_optim import GridOptimOptions, one_pass, row_steps
 from altgrad_optim.adamw import plain_step
 from altgrad_optim.base import (

@@ -1,7 +1,7 @@
 """Madam: multiplicative updates, a step proportional to the weight itself.
 
 Madam (Bernstein et al., arXiv 2006.14560; on a logarithmic number format: LNS-Madam, Zhao et al., arXiv
-2106.13914) keeps a second moment v and moves the logarithm of each weight by a normalised gradient:
+2106.13914) keeps a second moment v and moves the logarithm of each weight by a normalized gradient:
 
     v <- beta*v + (1 - beta)*g^2,    d = clip(g / (sqrt(v)/sqrt(1 - beta^t) + eps), -clip, clip)
     w <- w * exp(-lr * sign(w) * d),  then |w| <= bound * (rms of w before its first step)
@@ -41,7 +41,7 @@ from altgrad_optim.base import (
 class Madam(GeometryOptimizer):
     """Multiplicative updates of the parameters that have a format; see the module's text.
 
-    Parameters without a format, of which the update takes nothing but that they are quantised, train by
+    Parameters without a format, of which the update takes nothing but that they are quantized, train by
     AdamW at `other_lr`. For the multiplicative update on float32 weights, give their group a `format`.
 
     lr: the share of |w| that a step of direction 1 adds or takes.

@@ -7,7 +7,7 @@ exponents (p, q), the placement,
 
 gradient, (1, 0): stiffness before Adam's moments. Adam divides a constant factor of the gradient out again,
     so this is plain AdamW up to eps and the lag of a changing S. It does not move weights by constant ULPs.
-update, (0, 1): the normalised step is scaled, so that every weight moves by the same number of ULPs.
+update, (0, 1): the normalized step is scaled, so that every weight moves by the same number of ULPs.
 both, (1, 1): Adam in rung space: Riemannian Adam (Becigneul and Ganea, arXiv 1810.00760) under the metric
     1/S^2.
 
@@ -16,7 +16,7 @@ rms, mean or max (`normalize`), accumulated in float64; with "none", lr reads as
 
 The core offers two options with every stiffness, `of_format` and `refresh`: see `stiffness_optimizer`.
 
-When not to use it: where weights are float32 masters and only the forward pass is quantised, formats hardly
+When not to use it: where weights are float32 masters and only the forward pass is quantized, formats hardly
 differ and plain AdamW does as well. A tensor that starts at zero does not leave it under `normalize="none"`
 with a learning rate meant for weight units.
 """
@@ -47,7 +47,7 @@ class ManifoldAdamW(StiffnessOptimizer):
     """AdamW with a stiffness; see the module's text.
 
     params: as for any torch optimizer; `altgrad_core.param_groups(model)` splits a model's. A group may set
-        `format` and `scale` itself for weights that no quantiser knows.
+        `format` and `scale` itself for weights that no quantizer knows.
     lr: learning rate of the parameters that have a grid. Weight units, except under normalize="none".
     stiffness: see `StiffnessOptimizer`.
     placement: "gradient", "update", "both", or a pair (p, q) or table {"p":, "q":}.

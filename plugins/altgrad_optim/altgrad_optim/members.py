@@ -23,7 +23,7 @@ class Member:
 
     weight: Tensor
     format: Format
-    scale: Tensor  # 0-d float32, the quantiser's own where there is one
+    scale: Tensor  # 0-d float32, the quantizer's own where there is one
     quantizer: WeightQuantizer | None
     index: int  # of its random stream and of its scale
     master: bool
@@ -103,7 +103,7 @@ def taken_over(
 def circumstances(groups: Iterable[dict[str, Any]]) -> list[Any]:
     """Return what `members` depends on, quickly: as long as it stays equal, so do they."""
     return [
-        (id(weight), quantizer, (quantizer.recipe, quantizer.storage, quantizer.geometry))
+        (id(weight), quantizer, (quantizer.recipe, quantizer.storage, quantizer.covered))
         if quantizer is not None
         else (id(weight), group.get("format"))
         for group in groups

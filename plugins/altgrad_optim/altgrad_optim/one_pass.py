@@ -11,6 +11,7 @@ from torch import Tensor
 from altgrad_core import native
 from altgrad_core.random_bits import stream_state
 from altgrad_optim import native_steps
+from altgrad_optim.grid_state import started
 from altgrad_optim.members import Member
 
 if TYPE_CHECKING:
@@ -111,14 +112,14 @@ def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member
     """Return the table of the weights' moves, made anew only when something in it has changed or moved."""
     scales = optimizer.scales_in_use()
     weights = [member.weight for member in in_c]
-    moments = [optimizer.started(group, weight) for weight in weights]
-    steps = [optimizer.state[weight]["step"] for weight in weights]
+    states = [optimizer.state[weight] for weight in weights]
+    moments = [started(state, group, weight) for state, weight in zip(states, weights, strict=True)]
     made_of = (
         list(in_c),
         native.whereabouts(weights),
         native.whereabouts([weight.grad for weight in weights]),
         [one.data_ptr() for both in moments for one in both],
-        [one.data_ptr() for one in steps],
+        [state["step"].data_ptr() for state in states],
         [one.data_ptr() for one in scales.scales],
     )
     return _kept.get(

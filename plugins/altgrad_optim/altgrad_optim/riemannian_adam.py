@@ -14,7 +14,7 @@ geoopt's own weight decay is coupled: it is added to the gradient, in place. So 
 its decay at 0, and the decoupled decay follows as a second retraction, from where the step ended, by
 -decay_lr*weight_decay*w, with w from before the step; the momentum is transported along.
 
-When not to use it: for anything but the comparison. ManifoldAdamW does the same, faster, with normalised
+When not to use it: for anything but the comparison. ManifoldAdamW does the same, faster, with normalized
 steps and every option. With `retraction="grid"` a step below half a spacing is lost, as under nearest
 rounding.
 """

@@ -71,7 +71,7 @@ def taken_step(
 
 
 def rung_coordinate(scaled: Tensor, format: Format) -> Tensor:
-    """Return the real rung coordinate u of any values, linear between neighbouring rungs.
+    """Return the real rung coordinate u of any values, linear between neighboring rungs.
 
     float32, also where the values are of fewer bits, and float64 for float64.
     """

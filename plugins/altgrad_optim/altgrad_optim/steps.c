@@ -12,7 +12,7 @@
 #include "loops.h"
 
 #define PIECE 1024      /* elements of a block */
-#define GRID_PIECE 384  /* the same of GridOptim, which has more beside each weight in the first cache */
+#define GRID_PIECE 320  /* the same of GridOptim, which has more beside each weight in the first cache */
 
 /* --- Adam's direction ---------------------------------------------------------------------------------------- */
 
@@ -34,17 +34,15 @@ static Correction counted(float *counter, const Moments *k) {
     return (Correction){(float)(1.0 / (1.0 - pow(k->beta1, t))), (float)(1.0 / sqrt(1.0 - pow(k->beta2, t)))};
 }
 
-/* Adam's direction from the moments; see adamw.py. */
-static inline float direction_of(float m, float v, Moments k, Correction c) {
-    return m / (sqrtf(v) * c.second + k.eps) * c.first;
-}
+/* The moments after a gradient g; see adamw.py. */
+INLINE float first_moment(float m, float g, Moments k) { return m + (g - m) * k.first; }
 
-/* Updates the moments by the gradient g and returns Adam's direction. */
-static inline float direction(float g, float *m, float *v, Moments k, Correction c) {
-    *m = *m + (g - *m) * k.first;
-    *v = *v * k.second + (g * g) * k.rest;
-    return direction_of(*m, *v, k, c);
-}
+INLINE float second_moment(float v, float g, Moments k) { return v * k.second + (g * g) * k.rest; }
+
+/* What the first moment is divided by, and the direction. */
+INLINE float divisor_of(float v, Moments k, Correction c) { return sqrtf(v) * c.second + k.eps; }
+
+INLINE float direction_of(float m, float divisor, Correction c) { return m / divisor * c.first; }
 
 /* --- ManifoldAdamW ------------------------------------------------------------------------------------------- */
 
@@ -77,10 +75,12 @@ static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o,
         memcpy(s, t->stiffness + at, (size_t)n * sizeof(float));
     else
         t->spacings(t->w + at, s, n, *t->scale, t->context);
-    SIMD EACH s[i] = limited(s[i], least, most);
-    if (power == ROOT) SIMD EACH s[i] = sqrtf(s[i]);
-    if (power == INVERSE_ROOT) SIMD EACH s[i] = 1.0f / sqrtf(s[i]);
-    if (power == INVERSE) SIMD EACH s[i] = 1.0f / s[i];
+    switch (power) { /* one loop each: the limits are free beside a root or a quotient */
+        case ROOT: SIMD EACH s[i] = sqrtf(limited(s[i], least, most)); break;
+        case INVERSE_ROOT: SIMD EACH s[i] = 1.0f / sqrtf(limited(s[i], least, most)); break;
+        case INVERSE: SIMD EACH s[i] = 1.0f / limited(s[i], least, most); break;
+        default: SIMD EACH s[i] = limited(s[i], least, most);
+    }
 }
 
 /* What a piece gives to the norm: in float64 the sum of squares, or the sum; or the largest, NaN if there is one. */
@@ -141,7 +141,10 @@ INLINE void manifold_piece(const Weight *t, Correction c, int64_t at, int32_t n,
     float *w = t->w + at, *m = t->m + at, *v = t->v + at;
     const float *g = t->g + at;
     SIMD EACH {
-        float move = direction(with_p ? g[i] * p[i] : g[i], &m[i], &v[i], k, c);
+        const float gradient = with_p ? g[i] * p[i] : g[i];
+        m[i] = first_moment(m[i], gradient, k);
+        v[i] = second_moment(v[i], gradient, k);
+        float move = direction_of(m[i], divisor_of(v[i], k, c), c);
         if (how_q) move = move * (how_q == OVER ? q[i] / norm : q[i] * norm);
         w[i] = w[i] * decay - move * lr;
     }
@@ -245,42 +248,67 @@ typedef struct {
     double low, high; /* limits of the values, scaled units */
 } Rescaled;
 
-/* The draws of n weights, by which their moves are rounded. */
-static void draws_of(Keys keys, int64_t at, int32_t n, int32_t *draws) {
+/* What Adam's directions of n weights are divided by, and the draws by which their moves are rounded: they are made in the
+   time that roots take. With `again` the second moments have been updated before. */
+INLINE void divisors(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, Moments k, float *divisor,
+                     int32_t *draws, const int again) {
+    const float *g = t->g + at;
+    float *v = t->v + at;
     uint32_t word = first_half((uint32_t)at, keys);
     _Pragma("omp simd linear(word : FIRST_STEP)")
     EACH {
         draws[i] = draw_of(second_half(word, keys));
         word += FIRST_STEP;
+        if (!again) v[i] = second_moment(v[i], g[i], k);
+        divisor[i] = divisor_of(v[i], k, c);
     }
 }
 
-/* How far down n weights are to go, in rungs, before the clip, and the draws; with `again` the moments have been updated
-   before. Returns how many have a gradient. A loop of its own: what waits for a root and a quotient would hold up the
-   arithmetic of the rounding, and of the draws too, which cost nothing beside a velocity that waits for memory. */
-INLINE int32_t rates(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const float *scaled,
-                     const float *spacing, float *r, int32_t *draws, const int adam, const int decays, const int again) {
+/* How far down n weights are to go by Adam's directions, in rungs, before the clip, in place of the divisors; with `again`
+   the first moments have been updated before. Returns how many have a gradient. A loop of its own: a core that waits for
+   quotients of roots has no room left to work ahead in. */
+INLINE int32_t quotients(const Member *t, Correction c, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                         const float *spacing, float *r, const int decays, const int again) {
     const Moments k = o->moments;
+    const float lr = o->lr, decay = o->decay, *g = t->g + at;
+    float *m = t->m + at;
+    int32_t updates = 0;
+    _Pragma("omp simd reduction(+ : updates)")
+    EACH {
+        updates += g[i] != 0;
+        if (!again) m[i] = first_moment(m[i], g[i], k);
+        r[i] = direction_of(m[i], r[i], c) * lr;
+        if (decays) r[i] = r[i] + scaled[i] / spacing[i] * decay;
+    }
+    return updates;
+}
+
+/* The same by velocities, and the draws. */
+INLINE int32_t velocities(const Member *t, Keys keys, int64_t at, int32_t n, const Grid *o, float *r, int32_t *draws,
+                          const int decays, const int again) {
     const float lr = o->lr, decay = o->decay, momentum = o->momentum;
     const float *w = t->w + at, *g = t->g + at;
-    float *m = t->m + at, *v = t->v + at;
+    float *m = t->m + at;
     uint32_t word = first_half((uint32_t)at, keys);
     int32_t updates = 0;
-    if (adam) draws_of(keys, at, n, draws);
     _Pragma("omp simd linear(word : FIRST_STEP) reduction(+ : updates)")
     EACH {
         updates += g[i] != 0;
-        if (!adam) draws[i] = draw_of(second_half(word, keys));
+        draws[i] = draw_of(second_half(word, keys));
         word += FIRST_STEP;
-        if (adam) {
-            r[i] = (again ? direction_of(m[i], v[i], k, c) : direction(g[i], &m[i], &v[i], k, c)) * lr;
-            if (decays) r[i] = r[i] + scaled[i] / spacing[i] * decay;
-        } else {
-            if (!again) m[i] = m[i] * momentum + (decays ? g[i] + w[i] * decay : g[i]);
-            r[i] = m[i] * lr;
-        }
+        if (!again) m[i] = m[i] * momentum + (decays ? g[i] + w[i] * decay : g[i]);
+        r[i] = m[i] * lr;
     }
     return updates;
+}
+
+/* How far down n weights are to go, in rungs, before the clip, and the draws; with `again` the moments have been updated
+   before. Returns how many have a gradient. */
+INLINE int32_t rates(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const float *scaled,
+                     const float *spacing, float *r, int32_t *draws, const int adam, const int decays, const int again) {
+    if (!adam) return velocities(t, keys, at, n, o, r, draws, decays, again);
+    divisors(t, c, keys, at, n, o->moments, r, draws, again);
+    return quotients(t, c, at, n, o, scaled, spacing, r, decays, again);
 }
 
 static int32_t any_rates(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const float *w,

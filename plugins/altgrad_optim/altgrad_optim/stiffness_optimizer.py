@@ -86,8 +86,11 @@ class StiffnessOptimizer(GeometryOptimizer):
         )
 
     def stiffness_at(self, group: dict[str, Any], gridded: Gridded) -> Tensor:
-        """Return S at the weight, or at what it was before its first step under `refresh = "never"`."""
-        return self.formula_at(group, gridded)(*gridded)
+        """Return S at the weight, or at what it was before its first step under `refresh = "never"`.
+
+        Raises ValueError for an S of another shape, which loops in C would read beyond its end.
+        """
+        return _like(gridded[0], self.formula_at(group, gridded)(*gridded), self.formula_of(group))
 
     def formula_at(self, group: dict[str, Any], gridded: Gridded) -> Stiffness:
         """Return the formula of a weight's S: under `refresh = "never"` what S was before the first step."""
@@ -97,8 +100,22 @@ class StiffnessOptimizer(GeometryOptimizer):
         state = self.state[gridded[0]]
         if "stiffness" not in state:
             _refuse_late_start(int(state.get("step", 0)))
-            state["stiffness"] = formula(*gridded).clone()
+            state["stiffness"] = _like(gridded[0], formula(*gridded), formula).clone()
         return lambda *_: state["stiffness"]
+
+
+def _like(weight: Tensor, stiffness: Any, formula: Stiffness) -> Tensor:
+    """Return a formula's S. Raises ValueError, which says where the formula is, for one of another shape."""
+    if isinstance(stiffness, Tensor) and stiffness.shape == weight.shape:
+        return stiffness
+    own: Any = formula.formula if isinstance(formula, Geometry) else formula
+    definition = own if hasattr(own, "__qualname__") else type(own)
+    tensor = isinstance(stiffness, Tensor)
+    given = f"the shape {tuple(stiffness.shape)}" if tensor else repr(stiffness)
+    raise ValueError(
+        f"the stiffness {definition.__module__}.{definition.__qualname__} gave {given} for a weight of the "
+        f"shape {tuple(weight.shape)}; it must give a tensor like the weight"
+    )
 
 
 def _refuse_late_start(steps: int) -> None:

@@ -85,7 +85,7 @@ def test_adamw_trains_covered_weights_at_lr_with_a_format_or_without():
     assert values(optimizer, "lr") == [0.1, 0.02]
 
 
-@pytest.mark.parametrize(("covers", "lr"), [(True, 0.02), (False, 0.1)], ids=["frozen", "unquantised"])
+@pytest.mark.parametrize(("covers", "lr"), [(True, 0.02), (False, 0.1)], ids=["frozen", "unquantized"])
 def test_adamw_trains_what_is_not_covered_at_lr_only_where_nothing_could_be(covers, lr):
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 8, bias=False))
     given = attrs.evolve(inputs(param_groups(model)), covers=covers)

@@ -202,7 +202,7 @@ def test_madam_agrees_with_the_grids_step_at_powers_of_two_to_first_order(table)
         assert ((error / (-(lr**2) / 2 * weight * gradient) - 1).abs() < lr / 2).all()
 
 
-# --- FP32 everywhere is the unquantised run -------------------------------------------------------------
+# --- FP32 everywhere is the unquantized run -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARMS)

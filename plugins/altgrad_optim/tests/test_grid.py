@@ -7,9 +7,10 @@ from torch import nn
 
 from altgrad_core.format import Format
 from altgrad_core.groups import param_groups
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.rules import Rule
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.surgery import quantize_model
 from altgrad_optim import GridOptim
 from altgrad_optim.rungs import grid_step, rung_coordinate, stochastic_round, value_step
 
@@ -25,7 +26,7 @@ def parameter(*values, dtype=torch.float32):
 
 
 def optimizer_of(weights, format, scale=1.0, **options):
-    """An optimizer of weights that no quantiser knows; their scale is static."""
+    """An optimizer of weights that no quantizer knows; their scale is static."""
     weights = weights if isinstance(weights, list) else [weights]
     options = {"momentum": 0.0, "generator": generator()} | options
     return GridOptim([{"params": weights, "format": format, "scale": scale}], **options)
@@ -40,7 +41,7 @@ def push(optimizer, *gradients):
 
 
 def linear(values, format, **options):
-    """A quantised Linear of these weights and an optimizer whose step_scale is 1."""
+    """A quantized Linear of these weights and an optimizer whose step_scale is 1."""
     model = nn.Sequential(nn.Linear(len(values), 1, bias=False))
     model[0].weight.data = torch.tensor([values])
     quantize_model(model, format)
@@ -263,7 +264,7 @@ def test_the_moments_are_kept_in_float32_weight_units(table):
 # --- rounding of values ---------------------------------------------------------------------------------
 
 
-def test_value_rounding_takes_the_target_between_its_neighbours(table):
+def test_value_rounding_takes_the_target_between_its_neighbors(table):
     e4m3 = table("E4M3")
     start = torch.full((3,), 1.5)  # of spacing 1/8; 2.4 spacings down is 1.2
     for r, expected in ((0.59, 1.25), (0.61, 1.125)):
@@ -311,7 +312,7 @@ def test_a_value_moves_at_most_the_clip_in_rungs(table):
 # --- master: the rung coordinate ------------------------------------------------------------------------
 
 
-def test_the_coordinate_is_linear_between_neighbouring_rungs(formats):
+def test_the_coordinate_is_linear_between_neighboring_rungs(formats):
     for format in formats:
         values, rungs = format.values, format.rung(format.values).float()
         torch.testing.assert_close(rung_coordinate(values, format), rungs, rtol=0, atol=0)

@@ -13,7 +13,7 @@ from altgrad_optim import GridOptim, Madam, ManifoldAdamW
 
 @pytest.fixture
 def model(table):
-    """One quantised weight and one that is not."""
+    """One quantized weight and one that is not."""
     own = nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16, bias=False))
     rules = [altgrad.Rule(layers="0", format=table("E4M3"))]
     return altgrad.quantize_model(own, rules=rules)

@@ -9,9 +9,10 @@ import altgrad_core as altgrad
 from altgrad_core import checkpoint
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import discover
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.surgery import quantize_model
 from altgrad_core.testing import check_optimizer
 from altgrad_optim import Madam, MadamOptions
 from altgrad_optim.madam import build, limit_of, madam_directions
@@ -48,7 +49,7 @@ def generator(seed=0):
 
 
 def optimizer_of(weights, format, **options):
-    """An optimizer of weights that no quantiser knows."""
+    """An optimizer of weights that no quantizer knows."""
     return Madam([{"params": weights, "format": format}], **{"eps": 0.0, "bound": 0.0} | options)
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from altgrad_core.groups import param_groups
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import discover
 from altgrad_core.stiffness import Geometry, fit_scale
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.surgery import quantize_model
 from altgrad_core.testing import check_optimizer
 from altgrad_optim import ManifoldAdamW
 from altgrad_optim.placement import exponents
@@ -37,7 +38,7 @@ def ideal(mantissa_bits):
 
 
 def optimizer_of(weights, format, scale=1.0, **options):
-    """An optimizer of weights that no quantiser knows."""
+    """An optimizer of weights that no quantizer knows."""
     given = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 0.0} | options
     return ManifoldAdamW([{"params": weights, "format": format, "scale": scale}], **given)
 
@@ -407,6 +408,20 @@ def test_a_nan_gradient_makes_its_weight_nan_and_no_other(table):
     assert moved.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("refresh", ["step", "never"])
+@pytest.mark.parametrize("wrong", [lambda weight: 0.5, lambda weight: weight[0], lambda weight: weight[None]])
+def test_a_stiffness_that_is_not_like_its_weight_is_refused_and_named(wrong, refresh, table):
+    def crooked(weight, format, scale):
+        return wrong(weight)
+
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    stiffness = Geometry(crooked, refresh=refresh)
+    optimizer = optimizer_of([weight], table("E4M3"), stiffness=stiffness)
+    weight.grad = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"crooked gave .* for a weight of the shape \(4, 4\)"):
+        optimizer.step()
+
+
 def test_the_stiffness_is_a_name_a_table_or_a_callable(table):
     weights = random_weights()
     for spec in ("grid", "uniform", {"plugin": "grid"}, constant(1.0)):
@@ -774,7 +789,7 @@ def test_under_grid_storage_a_frozen_stiffness_is_that_of_the_snapped_weights(ta
     assert torch.equal(optimizer.state[weight]["stiffness"], expected)
 
 
-# --- a geometry on weights that are not quantised ---------------------------------------------------------
+# --- a geometry on weights that are not quantized ---------------------------------------------------------
 
 
 def borrowing(format):
@@ -811,7 +826,7 @@ def test_beside_a_quantized_weight_the_others_stay_plain(table):
         model = model_of(table("E4M3"))
         optimizer = ManifoldAdamW(model.parameters(), lr=0.5, other_lr=0.01, stiffness=stiffness)
         run(list(model.parameters()), optimizer, 2)
-        for parameter in model.parameters():  # nor where a step has no gradient for the quantised ones
+        for parameter in model.parameters():  # nor where a step has no gradient for the quantized ones
             parameter.grad = None if quantizer_of(parameter) else torch.ones_like(parameter)
         optimizer.step()
         arms.append(model)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from altgrad_core.groups import param_groups
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import dequantize_model, quantize_model, quantizer_of
+from altgrad_core.surgery import dequantize_model, quantize_model
 from altgrad_core.testing.optimizers import check_optimizer
 from altgrad_optim import ManifoldAdamW, native_steps
 

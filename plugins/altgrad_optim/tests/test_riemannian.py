@@ -10,10 +10,11 @@ import altgrad_core as altgrad
 from altgrad_core.groups import param_groups
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.options import StiffnessChoice
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import UsageError, discover
 from altgrad_core.stiffness import Geometry, grid_stiffness
 from altgrad_core.storage import store_on_grid
-from altgrad_core.surgery import quantize_model, quantizer_of
+from altgrad_core.surgery import quantize_model
 from altgrad_core.testing import check_optimizer
 from altgrad_optim import ManifoldAdamW, RiemannianAdamOptions
 
@@ -92,7 +93,7 @@ def stepped(weights, optimizer, steps=40):
 
 
 def both(format, weight, **options):
-    """ManifoldAdamW under `both` on a weight that no quantiser knows, lr in ULPs."""
+    """ManifoldAdamW under `both` on a weight that no quantizer knows, lr in ULPs."""
     given = {"lr": 1.0, "placement": "both", "normalize": "none", "scale": SCALE} | options
     group = {"params": [weight], "format": format, "scale": given.pop("scale")}
     return ManifoldAdamW([group], **given)

@@ -31,6 +31,7 @@ from typing import Any
 from altgrad_core.hookspecs import Action, SkipStep, Stop, SwitchFormat
 from altgrad_core.loop import learning_rate_factor
 from altgrad_policies import STOP, EmergencyShiftOptions
+from altgrad_policies.nan_guard import not_finite
 from altgrad_policies.quantized_layers import (
     by_format,
     looked_up,
@@ -89,7 +90,7 @@ class EmergencyShift:
             if not watched(run, monitor, one):
                 run.warn(f"emergency_shift does not judge {name}: {monitor!r} observes none of its layers")
         if not formats:
-            run.warn("emergency_shift has no format to move: no weights are quantised")
+            run.warn("emergency_shift has no format to move: no weights are quantized")
         elif (judged := self._judged(run)) < self.options.patience:
             run.warn(
                 f"emergency_shift will not judge the stall: {judged} steps of the run are looked at, "
@@ -121,12 +122,9 @@ class EmergencyShift:
                 return self._shift(name, formats[name], self._stalled(name, stall))
         return None
 
-    # --- the two signs -------------------------------------------------------------------------------
-
     def _not_finite(self, formats: Mapping[str, list[str]], metrics: Mapping[str, float]) -> Action:
         self.consecutive += 1
-        what = "gradient" if metrics["train/loss_finite"] else "loss"
-        value = metrics["train/gradient_norm" if what == "gradient" else "train/loss"]
+        what, value = not_finite(metrics)
         patience = self.options.nan_patience
         if self.consecutive < patience:
             return SkipStep(
@@ -135,7 +133,7 @@ class EmergencyShift:
         self.consecutive = 0
         why = f"the {what} was not finite ({value}) for {patience} steps in a row"
         if not formats:
-            return Stop(reason=f"{why}, and no weights are quantised")
+            return Stop(reason=f"{why}, and no weights are quantized")
         name = next((one for one in formats if self._after(one) is not None), next(iter(formats)))
         return self._shift(name, formats[name], why)
 
@@ -186,8 +184,6 @@ class EmergencyShift:
             f"above {self.options.stall_threshold:g}"
         )
 
-    # --- the chain -----------------------------------------------------------------------------------
-
     def _after(self, name: str) -> str | None:
         """Return the format that follows, None at the chain's end."""
         following = self.options.chain.get(name, STOP)
@@ -198,8 +194,6 @@ class EmergencyShift:
         if following is None:
             return Stop(reason=f"{why}, and no format follows {name} in the chain")
         return SwitchFormat(layers=named(layers), to=following, reason=f"{why}; {name} -> {following}")
-
-    # --- checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {

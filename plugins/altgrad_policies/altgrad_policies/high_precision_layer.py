@@ -6,7 +6,7 @@ A check without an alert and without a value (NaN: no kurtosis, such as that of 
 count.
 
 What moves are the layer's weights: that is what a change of format is about. A layer whose inputs are
-quantised too keeps the format of its inputs.
+quantized too keeps the format of its inputs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class HighPrecisionLayer:
             return
         refuse_unwatched(run, "high_precision_layer", "kurtosis", self._candidates(), each=True)
         if not by_format(run):
-            run.warn("high_precision_layer has no layer to move: no weights are quantised")
+            run.warn("high_precision_layer has no layer to move: no weights are quantized")
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
         """Return SwitchFormat for the layers that have had enough alerts, or None."""
@@ -86,7 +86,7 @@ class HighPrecisionLayer:
         )
 
     def _candidates(self) -> list[str]:
-        """Return the quantised layers that do not have the format already."""
+        """Return the quantized layers that do not have the format already."""
         formats = by_format(self._run)
         return [layer for name, layers in formats.items() if name != self._target for layer in layers]
 

@@ -25,8 +25,7 @@ class NanGuard:
             self.consecutive = 0
             return None
         self.consecutive += 1
-        what = "gradient" if metrics["train/loss_finite"] else "loss"
-        value = metrics["train/gradient_norm" if what == "gradient" else "train/loss"]
+        what, value = not_finite(metrics)
         if self.consecutive >= self.patience:
             return Stop(reason=f"the {what} was not finite ({value}) for {self.consecutive} steps in a row")
         return SkipStep(
@@ -38,3 +37,10 @@ class NanGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.consecutive = state["consecutive"]
+
+
+def not_finite(metrics: Mapping[str, float]) -> tuple[str, float]:
+    """Return which of loss and gradient is not finite, the loss if both are, and its value."""
+    if metrics["train/loss_finite"]:
+        return "gradient", metrics["train/gradient_norm"]
+    return "loss", metrics["train/loss"]

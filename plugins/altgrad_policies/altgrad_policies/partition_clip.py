@@ -48,7 +48,7 @@ class PartitionClip:
         refuse_unwatched(run, "partition_clip", "range", layers, each=False)
         if not layers:
             what = "gradients are" if backward else "weights or activations are"
-            run.warn(f"partition_clip watches the {self.options.flow} pass, where no {what} quantised")
+            run.warn(f"partition_clip watches the {self.options.flow} pass, where no {what} quantized")
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
         """Return ClipGradients where the overflow asks for it and the norm is above the limit."""

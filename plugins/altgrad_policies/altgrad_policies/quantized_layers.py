@@ -1,4 +1,4 @@
-"""What a run quantises at this moment, for policies: layers by format, and how actions name them."""
+"""What a run quantizes at this moment, for policies: layers by format, and how actions name them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from altgrad_core.format import Format
 from altgrad_core.lookup import format_or_none
+from altgrad_core.quantizer import quantizer_of
 from altgrad_core.registry import UsageError
-from altgrad_core.surgery import quantized_flows, quantizer_of
+from altgrad_core.surgery import quantized_flows
 
 
 def formats(run: Any) -> dict[str, Format]:
-    """Return the formats of the quantised weights by layer, in the model's order.
+    """Return the formats of the quantized weights by layer, in the model's order.
 
-    Asked for in every step, since any policy may change them: it looks at the quantisers alone.
+    Asked for in every step, since any policy may change them: it looks at the quantizers alone.
     """
     found = {run.layers[name]: quantizer_of(parameter) for name, parameter in run.trained.items()}
     return {layer: one.format for layer, one in found.items() if one is not None}
@@ -30,7 +31,7 @@ def by_format(run: Any) -> dict[str, list[str]]:
 
 
 def flow_layers(run: Any, kind: str) -> list[str]:
-    """Return the layers whose `activations` or `gradients` are quantised."""
+    """Return the layers whose `activations` or `gradients` are quantized."""
     names = (name.rpartition(".") for name in quantized_flows(run.model))
     return [layer for layer, _, found in names if found == kind]
 
@@ -83,7 +84,7 @@ def watched(run: Any, monitor: str, layers: Collection[str]) -> list[str]:
 
 def _options_of(run: Any, monitor: str) -> Any:
     """Return a monitor's options as the experiment gives them; None where they are the defaults."""
-    found = (one.options for one in run.experiment.monitor if one.plugin.rpartition(":")[2] == monitor)
+    found = (one.options for one in run.experiment.monitor if one.bare_name == monitor)
     return next(found, None)
 
 

@@ -1,7 +1,7 @@
 """`scale_backoff`: gradients that saturate get half the scale, before any format is changed.
 
 A delayed or static scale can be too large for the gradients that come: they are cut at the format's end.
-Where the share of those in the step before is above `threshold`, the scale of all gradient quantisers is
+Where the share of those in the step before is above `threshold`, the scale of all gradient quantizers is
 halved at once; after `clean_steps` steps in a row below, it is doubled, never above where it began.
 
 A change is decided after the backward pass of its step, so that the value of that step is still one of the
@@ -49,7 +49,7 @@ class ScaleBackoff:
         layers = flow_layers(run, "gradients")
         refuse_unwatched(run, "scale_backoff", "range", layers, each=False)
         if not layers:
-            run.warn("scale_backoff has no scale to adjust: no gradients are quantised")
+            run.warn("scale_backoff has no scale to adjust: no gradients are quantized")
 
     def decide(self, step: int, metrics: Mapping[str, float]) -> Action | None:
         """Return AdjustScale by 1/2 or by 2, or None."""
@@ -79,7 +79,7 @@ class ScaleBackoff:
         return self._adjusted(step, 0.5, f"the gradient is not finite ({norm}), as where it overflows")
 
     def _overflow_is_infinite(self) -> bool:
-        """Whether what overflows in a quantised gradient becomes infinite or NaN."""
+        """Whether what overflows in a quantized gradient becomes infinite or NaN."""
         flows = {} if self._run is None else quantized_flows(self._run.model)
         return any(
             name.endswith(".gradients") and flow.recipe.overflow != "saturate" for name, flow in flows.items()

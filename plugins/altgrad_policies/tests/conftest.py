@@ -10,9 +10,10 @@ import torch
 
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Component
+from altgrad_core.options import MonitorChoice
+from altgrad_core.quantizer import WeightQuantizer
 from altgrad_core.recipe import Recipe
 from altgrad_core.registry import Registered, Registry
-from altgrad_core.surgery import WeightQuantizer
 
 ENDS = {
     "E5M2": (57344.0, 2.0**-16),
@@ -66,10 +67,7 @@ class HandMadeRun:
 
     @property
     def experiment(self):
-        choices = [
-            SimpleNamespace(plugin=name, options=SimpleNamespace(**options))
-            for name, options in self.monitors.items()
-        ]
+        choices = [MonitorChoice(name, SimpleNamespace(**options)) for name, options in self.monitors.items()]
         train = SimpleNamespace(warmup_steps=0, min_lr_ratio=self.min_lr_ratio)
         return SimpleNamespace(monitor=choices, steps=self.steps, train=train)
 

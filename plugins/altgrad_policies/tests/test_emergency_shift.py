@@ -222,7 +222,7 @@ def test_a_run_that_is_too_short_for_its_schedule_to_be_judged_is_told_so(run_of
 def test_a_run_without_quantized_weights_is_told_so(started):
     assert started()[1].warnings == []
     assert started({"head": None})[1].warnings == [
-        "emergency_shift has no format to move: no weights are quantised"
+        "emergency_shift has no format to move: no weights are quantized"
     ]
 
 
@@ -271,7 +271,7 @@ def test_without_quantized_weights_there_is_nothing_to_move(started, read):
     assert isinstance(policy.decide(1, read(loss=math.nan)), SkipStep)
     action = policy.decide(2, read(loss=math.nan))
     assert isinstance(action, Stop)
-    assert "no weights are quantised" in action.reason
+    assert "no weights are quantized" in action.reason
 
 
 # --- options, names, checkpoints -----------------------------------------------------------------------

@@ -146,5 +146,5 @@ def test_a_monitor_that_tells_nothing_of_the_layers_is_refused_at_the_start(star
 def test_a_run_without_quantized_weights_is_told_so(started):
     assert started()[1].warnings == []
     assert started({"head": None})[1].warnings == [
-        "high_precision_layer has no layer to move: no weights are quantised"
+        "high_precision_layer has no layer to move: no weights are quantized"
     ]

@@ -85,7 +85,7 @@ def test_forward_takes_the_narrower_of_both(started, read, table):
 
 def test_nothing_to_watch_is_said_once(started):
     policy, run = started(gradients=None)
-    assert run.warnings == ["partition_clip watches the backward pass, where no gradients are quantised"]
+    assert run.warnings == ["partition_clip watches the backward pass, where no gradients are quantized"]
     run.step = 5
     policy.start(run)
     assert len(run.warnings) == 1

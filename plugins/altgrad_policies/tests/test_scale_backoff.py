@@ -160,5 +160,5 @@ def test_a_run_without_gradient_scales_is_told_so(run_of, gradients):
     )
     policy.start(run)
     assert run.warnings == (
-        [] if gradients else ["scale_backoff has no scale to adjust: no gradients are quantised"]
+        [] if gradients else ["scale_backoff has no scale to adjust: no gradients are quantized"]
     )

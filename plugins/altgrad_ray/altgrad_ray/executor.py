@@ -13,15 +13,14 @@ as well may end the cells before that: they go on from the checkpoint they had.
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
 
+from altgrad_core import interrupts
 from altgrad_core.hookspecs import CellResult
 from altgrad_core.registry import UsageError
 from altgrad_ray import RayOptions, cluster
@@ -32,8 +31,6 @@ POLL = 0.5
 
 LEASE = 120.0
 """Seconds a further try waits for the lock of a lost one; NFS keeps a dead machine's locks for 90."""
-
-STOPPED = ("interrupted", "terminated")
 
 
 class RayExecutor:
@@ -48,7 +45,7 @@ class RayExecutor:
         Cells that were never begun when somebody stopped the command have no result.
         """
         options = self._options
-        with cluster.joined(options.address) as ray, _stopping() as asked:
+        with cluster.joined(options.address) as ray, interrupts.collected() as asked:
             taken = cluster.resources(ray, options)
             if (lacking := cluster.shortage(ray, taken)) and not options.address:
                 raise UsageError(f"executor 'ray': {lacking}; lower cpus_per_cell or gpus_per_cell")
@@ -126,7 +123,7 @@ class _Grid:
             return CellResult(cell=cell, outcome="failed", message=str(error))
         except errors.RayError as error:
             raise _LostError(str(error).partition("\n")[0]) from error
-        if result.outcome not in STOPPED:
+        if result.outcome not in interrupts.ASKED:
             return result
         if not self.asked:
             raise _LostError(f"its node had it {result.outcome}")
@@ -151,24 +148,3 @@ class _Grid:
 def _warn(shortage: str) -> None:
     if shortage:
         print(f"warning: executor 'ray' waits: {shortage}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM as the outcome they ask for; a second SIGINT is a KeyboardInterrupt."""
-    asked: list[str] = []
-    outcomes = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-    def stop(number: int, _: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(outcomes[signal.Signals(number)])
-
-    before = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        before = {number: signal.signal(number, stop) for number in outcomes}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
