@@ -37,8 +37,9 @@ def check_pair(name: str, given: Tensor | None, dtype: torch.dtype | None) -> No
 
 def check_floating(x: Tensor) -> None:
     """Raise TypeError for a tensor that formats do not round."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, not {x.dtype}")
+    given = getattr(x, "dtype", type(x).__name__)
+    if given not in DTYPES:
+        raise TypeError(f"expected a float32, float64, bfloat16 or float16 tensor, not {given}")
 
 
 def check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -29,6 +29,7 @@ from altgrad_core.interrupts import ASKED
 from altgrad_core.record import LOCK, RESOLVED, SUMMARY, BusyError, differences, read_json, refuse_unwritable
 from altgrad_core.registry import PluginError, Registered, UsageError, discover
 from altgrad_core.terminal import Terminal
+from altgrad_core.wording import shown
 
 _POLL = 1.0
 """Seconds between looks at what another process holds."""
@@ -187,7 +188,7 @@ def _executed(request: Request, file: ExperimentFile, names: Sequence[str], jobs
     needed = attrs.evolve(request, cells={name: request.cells[name] for name in names})
     with _shown(needed, shown=jobs > 1 or not is_local(file)):
         try:
-            return executor.run(names, functools.partial(run_cell, needed), jobs)
+            return _checked(executor.run(names, functools.partial(run_cell, needed), jobs), names)
         except UsageError:
             raise
         except Exception as error:
@@ -196,6 +197,15 @@ def _executed(request: Request, file: ExperimentFile, names: Sequence[str], jobs
             raise PluginError(
                 f"{_executor(file).title}: run raised {type(error).__name__}: {error}"
             ) from error
+
+
+def _checked(results: Iterable[CellResult], names: Sequence[str]) -> list[CellResult]:
+    """Return the results of an executor. Raises TypeError where one of them is none of these cells'."""
+    found, known = list(results), set(names)
+    for one in found:
+        if not isinstance(one, CellResult) or one.cell not in known:
+            raise TypeError(f"it must return a CellResult of each cell that it has run, not {shown(one)}")
+    return found
 
 
 @contextlib.contextmanager

@@ -158,6 +158,9 @@ class Monitor(Protocol):
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return metrics named `<monitor>/<quantity>/<layer>`, as 0-d device tensors or floats.
 
+        Or as an `altgrad_core.observed.MetricTable`: one tensor for all, which costs less where there are
+        many in every step.
+
         `<layer>` is a `Weight.layer`, or `total` for the whole model. Keep tensors on their device:
         the loop moves them to the host at the log interval, all monitors' in one transfer.
         """

@@ -314,7 +314,9 @@ def store_on_grid(
     if not same and rounding != "error_feedback":
         raise ValueError(f"residual_format is for rounding='error_feedback', not {rounding!r}; leave it out")
     if getattr(optimizer, "stores_on_grid", False):
-        raise ValueError(f"{type(optimizer).__name__} keeps its weights on the grid by itself")
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its weights on the grid by itself; leave this out"
+        )
     chosen = "same" if same else format_or_none(residual_format)
     return GridStorage(
         optimizer,

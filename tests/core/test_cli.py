@@ -1,6 +1,7 @@
 """What the command `altgrad` says of broken, conflicting and ambiguous plugins, on fake ones."""
 
 import json
+import sys
 
 import pytest
 
@@ -29,6 +30,12 @@ def altgrad(capsys):
         return code, *capsys.readouterr()
 
     return command
+
+
+def test_a_command_whose_output_is_closed_says_nothing(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert guarded(app, ["plugins"]) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_broken_and_conflicting_plugins_are_listed_with_the_reason(install, altgrad):

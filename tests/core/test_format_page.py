@@ -354,6 +354,13 @@ def test_a_format_that_cannot_be_built_is_named_and_the_others_are_listed(format
     assert ["THREE", "3", "4", "1", "6"] in [line.split() for line in out.splitlines()]
 
 
+def test_a_narrow_console_cuts_no_number_short(install, altgrad, monkeypatch):
+    install("fake", PLUGIN.format(components='one("THREE", "TABLE")'))
+    wide = altgrad("formats")[1].splitlines()[:2]
+    monkeypatch.setenv("COLUMNS", "20")
+    assert altgrad("formats")[1].splitlines()[:2] == wide
+
+
 def test_a_plugin_that_cannot_be_imported_is_named(install, altgrad):
     install("three", "1 / 0", version="0.3")
     code, out, _ = altgrad("formats")

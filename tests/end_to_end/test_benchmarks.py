@@ -448,8 +448,12 @@ def nanogpt(tmp_path):
         "from altgrad_core.experiment import ModelOptions\n"
         "def GPTConfig(vocab_size, **options):\n"
         "    return types.SimpleNamespace(vocab_size=vocab_size, options=ModelOptions(**options))\n"
-        "def GPT(config):\n"
-        "    return model.GPT(config.options, config.vocab_size, torch.Generator())\n"
+        "class GPT(model.GPT):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config.options, config.vocab_size, torch.Generator())\n"
+        "    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):\n"
+        "        groups = [{'params': list(self.parameters()), 'weight_decay': weight_decay}]\n"
+        "        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)\n"
     )
     return tmp_path
 
@@ -460,6 +464,7 @@ def test_train_races_every_arm_and_upstream_at_every_batch_size(training, nanogp
         "unquantized",
         "unquantized, again",
         "upstream nanoGPT",
+        "upstream nanoGPT, AdamW fused",
         "weights",
         "weights on the grid",
         "weights, activations, gradients",

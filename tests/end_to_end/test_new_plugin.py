@@ -78,6 +78,17 @@ def test_a_name_that_would_hide_an_installed_module_is_refused(tmp_path):
         new_plugin.write("torch", "format", tmp_path)
 
 
+def test_a_name_that_another_plugin_has_for_this_kind_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="a monitor 'flip' is installed already, by altgrad-monitors"):
+        new_plugin.write("altgrad-flip", "monitor", tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="altgrad-x: cannot be written: Not a directory; choose another"):
+        new_plugin.write("altgrad-x", "monitor", tmp_path / "file")
+
+
 def test_a_format_is_not_given_a_name_that_means_none(tmp_path):
     with pytest.raises(UsageError, match="the format 'FP32' means 'leave it alone'"):
         new_plugin.write("altgrad-fp32", "format", tmp_path)

@@ -229,6 +229,12 @@ OPTIMIZER = (
             "optimizer 'acme' of acme 3.1: state_dict raised",
         ),
         (
+            "executor='acme'",
+            "class Part:\n    def __init__(self, options):\n        pass\n\n"
+            "    def run(self, cells, run_cell, jobs):\n        return [3]",
+            "executor 'acme' of acme 3.1: run raised TypeError: it must return a CellResult of each cell",
+        ),
+        (
             "fallback=[{plugin = 'acme'}]",
             "class Part:\n    needs = ()\n\n    def __init__(self, options):\n        pass\n\n"
             "    def decide(self, step, metrics):\n        raise SystemExit(0)",

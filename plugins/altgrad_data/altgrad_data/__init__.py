@@ -214,7 +214,7 @@ def altgrad_datasets() -> list[Component]:
     return [
         Component(
             name="licenses",
-            summary="14 MB of license texts that are installed with this plugin; 10 categories",
+            summary="14.9 MB of license texts that are installed with this plugin; 10 categories",
             options=LicensesOptions,
             target="altgrad_data.licenses:Licenses",
             source="ScanCode's license data, pip package licensedcode-data, CC-BY-4.0",

@@ -17,7 +17,10 @@ from altgrad_data.files import existing
 from altgrad_data.rows import Row, json_lines, parquet_rows, split_of, text_of
 from altgrad_data.split import drawn_split
 
-WANTED = "a folder with train and validation files (.parquet, .jsonl, .jsonl.gz, .jsonl.xz), or one such file"
+WANTED = (
+    "a folder with train and validation files (.parquet, .jsonl, .jsonl.gz, .jsonl.xz), or one such file; "
+    "or leave it empty for the hub"
+)
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".parquet": parquet_rows,

