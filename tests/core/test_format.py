@@ -214,6 +214,11 @@ def test_what_is_not_floating_point_is_refused(dtype):
             method(x)
 
 
+def test_what_is_no_tensor_is_refused_by_its_type(table):
+    with pytest.raises(TypeError, match="expected a float32, .* tensor, not list"):
+        table("E4M3").quantize([0.1])
+
+
 def test_an_unknown_mode_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="rounding='nearest' is not one of 'nearest_even', 'nearest_away'"):
         LADDER.quantize(torch.zeros(1), "nearest")

@@ -6,6 +6,7 @@ from torch import nn
 
 from altgrad_core import native, native_landing
 from altgrad_core.format import Format
+from altgrad_core.grid_scales import GridScales
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import quantize_model
 
@@ -256,3 +257,16 @@ def test_in_torch_weights_are_kept_for_who_looks_on(tells, landing, in_torch):
     assert [storage.unrounded[weight][0].tolist() for weight in storage.weights] == [
         one.tolist() for one in unrounded
     ]
+
+
+@pytest.mark.parametrize(("widths", "split"), [((64, 64), False), ((64, 4096), True)], ids=["like", "unlike"])
+def test_threads_share_a_weight_where_one_of_them_would_have_nearly_all(widths, split):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weights = [torch.ones(32, width) for width in widths]
+        formats, ones = [LOPSIDED] * 2, [torch.tensor(1.0) for _ in widths]
+        scales = GridScales(weights, formats, ones, fitted=[True] * 2, adaptive=[True] * 2, bound=0.0)
+        assert native_landing._made(weights, formats, scales).split == split
+    finally:
+        torch.set_num_threads(threads)
