@@ -172,13 +172,13 @@ def _unwritable(place: str | Path, error: OSError) -> UsageError:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of metrics or events; a line that is torn, or has no whole step, is skipped."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # nested deeper than Python reads
                 continue
             if isinstance(record, dict) and type(record.get("step")) is int and line.endswith("\n"):
                 yield record
@@ -188,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, None where there is no whole one."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -142,7 +142,7 @@ def _checked(watched: Watched, metrics: Mapping[str, Tensor | float]) -> Mapping
 
 
 def _check_name(watched: Watched, name: str) -> None:
-    if not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
+    if not isinstance(name, str) or not re.fullmatch(rf"{re.escape(watched.name)}/[^/]+/[^/]+", name):
         raise ValueError(f"the metric {name!r} must be named '{watched.name}/<quantity>/<layer>'")
     provides = getattr(watched.plugin, "provides", None)
     if provides is not None and name.split("/")[1] not in provides:

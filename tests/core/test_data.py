@@ -155,6 +155,11 @@ def test_signed_tokens_are_an_error(tmp_path):
         prepare(Numbers(np.array([1, 2]), np.array([1, 2]), 7), "numbers", "bytes", tmp_path)
 
 
+def test_tokens_that_are_no_array_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="the train split is a list; expected a NumPy array of tokens"):
+        prepare(Numbers([1, 2], [1, 2], 7), "numbers", "bytes", tmp_path)
+
+
 @pytest.mark.parametrize(("split", "texts"), [("train", []), ("validation", [""])])
 def test_a_split_too_short_for_one_target_is_an_error_and_leaves_nothing(tmp_path, split, texts):
     with pytest.raises(ValueError, match=f"data set 'tiny': the {split} split has {len(texts)} tokens"):

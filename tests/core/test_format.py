@@ -215,7 +215,7 @@ def test_what_is_not_floating_point_is_refused(dtype):
 
 
 def test_what_is_no_tensor_is_refused_by_its_type(table):
-    with pytest.raises(TypeError, match="expected a float32, .* tensor, not list"):
+    with pytest.raises(TypeError, match=r"expected a float32, .* tensor, not list"):
         table("E4M3").quantize([0.1])
 
 

@@ -133,11 +133,15 @@ def test_where_nothing_was_trained_a_damaged_record_is_written_anew(folder, tmp_
 # --- lines -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["{}", '{"step": true}', '{"step": 1.0}', '{"step": "1"}', "[1]", "3", "\0"])
+NO_RECORDS = ["{}", '{"step": true}', '{"step": 1.0}', '{"step": "1"}', "[1]", "3", "\0", "[" * 10**5]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS, ids=lambda line: line[:10])
 def test_a_line_without_a_whole_step_is_no_record(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
     assert [record["step"] for record in read_lines(path)] == [0, 2]
+    assert list(read_lines(tmp_path)) == []  # no file at all
 
 
 def test_runs_with_damaged_lines_are_compared_by_the_others(folder, tmp_path):
