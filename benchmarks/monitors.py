@@ -5,9 +5,11 @@
 Training steps: the 10 M model of the [model] table, weights on the grid, tokens of a Markov chain. A run with
 one monitor and a run without any take the same steps, in turns whose order alternates, and the monitor is due
 in each of them. What its step takes longer, divided by the monitor's default interval and by the other run's
-step, is its share. Every installed monitor is tried; one that cannot start is a row that says so. Last comes
-a run with all of them that could be measured, each at its default interval: what its steps take longer, by
-which of them are due, in the shares that such steps have.
+step, is its share; where it has the optimizer keep something, what the steps between take longer is added.
+Every installed monitor is tried; one that cannot start is a row that says so. Last comes a run with all of
+them that could be measured, each at its default interval: what its steps take longer, by which of them are
+due, in the shares that such steps have. The step before one that is timed is taken too: what is kept from a
+step to the next is at hand.
 
 The rows of optimizer steps are told of in monitor_steps.py.
 """
@@ -142,8 +144,13 @@ def step_of(run: Run, index: int) -> Callable[[], None]:
     return step
 
 
-def share_of(plain: Run, watched: Run, turns: int, device: str) -> tuple[float, list[float], int]:
-    """Return the seconds a monitor adds to a step it is due in, its shares by turn, and its interval."""
+def share_of(
+    plain: Run, watched: Run, turns: int, device: str, between: bool
+) -> tuple[float, list[float], int]:
+    """Return the seconds a monitor adds to a step it is due in, its shares by turn, and its interval.
+
+    between: it costs something in the steps between, too.
+    """
     (monitor,) = watched.monitors
     every = getattr(monitor.plugin, "every", 1)
     if every > STEPS:
@@ -151,14 +158,20 @@ def share_of(plain: Run, watched: Run, turns: int, device: str) -> tuple[float, 
     index = max(every, -(-plain.step // every) * every) + every
     indices = [index + turn * every for turn in range(WARM_UP_STEPS + turns)]
     pairs = both(plain, watched, indices, device)[WARM_UP_STEPS:]
-    shares = [(longer - shorter) / shorter / every for shorter, longer in pairs]
+    others = both(plain, watched, [index + 1 for index in indices], device) if between and every > 1 else []
+    kept = (every - 1) * statistics.median(longer - shorter for shorter, longer in others) if others else 0.0
+    shares = [(longer - shorter + kept) / shorter / every for shorter, longer in pairs]
     return statistics.median(longer - shorter for shorter, longer in pairs), shares, every
 
 
 def both(plain: Run, watched: Run, indices: Sequence[int], device: str) -> list[tuple[float, float]]:
     """Return the seconds of these steps in the run without monitors and in that with them, in turns."""
-    found, count = [], len(watched.monitors)
+    found, count, last = [], len(watched.monitors), 0
     for turn, index in enumerate(indices):
+        if index - 1 != last:
+            for run in (plain, watched):
+                step_of(run, index - 1)()
+        last = index
         pair = [step_of(run, index) for run in (plain, watched)]
         times = {run: wall_seconds(pair[run], device) for run in ((0, 1) if turn % 2 else (1, 0))}
         if len(watched.monitors) < count:
@@ -191,8 +204,11 @@ def shares(arguments: argparse.Namespace, registry: Registry) -> tuple[list[Shar
             if arguments.only and component.name not in arguments.only:
                 continue
             try:
+                between = bool(getattr(component.options, "optimizer_options", {}))
                 with assembled([component], arguments, registry) as watched:
-                    seconds, each, every = share_of(plain, watched, arguments.turns, arguments.device)
+                    seconds, each, every = share_of(
+                        plain, watched, arguments.turns, arguments.device, between
+                    )
                 low, middle, high = ratios(each, [1.0] * len(each))
                 facts = {"milliseconds": 1000 * seconds, "share": middle, "quartiles": (low, high)}
                 found.append(Share(monitor=component.name, every=every, **facts))
