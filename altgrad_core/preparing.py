@@ -315,7 +315,9 @@ def _check_length(tokens: int, split: str, name: str) -> None:
 def _check_tokens(tokens: Tokens, vocab_size: int, split: str, name: str) -> None:
     if not isinstance(tokens, np.ndarray):
         what = type(tokens).__name__
-        raise ValueError(f"data set {name!r}: the {split} split is a {what}; expected a NumPy array of tokens")
+        raise ValueError(
+            f"data set {name!r}: the {split} split is a {what}; expected a NumPy array of tokens"
+        )
     if tokens.ndim != 1 or tokens.dtype.kind != "u":
         raise ValueError(
             f"data set {name!r}: the {split} split is a {tokens.ndim}-d array of {tokens.dtype}; "
