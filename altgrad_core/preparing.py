@@ -313,16 +313,10 @@ def _check_length(tokens: int, split: str, name: str) -> None:
 
 
 def _check_tokens(tokens: Tokens, vocab_size: int, split: str, name: str) -> None:
-    if not isinstance(tokens, np.ndarray):
-        what = type(tokens).__name__
-        raise ValueError(
-            f"data set {name!r}: the {split} split is a {what}; expected a NumPy array of tokens"
-        )
-    if tokens.ndim != 1 or tokens.dtype.kind != "u":
-        raise ValueError(
-            f"data set {name!r}: the {split} split is a {tokens.ndim}-d array of {tokens.dtype}; "
-            "expected 1-d unsigned tokens"
-        )
+    array = isinstance(tokens, np.ndarray)
+    if not (array and tokens.ndim == 1 and tokens.dtype.kind == "u"):
+        what = f"{tokens.ndim}-d array of {tokens.dtype}" if array else type(tokens).__name__
+        raise ValueError(f"data set {name!r}: the {split} split is a {what}; expected 1-d unsigned tokens")
     _check_length(len(tokens), split, name)
     if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(

@@ -156,7 +156,7 @@ def test_signed_tokens_are_an_error(tmp_path):
 
 
 def test_tokens_that_are_no_array_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="the train split is a list; expected a NumPy array of tokens"):
+    with pytest.raises(ValueError, match="the train split is a list; expected 1-d unsigned tokens"):
         prepare(Numbers([1, 2], [1, 2], 7), "numbers", "bytes", tmp_path)
 
 
