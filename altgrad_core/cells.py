@@ -63,7 +63,8 @@ def run_one(file: ExperimentFile, cell: Cell, path: Path, device: str, terminal:
         folder.begin(file, cell, resolved(file, cell, device))
         if (ended := _ended(folder, terminal)) is not None:
             return ended
-        pages.keep()
+        if device == "cpu":
+            pages.keep()
         terminal.log = folder.log
         compared_with = baseline.read(file.baseline, cell.experiment.task)  # before the training, not after
         run = _assembled(cell, file.registry, folder, terminal, device)

@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from race import reuse_pages
 from torch import Tensor, nn
 
 from altgrad_core.experiment import ModelOptions
 from altgrad_core.model import GPT
 
-# Without these glibc returns the activations' pages after each step, and page faults are measured instead.
-PAGES_REUSED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 VOCABULARY = 256  # bytes
 SETTINGS = {  # name: (model, sequences per batch)
     "small": (ModelOptions(n_layer=4, n_head=4, n_embd=128, block_size=64), 12),  # nanoGPT's for a CPU
@@ -158,6 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PAGES_REUSED.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES_REUSED})
+    reuse_pages()
     main()
