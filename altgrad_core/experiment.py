@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import attrs
 
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.options import (
     DatasetChoice,
     FallbackChoice,
@@ -24,7 +25,6 @@ from altgrad_core.options import (
     option,
     plain,
     regexes,
-    within,
 )
 from altgrad_core.quantize_options import UNQUANTIZED, QuantizeOptions
 from altgrad_core.shapes import Architecture
@@ -85,26 +85,6 @@ class DataOptions:
 
 DATA_KEYS = frozenset(field.name for field in attrs.fields(DataOptions)) - {"source"}
 """Keys of [data] that are the core's own, whatever the plugin."""
-
-
-@attrs.frozen(kw_only=True)
-class ModelOptions:
-    """`[model]`: nanoGPT."""
-
-    n_layer: int = option("transformer blocks", default=6, validator=between(1, 1000))
-    n_head: int = option("attention heads; divides n_embd", default=6, validator=at_least(1))
-    n_embd: int = option("width of the residual stream", default=384, validator=at_least(1))
-    block_size: int = option("context length", unit="tokens", default=256, validator=at_least(1))
-    dropout: float = option("dropout probability", default=0.0, validator=within(0, 1))
-    bias: bool = option("biases in Linears and LayerNorms", default=False)
-    tie_weights: bool = option("a language model's head shares the token embedding's weight", default=True)
-
-    def __attrs_post_init__(self) -> None:
-        if self.n_embd % self.n_head:
-            raise FieldError(
-                "n_head",
-                f"n_embd = {self.n_embd} is no multiple of n_head = {self.n_head}; change one of them",
-            )
 
 
 @attrs.frozen(kw_only=True)

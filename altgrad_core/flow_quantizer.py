@@ -18,19 +18,15 @@ compiled again when it changes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from altgrad_core import scaling
 from altgrad_core.quantizer import adjusted
 from altgrad_core.random_bits import Key, mix_, stream_key_tensor
+from altgrad_core.range_counts import RangeCounts
 from altgrad_core.recipe import Recipe
 from altgrad_core.straight_through import gradient_through, straight_through
-
-if TYPE_CHECKING:
-    from altgrad_core.range_counts import RangeCounts
 
 _NO_BACKWARD = -1
 """The autograd engine's task outside of any backward pass."""

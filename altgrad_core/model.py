@@ -16,16 +16,13 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.random_bits import draw_seed
-
-if TYPE_CHECKING:
-    from altgrad_core.experiment import ModelOptions
 
 INITIAL_STD = 0.02  # GPT-2's
 LAYER_NORM_EPS = 1e-5  # GPT-2's

@@ -7,18 +7,16 @@ optimizers find it from the Parameter alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from altgrad_core.format import Format
+from altgrad_core.range_counts import RangeCounts
 from altgrad_core.recipe import Recipe
 from altgrad_core.scaling import LARGEST_EXPONENT
 from altgrad_core.straight_through import straight_through
-
-if TYPE_CHECKING:
-    from altgrad_core.range_counts import RangeCounts
 
 _ATTRIBUTE = "_altgrad_quantizer"
 _RANGES = "_altgrad_ranges"

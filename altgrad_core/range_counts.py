@@ -25,17 +25,16 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from altgrad_core import native
+from altgrad_core.elementwise import wide
 from altgrad_core.format import Format
-from altgrad_core.grid_scales import GridScales
 from altgrad_core.kernels import flat, kernel
-from altgrad_core.quantizer import quantizer_of
 
 ELEMENTS, OVERFLOW, UNDERFLOW, NONFINITE = range(4)
 """Columns of `RangeTable.totals`."""
@@ -130,7 +129,7 @@ class RangeCounts:
             self.table.seconds += time.perf_counter() - begun
 
     def _add(self, x: Tensor, q: Tensor, scale: Tensor, kept: Tensor | None) -> None:
-        x, q = _working(x), _working(q)
+        x, q = wide(x).detach(), wide(q).detach()
         kept = self._kept[x.dtype] if kept is None else kept
         if not _count_in_c(x, q, scale, kept, self._totals, self._ends):
             if x.is_cuda and not scale.dim():
@@ -145,45 +144,6 @@ class RangeCounts:
         both = torch.stack((self._ends, ends))
         self._ends[:SMALLEST].copy_(both[:, :SMALLEST].amax(dim=0))
         self._ends[SMALLEST:].copy_(both[:, SMALLEST:].amin(dim=0))
-
-
-class LandingCounts:
-    """Counts what rounding weights to their grids after a step cuts off, at the format's ends or the bound.
-
-    rows: where each weight counts; others are left out.
-    """
-
-    def __init__(self, rows: Mapping[Tensor, RangeCounts], rounding: str) -> None:
-        self._rows = dict(rows)
-        self._rounding = "stochastic" if rounding == "stochastic" else "nearest_even"
-
-    __reduce__ = RangeCounts.__reduce__
-
-    def unrounded(self, weights: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Return copies of the weights before they are rounded; None where this step is not counted."""
-        table = next((one.table for one in self._rows.values()), None)
-        if table is None or not table.begin():
-            return None
-        begun = time.perf_counter()
-        kept = [weight.detach().clone() if weight in self._rows else None for weight in weights]
-        table.seconds += time.perf_counter() - begun
-        return kept
-
-    def add(self, unrounded: Sequence[Tensor | None], weights: Sequence[Tensor], scales: GridScales) -> None:
-        """Count what the weights lost that have been rounded under these scales, which are in their order."""
-        limits = scales.limits()
-        for index, (before, weight) in enumerate(zip(unrounded, weights, strict=True)):
-            quantizer = quantizer_of(weight)
-            if before is None or quantizer is None:
-                continue
-            row, format = self._rows[weight], quantizer.format
-            row.begin(format, self._rounding)
-            kept = (
-                None
-                if limits is None
-                else last_kept(format, limits[index], self._rounding, _dtype_of(weight))
-            )
-            row.add(before, weight, scales.scales[index], kept)
 
 
 def _nobody() -> None:
@@ -254,15 +214,6 @@ def _count_in_c(x: Tensor, q: Tensor, scale: Tensor, kept: Tensor, totals: Tenso
     tensors, counters = map(native.address, (x, q)), map(native.address, (kept, totals, ends))
     loops.count_ranges(*tensors, rows, x.numel() // rows, native.address(scale), each, *counters)
     return True
-
-
-def _working(x: Tensor) -> Tensor:
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach()
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    """Return the dtype in which x is scaled."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _transformed() -> bool:

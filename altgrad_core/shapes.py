@@ -7,12 +7,10 @@ once more; a test holds them equal to `altgrad_core.model` and `altgrad_core.tex
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import attrs
 
-if TYPE_CHECKING:
-    from altgrad_core.experiment import ModelOptions
+from altgrad_core.model_options import ModelOptions
 
 TOKEN_EMBEDDING = "transformer.wte"
 POSITION_EMBEDDING = "transformer.wpe"

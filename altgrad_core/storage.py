@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from altgrad_core.format import Format
 from altgrad_core.grid_scales import OF_THE_WEIGHT, GridScales
 from altgrad_core.grid_weights import first_grid_weights, grid_weights, quantizer_on_grid
 from altgrad_core.kernels import not_compiled
+from altgrad_core.landing_counts import LandingCounts
 from altgrad_core.lookup import format_or_none
 from altgrad_core.on_grids import OnGrids
 from altgrad_core.quantizer import quantizer_of
@@ -32,10 +33,6 @@ from altgrad_core.random_bits import draw_seed, stream_key_table
 from altgrad_core.recipe import refuse_off_grid
 from altgrad_core.rows import among
 from altgrad_core.storage_options import refuse_bad_options
-
-if TYPE_CHECKING:
-    from altgrad_core.native_landing import Onlooker
-    from altgrad_core.range_counts import LandingCounts
 
 
 class GridStorage:
@@ -82,7 +79,7 @@ class GridStorage:
         self.counter = 0
         self.watched: dict[Tensor, Tensor] = {}
         self.intended: dict[Tensor, Tensor] = {}
-        self.onlookers: Sequence[Mapping[Tensor, Onlooker | None]] = ()
+        self.onlookers: Sequence[Mapping[Tensor, native_landing.Onlooker | None]] = ()
         self.unrounded: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.ranges: LandingCounts | None = None
         self._bound, self._scale_mode, self._residual_format = bound, scale_mode, residual_format

@@ -19,17 +19,13 @@ activations, and in what `range` counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altgrad_core.model import Transformer, empty_modules, initialize
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.random_bits import draw_seed
-
-if TYPE_CHECKING:
-    from altgrad_core.experiment import ModelOptions
 
 PADDING = -1
 """Stands where a document has no token."""

@@ -26,7 +26,7 @@ from training_runs import ARMS, SIZES, STORED, WEIGHTS, assembled, one_step
 from upstream import VOCABULARY
 
 from altgrad_core import shapes
-from altgrad_core.experiment import ModelOptions
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.run_state import Run
 
 FLIPS = '[[monitor]]\nplugin = "flip"\n'

@@ -26,8 +26,8 @@ import torch
 from race import reuse_pages
 from torch import Tensor, nn
 
-from altgrad_core.experiment import ModelOptions
 from altgrad_core.model import GPT
+from altgrad_core.model_options import ModelOptions
 
 VOCABULARY = 256  # bytes
 SETTINGS = {  # name: (model, sequences per batch)

@@ -12,10 +12,11 @@ from torch import nn
 
 import altgrad_core as altgrad
 from altgrad_core import data
-from altgrad_core.experiment import Experiment, ModelOptions, TrainOptions
+from altgrad_core.experiment import Experiment, TrainOptions
 from altgrad_core.extra_pass import extra_passes, gradients, micro_batches, unquantized, watched
 from altgrad_core.forward import autocast
 from altgrad_core.model import GPT
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.quantized_linear import Quantized
 from altgrad_core.run_state import Run
 from altgrad_core.surgery import held_weights, quantized_flows, quantized_layers

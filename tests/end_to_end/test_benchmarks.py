@@ -445,7 +445,7 @@ def nanogpt(tmp_path):
     """A folder whose model.py has upstream's names: this repository's GPT under them."""
     (tmp_path / "model.py").write_text(
         "import types, torch\nfrom altgrad_core import model\n"
-        "from altgrad_core.experiment import ModelOptions\n"
+        "from altgrad_core.model_options import ModelOptions\n"
         "def GPTConfig(vocab_size, **options):\n"
         "    return types.SimpleNamespace(vocab_size=vocab_size, options=ModelOptions(**options))\n"
         "class GPT(model.GPT):\n"

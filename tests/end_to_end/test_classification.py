@@ -156,7 +156,7 @@ def test_evaluation_is_the_models_answer_on_each_document_of_the_split_once(run,
 
 
 def altgrad_model(result):
-    from altgrad_core.experiment import ModelOptions
+    from altgrad_core.model_options import ModelOptions
     from altgrad_core.text_classifier import TextClassifier
 
     options = ModelOptions(n_layer=1, n_head=2, n_embd=16, block_size=16)

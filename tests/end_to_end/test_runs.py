@@ -248,8 +248,8 @@ def test_every_grid_weight_of_the_checkpoint_is_on_the_grid(
 
 
 def test_the_model_file_loads_strictly_into_a_plain_model(write, tmp_path, last_checkpoint, run):
-    from altgrad_core.experiment import ModelOptions
     from altgrad_core.model import GPT
+    from altgrad_core.model_options import ModelOptions
 
     saved = last_checkpoint(run(write(TINY + ARMS["grid"]), tmp_path / "runs"))
     options = ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=16)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core.hookspecs import Step
+from altgrad_core.landing_counts import LandingCounts
 from altgrad_core.quantized_linear import Quantized
 from altgrad_core.quantizer import WeightQuantizer, count_ranges, quantizer_of
 from altgrad_core.range_counts import (
@@ -44,7 +45,6 @@ from altgrad_core.range_counts import (
     OVERFLOW,
     SMALLEST,
     UNDERFLOW,
-    LandingCounts,
     RangeCounts,
     RangeTable,
 )

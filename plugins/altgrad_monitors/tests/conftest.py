@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import altgrad_core as altgrad
-from altgrad_core.experiment import Experiment, ModelOptions, TrainOptions
+from altgrad_core.experiment import Experiment, TrainOptions
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step
 from altgrad_core.model import GPT
+from altgrad_core.model_options import ModelOptions
 from altgrad_core.run_state import Run
 from altgrad_core.tasks import LanguageModelling
 
