@@ -13,7 +13,8 @@ The last move before the zone covers one spacing, so the weight stops up to one 
 w* lies anywhere between grid values: E[(delta* - U u)^2] = delta*^2 (1 - 2a + 4a^2/3), a = lr h S^q.
 Neglected: that u and S differ between w* and the place where the weight stops. `crossing` is the share of the
 predicted loss for which they do, in this arm or in q = 0; where it is large, the prediction has left its
-regime, and has no error to give.
+regime, and has no error to give. Neither has a descent that has not ended: under q = 1 a weight on its way
+through zero passes every value of the grid.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from altgrad_formats.exmy import ExMy
 
 WEIGHTS = 8192
 LR = 0.02
-MOST_STEPS = 2000
+MOST_STEPS = 4000
 OUT_OF_REGIME = 0.25
 """Crossing share from which a prediction is marked."""
+UNDER_WAY = 0.001
+"""Share of weights that still move, from which it is marked too."""
 # The formats' exponent fields with 12 mantissa bits, or as many as 16 bits leave.
 WIDE = tuple(ExMy(exponents, min(12, 15 - exponents)) for exponents in range(8))
 
@@ -81,7 +84,7 @@ class DeadZone:
 
     @property
     def in_regime(self) -> bool:
-        return self.crossing <= OUT_OF_REGIME
+        return not math.isnan(self.measured.error)
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -189,12 +192,13 @@ class Run:
         departures = (self.measured - self.predicted) - ratio * (base.measured - base.predicted)
         error = float(departures.std() * math.sqrt(len(departures)) / unit)
         crossing = max(run.setting.crossing() for run in (self, base))
+        in_regime = crossing <= OUT_OF_REGIME and self.moving <= UNDER_WAY
         return DeadZone(
             format=shape,
             arm=self.setting.arm.label,
             formula=float(self.leading.sum() / base.leading.sum()),
             predicted=float(self.predicted.sum() / base.predicted.sum()),
-            measured=Estimate(ratio, error if crossing <= OUT_OF_REGIME else math.nan),
+            measured=Estimate(ratio, error if in_regime else math.nan),
             crossing=crossing,
             of_start=float(self.measured.sum() / self.start.sum()),
             moving=self.moving,

@@ -9,7 +9,8 @@ stochastically adds the variance (s/u)(1 - s/u) u^2 = u s - s^2. With delta = w 
 the lr^2 terms cancel, and in equilibrium 2 h E[D delta^2] = E[u D |g|]. For constant D and u, summed over the
 weights, the excess loss is 1/4 sum u_i E|g_i|. Neglected by it: that u and D change along a weight's walk,
 which `quadratic.stationary` takes into account, and steps longer than the gap, which nothing here does; their
-share is measured.
+share is measured. Steps rounded to whole rungs (`rungs`, the optimizer's own `grid_step`) are rounded in
+another way, and `stationary` says that they come to the equilibrium of plain ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from quadratic import EIGHT_BITS, Bowl, Estimate, Grid, gaussian_bowl, stationary
 from torch import Tensor
 
-ARMS = ("plain", "update", "scrambled")
+from altgrad_optim.rungs import grid_step
+
+ARMS = ("plain", "update", "scrambled", "rungs")
 REPLICAS = 32
 WEIGHTS = 256
 NOISE = 0.2
@@ -41,28 +44,41 @@ class Floor:
     excess: Estimate
     formula: float  # 1/4 mean of u(w*) E|g|, E|g| as the run has it
     chain: float  # the equilibrium without simulation
-    long_steps: float  # share of the steps longer than the spacing
+    long_steps: float  # share of the steps longer than the spacing; than one rung
 
 
-class Factor:
-    """D of one arm: 1, the spacing, or the spacing of another weight; of rms 1 over the targets."""
+class Arm:
+    """A way to step: what the step is multiplied by, of rms 1 over the targets, and how it is rounded."""
 
-    def __init__(self, arm: str, grid: Grid, target: Tensor) -> None:
-        self.arm, self.grid = arm, grid
+    def __init__(self, name: str, grid: Grid, target: Tensor) -> None:
+        self.name, self.grid = name, grid
         self.rms = grid.spacing(target).square().mean().sqrt()
         self.order = torch.randperm(len(target), generator=torch.Generator().manual_seed(1))
 
-    def __call__(self, w: Tensor) -> Tensor:
-        if self.arm == "plain":
+    def factor(self, w: Tensor) -> Tensor:
+        """Return D: 1, the spacing, or the spacing of another weight."""
+        if self.name not in ("update", "scrambled"):
             return torch.ones_like(w)
         spacing = self.grid.spacing(w) / self.rms
-        return spacing if self.arm == "update" else spacing[..., self.order]
+        return spacing if self.name == "update" else spacing[..., self.order]
+
+    def landed(self, w: Tensor, move: Tensor, draws: torch.Generator) -> Tensor:
+        """Return w - move, rounded; under `rungs` w less move/rms(u) rungs, rounded to whole ones."""
+        if self.name != "rungs":
+            return self.grid.rounded(w - move, draws)
+        uniform, scale = torch.rand(w.shape, generator=draws), self.grid.scale
+        scaled, _past = grid_step(w * scale, move / self.rms, self.grid.format, uniform)
+        return scaled / scale
+
+    def longest(self, w: Tensor) -> Tensor:
+        """Return the move of one spacing, or of one rung."""
+        return self.rms if self.name == "rungs" else self.grid.spacing(w)
 
 
 def equilibrium(grid: Grid, bowl: Bowl, arm: str) -> Tensor:
     """Return the predicted excess of every weight: a scrambled D is no function of the own weight."""
     values = grid.values
-    factor = Factor("update", grid, bowl.target)(values) if arm == "update" else None
+    factor = Arm(arm, grid, bowl.target).factor(values) if arm == "update" else None
     return (stationary(grid, bowl, factor) * bowl.excess(values[:, None]).T).sum(1)
 
 
@@ -78,18 +94,18 @@ def floor(
     """Simulate one arm into its equilibrium and measure there."""
     bowl, draws = gaussian_bowl(weights, noise), torch.Generator().manual_seed(3)
     grid = Grid.fitted(name, float(bowl.target.abs().max()))
-    factor = Factor(arm, grid, bowl.target)
+    way = Arm(arm, grid, bowl.target)
     w = grid.rounded(bowl.target.repeat(replicas, 1), draws)
     excess, force, long_steps = torch.zeros_like(w), torch.zeros_like(w), 0.0
     before, during = round(RELAXATIONS / lr), round(MEASURED / lr)
     every = max(1, during // SAMPLES)
     for step in range(before + during):
-        move = lr * factor(w) * bowl.gradient(w, draws)
+        move = lr * way.factor(w) * bowl.gradient(w, draws)
         if step >= before and step % every == 0:
             excess += bowl.excess(w)
             force += sum(bowl.pushes(w))
-            long_steps += float((move.abs() > grid.spacing(w)).double().mean())
-        w = grid.rounded(w - move, draws)
+            long_steps += float((move.abs() > way.longest(w)).double().mean())
+        w = way.landed(w, move, draws)
     samples = len(range(before + -before % every, before + during, every))
     return Floor(
         format=name,

@@ -49,7 +49,8 @@ def step_taken(grid: Grid, start: Tensor, gradient: Tensor, power: float, lr: fl
     return grid.rounded(weight.detach(), None)
 
 
-def frozen(name: str, arm: str, ratio: float, weights: int = WEIGHTS) -> Frozen:
+def stays(name: str, arm: str, ratio: float, weights: int = WEIGHTS) -> tuple[Tensor, Tensor]:
+    """Return which weights one step is predicted not to move, and which it does not."""
     draws = torch.Generator().manual_seed(8)
     w = torch.randn(weights, generator=draws, dtype=torch.float64)
     grid = Grid.fitted(name, float(w.abs().max()))
@@ -59,13 +60,12 @@ def frozen(name: str, arm: str, ratio: float, weights: int = WEIGHTS) -> Frozen:
     rms, power = float(spacing.square().mean().sqrt()), POWERS[arm]
     moves = ratio * rms * (spacing / rms) ** power
     after = step_taken(grid, w, gradient, power, ratio * rms)
-    return Frozen(
-        format=name,
-        arm=arm,
-        ratio=ratio,
-        predicted=float((moves < gap_toward(grid, w, -gradient) / 2).double().mean()),
-        measured=float((after == w).double().mean()),
-    )
+    return moves < gap_toward(grid, w, -gradient) / 2, after == w
+
+
+def frozen(name: str, arm: str, ratio: float, weights: int = WEIGHTS) -> Frozen:
+    predicted, measured = (float(one.double().mean()) for one in stays(name, arm, ratio, weights))
+    return Frozen(format=name, arm=arm, ratio=ratio, predicted=predicted, measured=measured)
 
 
 def shares() -> list[Frozen]:

@@ -1,7 +1,8 @@
 """Lines and marks on two axes, as an SVG file: what the theory predicts, and what was measured.
 
-A prediction is a line, a measurement a mark with its error bar; each series has one color for both, and its
-name beside its last point. No dependency draws it, and any browser shows it.
+A prediction is a line, a measurement a mark with its standard error to both sides, as the chart itself says;
+each series has one color for both, and its name beside its last point. No dependency draws it, and any
+browser shows it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 50, 60  # margins; the names stand on the right
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by color-blind readers
 NAMES_APART = 16  # pixels
+MARGIN = 0.05  # of an axis, free at both ends
+KEY = "line: predicted; marks: measured, with standard errors"
 FONT = "font-family='sans-serif' font-size='13' fill='#222'"
 
 
@@ -46,8 +49,11 @@ class Axis:
     def over(cls, numbers: Iterable[float], start: float, end: float, logarithmic: bool = False) -> Axis:
         numbers = list(numbers)
         low, high = min(numbers), max(numbers)
-        margin = 0.0 if logarithmic else 0.05 * (high - low or 1.0)
-        return cls(low - margin, high + margin, start, end, logarithmic)
+        if logarithmic:
+            factor = (high / low) ** MARGIN
+            return cls(low / factor, high * factor, start, end, logarithmic)
+        margin = MARGIN * (high - low or 1.0)
+        return cls(low - margin, high + margin, start, end)
 
     def __call__(self, number: float) -> float:
         low, high, x = (math.log(n) if self.logarithmic else n for n in (self.low, self.high, number))
@@ -66,10 +72,10 @@ class Axis:
 
 
 def chart(title: str, x_name: str, y_name: str, series: Sequence[Series], logarithmic: bool = False) -> str:
-    """Return the SVG; `logarithmic` is of the x axis."""
+    """Return the SVG; `logarithmic` is of both axes."""
     points = [point for one in series for point in one.points]
     x = Axis.over((p[0] for p in points), LEFT, WIDTH - RIGHT, logarithmic)
-    y = Axis.over((p[1] for p in points), HEIGHT - BOTTOM, TOP)
+    y = Axis.over((p[1] for p in points), HEIGHT - BOTTOM, TOP, logarithmic)
     parts = [*_frame(title, x_name, y_name, x, y)]
     heights = _apart([y(one.points[-1][1]) for one in series])
     for one, color, height in zip(series, COLORS, heights, strict=False):
@@ -81,7 +87,8 @@ def chart(title: str, x_name: str, y_name: str, series: Sequence[Series], logari
 
 def _frame(title: str, x_name: str, y_name: str, x: Axis, y: Axis) -> Iterable[str]:
     """Yield the title, the axes' names, and a faint line with its number at each tick."""
-    yield _text(LEFT, 28, title, "font-size='15' font-weight='bold'")
+    yield _text(LEFT, 24, title, "font-size='15' font-weight='bold'")
+    yield _text(LEFT, 42, KEY, "font-size='12'")
     yield _text((x.start + x.end) / 2, HEIGHT - 16, x_name, "text-anchor='middle'")
     middle = (y.start + y.end) / 2
     yield _text(18, middle, y_name, f"text-anchor='middle' transform='rotate(-90 18 {middle})'")

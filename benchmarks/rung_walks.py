@@ -7,7 +7,7 @@ Flat ground: r is symmetric noise, |r| <= 1 (1/2 by value), and p = sum E|r| ove
   lies about sqrt(2 p ln N) octaves up.
 - Value rounding of w - r u keeps E[w]. On E7M0 up costs a gap of w, probability |r|, and down one of w/2,
   probability 2|r|: mean log2|w| falls by E|r|/2 a step, so by p/2 in all, and its variance grows by
-  3/2 E|r| - E|r|^2/4 a step.
+  3/2 E|r| - (E|r|)^2/4 a step.
 
 A bowl: in equilibrium rung rounding has E[g] = 0, so E[w] = w*. Value rounding under `update` moves by
 -lr E[u g], so E[u delta] = 0 and E[delta] = -Cov(u, delta)/E[u]: biased toward zero, where u is small.
@@ -70,11 +70,11 @@ def walk(format: Format, by_value: bool, steps: int, walkers: int = WALKERS) -> 
         yield (w.double() / FROM[by_value]).log2()
 
 
-def flat_ground(walkers: int = WALKERS) -> list[Fact]:
+def flat_ground(walkers: int = WALKERS, steps: int = STEPS) -> list[Fact]:
     """Return where E7M0's walk, which is one in whole octaves, has come to."""
-    e7m0, p = altgrad.get_format("E7M0"), STEPS * MEAN_STEP
-    by_rung = list(walk(e7m0, False, STEPS, walkers))
-    fallen = list(walk(e7m0, True, STEPS, walkers))[-1]
+    e7m0, p = altgrad.get_format("E7M0"), steps * MEAN_STEP
+    by_rung = list(walk(e7m0, False, steps, walkers))
+    fallen = list(walk(e7m0, True, steps, walkers))[-1]
     early, late = by_rung[EARLY - 1].exp2(), by_rung[-1]
     largest = late.view(-1, min(CROWD, walkers)).amax(1)
     facts = (
@@ -87,7 +87,7 @@ def flat_ground(walkers: int = WALKERS) -> list[Fact]:
             Estimate.of(largest),
         ),
         ("value rounding: mean log2(w/w0) = -p/2", -p / 2, Estimate.of(fallen)),
-        ("value rounding: Var log2(w)", STEPS * (1.5 * MEAN_STEP - MEAN_STEP**2 / 4), variance(fallen)),
+        ("value rounding: Var log2(w)", steps * (1.5 * MEAN_STEP - MEAN_STEP**2 / 4), variance(fallen)),
     )
     return [Fact(format="E7M0", what=what, predicted=x, measured=measured) for what, x, measured in facts]
 
@@ -103,11 +103,11 @@ def mean_of_largest(count: int = CROWD, nodes: int = 4096) -> float:
     return sum(NormalDist().inv_cdf(quantile ** (1 / count)) for quantile in quantiles) / nodes
 
 
-def curve(by_value: bool, walkers: int = 2048, marks: int = 10) -> list[tuple[float, float, float]]:
+def curve(by_value: bool, walkers: int = 8192, marks: int = 10) -> list[tuple[float, Estimate, Estimate]]:
     """Return (p, mean log2 w/w0, its variance) along E7M0's walk."""
     logs = walk(altgrad.get_format("E7M0"), by_value, STEPS, walkers)
     return [
-        (step * MEAN_STEP, float(log.mean()), float(log.var()))
+        (step * MEAN_STEP, Estimate.of(log), variance(log))
         for step, log in enumerate(logs, 1)
         if step % (STEPS // marks) == 0
     ]

@@ -99,7 +99,7 @@ def dead_zone_table(title: str, rows: Sequence[dead_zones.DeadZone]) -> Table:
     table = Table(
         "",
         *("arm", "formula", "predicted", "measured", "crossing", "left of start", "moving"),
-        title=f"T2, {title}: loss left by nearest rounding, over that of q = 0; * out of its regime",
+        title=f"T2, {title}: loss left by nearest rounding over that of q = 0; * out of regime or under way",
     )
     for row in rows:
         table.add_row(

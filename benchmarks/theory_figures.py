@@ -30,12 +30,10 @@ def floor_figure(sweep: list[Floor]) -> str:
     series = []
     for name in dict.fromkeys(row.format for row in sweep):
         rows = [row for row in sweep if row.format == name]
-        ratios = [row.excess.over(row.chain) for row in rows]
-        line = [(row.lr, 1.0) for row in rows]
-        marks = [(row.lr, ratio.value, ratio.error) for row, ratio in zip(rows, ratios, strict=True)]
-        series.append(Series(name, line, marks))
-    title = "Stochastic rounding: the floor, until steps outgrow gaps"
-    return chart(title, "learning rate", "excess loss / prediction", series, logarithmic=True)
+        line = [(row.lr, row.chain) for row in rows]
+        series.append(Series(name, line, [(row.lr, row.excess.value, row.excess.error) for row in rows]))
+    title = "Stochastic rounding, plain descent: one floor, until steps outgrow gaps"
+    return chart(title, "learning rate", "excess loss per weight", series, logarithmic=True)
 
 
 def dead_zone_figure() -> str:
@@ -52,8 +50,8 @@ def dead_zone_figure() -> str:
         rows = [run.relative_to(base, "E3M12").measured for run in runs]
         marks = [(q, row.value, row.error) for q, row in zip(POWERS, rows, strict=True)]
         series.append(Series(f"matched by {norm}", line, marks))
-    title = "Nearest rounding, 12 mantissa bits: loss left by S^q"
-    return chart(title, "q", "loss / loss at q = 0", series)
+    title = "Nearest rounding, E3M12: loss left by steps times S^q"
+    return chart(title, "q", "loss left / loss left at q = 0", series)
 
 
 def left(grid: Grid, bowl: Bowl, arm: Arm) -> Run:
@@ -62,15 +60,16 @@ def left(grid: Grid, bowl: Bowl, arm: Arm) -> Run:
 
 def walk_figure() -> str:
     slopes = {
-        "rung: variance": (False, 2, 1.0),
-        "rung: mean": (False, 1, 0.0),
-        "value: mean": (True, 1, -0.5),
+        "rung rounding: variance": (False, 2, 1.0),
+        "rung rounding: mean": (False, 1, 0.0),
+        "value rounding: mean": (True, 1, -0.5),
     }
     walks = {by_value: curve(by_value) for by_value in (False, True)}
     series = []
     for name, (by_value, column, slope) in slopes.items():
         points = walks[by_value]
         line = [(0.0, 0.0), *((p[0], slope * p[0]) for p in points)]
-        series.append(Series(name, line, [(p[0], p[column], 0.0) for p in points]))
+        marks = [(p[0], p[column].value, p[column].error) for p in points]
+        series.append(Series(name, line, marks))
     title = f"E7M0 on flat ground, {STEPS} steps: log2(w/w0)"
-    return chart(title, "p = sum of E|r|", "octaves, or octaves squared", series)
+    return chart(title, "p = sum of E|r|, in rungs", "mean, octaves; variance, octaves squared", series)
