@@ -17,7 +17,7 @@ and for any other optimizer what its `momentum_of(weight)` says. Residuals are t
 Limits. The two residuals are taken for equal, so that a weight circles its optimum within about half a
 spacing. The rate is the last step's: after a jump of lr, what is given back is off by its ratio. At a rate of
 0 nothing is given. Behind a fixed scale a saturated weight has residuals without end; they are cut off at
-half the widest gap, so that its moment does not wind up.
+half the widest spacing, so that its moment does not wind up.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ErrorCompensation:
         self._optimizer = optimizer
         self._weights = list(weights)
         self._momentum_of = _reader(optimizer)
-        self._widest = [float(format.values.diff().max()) for format in formats]
+        self._widest = [float(format.spacing(format.values).max()) for format in formats]
         for weight in weights:
             _refuse_without_moment(optimizer, weight)
 

@@ -8,11 +8,11 @@ in geometry and not in who may grow.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +24,7 @@ OF_THE_WEIGHT = ("rms", "rescales")
 
 STATE = ("exponents", "seen", *OF_THE_WEIGHT)
 
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _SLACK = 2.0**-20  # of a range that need not be exact: whatever is outside is worked out
 
 
@@ -34,6 +35,10 @@ class HostScale(NamedTuple):
     """The lowest and the largest grid value within the bound, times the scale; infinite without a bound."""
     quiet: tuple[float, float]
     """The scale stays as it is where low < amax <= high, of weights before rounding."""
+
+
+Kind = tuple[Format, float]
+"""A format and a margin: scales of one kind follow from their amax alike."""
 
 
 class GridScales:
@@ -73,12 +78,13 @@ class GridScales:
         self.bound = bound
         self.shrink_early = shrink_early
         self._fitted = torch.tensor(list(fitted), device=device)
-        moving = [one and other for one, other in zip(fitted, adaptive, strict=True)]
-        self._adaptive = torch.tensor(moving, device=device)
-        self.may_move = any(moving)
-        self._margins = list(margins or [1.0] * len(self.scales))
+        self._moving = [one and other for one, other in zip(fitted, adaptive, strict=True)]
+        self._adaptive = torch.tensor(self._moving, device=device)
+        self.may_move = any(self._moving)
         self._host: list[HostScale] | None = None
-        self._kinds = _positions(list(zip(formats, self._margins, strict=True)), device)
+        self._host_bounds: list[float] | None = None
+        self._kind_of: list[Kind] = list(zip(formats, margins or [1.0] * len(self.scales), strict=True))
+        self._kinds = _positions(self._kind_of, device)
         amax = scaling.amax(weights) if weights else torch.zeros(0, dtype=torch.float64)
         self.rms = rms_of(weights) if weights else torch.zeros(0)
         self.seen = scaling.usable(amax)
@@ -86,8 +92,9 @@ class GridScales:
         for (format, margin), at in self._kinds.items():
             self.exponents[at] = scaling.fitted_exponent(amax[at], format, margin).to(torch.int32)
         self.rescales = torch.zeros_like(self.exponents)
-        shifts = [math.frexp(factor)[1] - 1 for factor in adjustments or [1.0] * len(self.scales)]
-        self._shifts = torch.tensor(shifts, dtype=torch.int32, device=device)
+        factors = adjustments or [1.0] * len(self.scales)
+        self._shift_of = [math.frexp(factor)[1] - 1 for factor in factors]
+        self._shifts = torch.tensor(self._shift_of, dtype=torch.int32, device=device)
         self._write()
 
     def adapt(self, amax: Tensor) -> None:
@@ -105,6 +112,28 @@ class GridScales:
         self.exponents.copy_(moved)
         self._write()
 
+    def adapt_some(self, amax: Mapping[int, float]) -> None:
+        """Do what `adapt` does, on a CPU, for weights at some places, at the cost of these."""
+        if not self.may_move or not amax:
+            return
+        for place, one in amax.items():
+            self._adapt_one(place, one)
+        if self._host is not None:
+            new = dict(zip(amax, self._hosts(list(amax)), strict=True))
+            self._host = [new.get(place, one) for place, one in enumerate(self._host)]
+
+    def _adapt_one(self, place: int, amax: float) -> None:
+        before, seen = int(self.exponents[place]), bool(self.seen[place])
+        if not seen and 0 < amax < math.inf:
+            self.seen[place] = True
+        if not self._moving[place]:
+            return
+        now = scaling.adapted_number(before, seen, amax, *self._kind_of[place], self.shrink_early)
+        if now != before:
+            self.exponents[place] = now
+            self.rescales[place] += 1
+            self.scales[place].fill_(2.0 ** scaling.clamped(now + self._shift_of[place]))
+
     def limits(self) -> Tensor | None:
         """Return the lowest and the largest grid value within each weight's bound; None: no bound.
 
@@ -119,35 +148,61 @@ class GridScales:
             limits[at] = format.quantize(limits[at], rounding="toward_zero")
         return limits
 
-    def on_host(self) -> list[HostScale]:
-        """Return what a step on a CPU needs of the weights' scales; waits for another device."""
-        if self._host is None:
+    def limits_at(self, places: Collection[int]) -> dict[int, Tensor] | None:
+        """Return the rows of `limits` of some weights, by place: on a CPU at the cost of these."""
+        if len(places) == len(self.scales) or not self.exponents.is_cpu:
             limits = self.limits()
-            rows = [(-math.inf, math.inf)] * len(self.scales) if limits is None else limits.tolist()
-            quiet = self._quiet()
-            self._host = [
-                HostScale(limits=(low, high), quiet=one) for (low, high), one in zip(rows, quiet, strict=True)
-            ]
+            return None if limits is None else {place: limits[place] for place in places}
+        if not self.bound:
+            return None
+        host = self.on_host()
+        return {
+            place: torch.tensor(host[place].limits, dtype=torch.float32, device="cpu") for place in places
+        }
+
+    def on_host(self) -> list[HostScale]:
+        """Return what a step on a CPU needs of the weights' scales; waits for another device.
+
+        The list is made anew when a scale moves, and never written to.
+        """
+        if self._host is None:
+            bounds = self.bounds()
+            self._host_bounds = None if bounds is None else bounds.tolist()
+            self._host = self._hosts(range(len(self.scales)))
         return self._host
 
-    def _quiet(self) -> list[tuple[float, float]]:
-        """Return for each weight a range (low, high] of amax in which `adapt` surely leaves its scale."""
-        ranges = [(-1.0, math.inf)] * len(self.scales)
-        adaptive, seen, exponents = (one.tolist() for one in (self._adaptive, self.seen, self.exponents))
-        for (format, margin), at in self._kinds.items():
-            for index in (index for index in at.tolist() if adaptive[index]):
-                ranges[index] = self._quiet_range(format, margin, exponents[index], seen[index])
-        return ranges
+    def _hosts(self, places: Sequence[int]) -> list[HostScale]:
+        exponents, seen = self.exponents.tolist(), self.seen.tolist()
+        return [
+            HostScale(
+                limits=self._host_limits(place), quiet=self._quiet(place, exponents[place], seen[place])
+            )
+            for place in places
+        ]
 
-    def _quiet_range(self, format: Format, margin: float, exponent: int, seen: bool) -> tuple[float, float]:
+    def _host_limits(self, place: int) -> tuple[float, float]:
+        """Return a weight's row of `limits`."""
+        if self._host_bounds is None:
+            return -math.inf, math.inf
+        format, _ = self._kind_of[place]
+        values, multiple = format.values.numpy(), self._host_bounds[place] * float(self.scales[place])
+        most = np.float32(min(multiple, _LARGEST_FLOAT))
+        low = values[values.searchsorted(-most)]
+        return -abs(float(low)), float(values[values.searchsorted(most, side="right") - 1])
+
+    def _quiet(self, place: int, exponent: int, seen: bool) -> tuple[float, float]:
+        """Return a range (low, high] of amax in which `adapt` surely leaves a weight's scale."""
+        if not self._moving[place]:
+            return -1.0, math.inf
         if not seen:
             return math.inf, math.inf  # none: the first positive amax sets the scale
+        format, margin = self._kind_of[place]
         unit = math.ldexp(1.0, -exponent)
         slack = 0.0 if margin == 1.0 else _SLACK  # a quotient by a power of two is exact
         high = format.largest * unit / margin * (1 - slack)
         low = format.largest * unit / 4 / margin * (1 + slack)
         if not self.shrink_early:  # then the scale shrinks only for what rounds past the largest value
-            high = max(high, _last_midpoint(format) * unit * (1 - _SLACK))
+            high = max(high, scaling.last_midpoint(format)[0] * unit * (1 - _SLACK))
         return low, high
 
     def bounds(self) -> Tensor | None:
@@ -197,16 +252,9 @@ def rms_of(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.double().square().mean().sqrt().float() for weight in weights])
 
 
-@functools.lru_cache(maxsize=64)
-def _last_midpoint(format: Format) -> float:
-    """Return half a gap past the largest value: what is below rounds to it."""
-    top = torch.tensor([format.largest], dtype=torch.float64)
-    return format.largest + float(format.spacing(top)[0]) / 2
-
-
-def _positions(kinds: Sequence[Any], device: torch.device) -> dict[Any, Tensor]:
+def _positions(kinds: Sequence[Kind], device: torch.device) -> dict[Kind, Tensor]:
     """Return where each distinct kind stands: kind to a 1-d index tensor."""
-    found: dict[Any, list[int]] = {}
+    found: dict[Kind, list[int]] = {}
     for index, kind in enumerate(kinds):
         found.setdefault(kind, []).append(index)
     return {kind: torch.tensor(indices, device=device) for kind, indices in found.items()}

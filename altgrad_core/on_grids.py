@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -34,16 +34,17 @@ class OnGrids:
     def round(
         self,
         places: Collection[int],
-        streams: Tensor | None,
+        streams: Mapping[int, Tensor] | None,
         keeper: ErrorFeedback | ErrorCompensation | None,
     ) -> None:
         """Round weights to their grids and limit them there, and give their residuals to the keeper.
 
-        streams: the keys of all weights' random streams, (n, 2); None: to nearest even.
+        streams: the keys of the weights' random streams, (2,), by place; None: to nearest even.
         """
         if not places:
             return
-        limits, bounds = self.scales.limits(), self.scales.bounds()
+        limits = self.scales.limits_at(places)
+        bounds = None if keeper is None else self.scales.bounds()
         for chosen, weights, row, scale in self._rows(places):
             unrounded = row.of(weights)
             keys = None if streams is None else row.keys([streams[place] for place in chosen])

@@ -23,6 +23,7 @@ their grid at every fluctuation. Everything is tensors on the tensor's device; n
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -167,7 +168,11 @@ _bits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def empty_exponent(format: Format) -> int:
     """Return k where there is no amax yet: as if amax were 1 under a power-of-two largest value."""
-    k = math.frexp(format.largest)[1] - 1
+    return clamped(math.frexp(format.largest)[1] - 1)
+
+
+def clamped(k: int) -> int:
+    """Return the exponent of a scale, or the nearest at which it and its inverse are normal float32."""
     return max(-LARGEST_EXPONENT, min(LARGEST_EXPONENT, k))
 
 
@@ -209,3 +214,29 @@ def adapted(
         smaller = smaller & ~torch.isfinite(rounded)
     moved = torch.where(smaller, fitted, torch.where(fitted >= k + 2, k + 1, k))
     return torch.where(usable(amax), torch.where(seen, moved, fitted), k)
+
+
+def adapted_number(k: int, seen: bool, amax: float, format: Format, margin: float, shrink_early: bool) -> int:
+    """Return what `adapted` does of one tensor, from numbers: on a CPU in a hundredth of the time."""
+    if not 0 < amax < math.inf:
+        return k
+    fitted = clamped((_bits(format.largest) - _bits(amax * margin)) >> _MANTISSA_BITS)
+    if not seen:
+        return fitted
+    if fitted < k:
+        return fitted if shrink_early or _rounds_past(amax * 2.0**k, format) else k
+    return k + 1 if fitted >= k + 2 else k
+
+
+def _rounds_past(x: float, format: Format) -> bool:
+    """Whether a magnitude rounds past the largest value, to nearest even."""
+    midpoint, tie_does = last_midpoint(format)
+    return x > midpoint or (x == midpoint and tie_does)
+
+
+@functools.lru_cache(maxsize=64)
+def last_midpoint(format: Format) -> tuple[float, bool]:
+    """Return half a gap past the largest value, and whether that rounds past it; what is below does not."""
+    top = torch.tensor([format.largest], dtype=torch.float64, device="cpu")
+    midpoint = top + format.spacing(top) / 2
+    return float(midpoint), bool(format.quantize(midpoint, overflow="ieee").isfinite().logical_not())

@@ -231,8 +231,11 @@ class GridStorage:
         looked_at = {weight for one in onlookers for weight in one} if left else ()
         self._keep_unrounded(index for index in left if self.weights[index] in looked_at)
         if left and self.scales.may_move:
-            found = scaling.amax([self.weights[index].detach() for index in left]).unbind()
-            self.scales.adapt(among(len(self.weights), dict(zip(left, found, strict=True))))
+            found = scaling.amax([self.weights[index].detach() for index in left])
+            if landed:  # on a CPU, where a loop has read values already
+                self.scales.adapt_some(dict(zip(left, found.tolist(), strict=True)))
+            else:
+                self.scales.adapt(among(len(self.weights), dict(zip(left, found.unbind(), strict=True))))
         self._round(rounding, left, self.feedback or self._compensation)
 
     def _keep_unrounded(self, places: Iterable[int]) -> None:
@@ -250,15 +253,18 @@ class GridStorage:
         self, rounding: str, places: Collection[int], keeper: ErrorFeedback | ErrorCompensation | None
     ) -> None:
         """Round weights to their grids and limit them there, and give their residuals to the keeper."""
-        streams = self._streams() if rounding == "stochastic" and places else None
+        streams = self._streams(places) if rounding == "stochastic" and places else None
         self._on_grids().round(places, streams, keeper)
 
     def _on_grids(self) -> OnGrids:
         return OnGrids(self.weights, self._formats, self.scales)
 
-    def _streams(self) -> Tensor:
-        """Return the keys of the weights' random streams in this step, (n, 2)."""
-        return stream_key_table(self.seed, self.counter, range(len(self.weights)), self.weights[0].device)
+    def _streams(self, places: Collection[int]) -> dict[int, Tensor]:
+        """Return the keys of weights' random streams in this step, (2,), by place."""
+        every = range(len(self.weights))
+        numbers = every if len(places) == len(every) else list(places)  # a range is made on the device
+        table = stream_key_table(self.seed, self.counter, numbers, self.weights[0].device)
+        return dict(zip(numbers, table.unbind(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs beside the weights."""

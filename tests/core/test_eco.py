@@ -226,6 +226,23 @@ def test_the_scale_shrinks_only_if_a_weight_rounds_past_the_largest_value(unifor
     assert (quantizer_of(weight).scale.item(), weight.item() * 128) == (1, 127)
 
 
+class WideTop(Format):
+    """A format whose last spacing is twice the gap below it, as that of an ExMy without mantissa bits."""
+
+    def _spacing(self, x):
+        return torch.where(x.abs() < self.largest, 1.0, 2.0) * super()._spacing(x)
+
+
+def test_a_weight_at_the_end_is_given_back_as_much_as_its_spacing_lets_rounding_take():
+    format = WideTop(name="WIDE_TOP", bits=3, values=[-2.0, -1.0, 0.0, 1.0, 2.0])
+    weight, optimizer = stored(
+        [2.0], format, lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5), scale_mode="initial"
+    )
+    give(weight, optimizer, -0.75)
+    assert weight.item() == 2.0
+    assert optimizer.state[weight]["momentum_buffer"].item() == -0.75 - 0.75
+
+
 @pytest.mark.parametrize("options", [{"scale_mode": "initial"}, {"bound": 1.5}], ids=["scale", "bound"])
 def test_against_a_wall_the_moment_does_not_wind_up(uniform, options):
     weight, optimizer = stored([0.5], uniform, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), **options)

@@ -150,9 +150,10 @@ def test_it_is_the_values_that_make_a_format_wide_not_its_name(table):
 
 
 def next_k(format, k, amax, *, seen=True, margin=1.0, shrink_early=True):
-    return scaling.adapted(
-        ints(k), torch.tensor([seen]), floats(amax), format, margin, shrink_early
-    ).tolist()[0]
+    how = format, margin, shrink_early
+    (found,) = scaling.adapted(ints(k), torch.tensor([seen]), floats(amax), *how).tolist()
+    assert scaling.adapted_number(k, seen, floats(amax).item(), *how) == found
+    return found
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,22 @@ def test_far_past_the_largest_the_scale_shrinks_whatever_the_format(formats):
         k = int(scaling.fit_exponent(floats(1e-3), format))
         fitted = int(scaling.fit_exponent(floats(amax), format))
         assert next_k(format, k, amax, shrink_early=False) == next_k(format, k, amax) == fitted, format
+
+
+@pytest.mark.parametrize("margin", [1.0, 1.3])
+@pytest.mark.parametrize("shrink_early", [True, False])
+def test_around_every_limit_numbers_and_tensors_move_alike(formats, margin, shrink_early):
+    for format in formats:
+        last, past = format.largest, scaling.last_midpoint(format)[0]
+        for limit in (last, last / margin, past, past / margin, last / 4, last / 4 / margin):
+            for amax in (math.nextafter(limit, 0), limit, math.nextafter(limit, math.inf)):
+                found = scaling.adapted(
+                    ints(-3),
+                    torch.tensor([True]),
+                    torch.tensor([amax * 8], dtype=torch.float64),
+                    *(format, margin, shrink_early),
+                )
+                assert scaling.adapted_number(-3, True, amax * 8, format, margin, shrink_early) == found
 
 
 def test_all_tensors_move_at_once_each_by_its_own_rule(uniform):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 
 from altgrad_core.hookspecs import Component, hookimpl
-from altgrad_core.options import StiffnessChoice, above, at_least, option, within
+from altgrad_core.options import StiffnessChoice, above, at_least, between, option, within
 
 if TYPE_CHECKING:
     from torch.optim import AdamW as AdamW
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 PLACEMENTS = {"gradient": (1.0, 0.0), "update": (0.0, 1.0), "both": (1.0, 1.0)}
 """Placement to the exponents (p, q) of delta w = -lr * S^q * Adam(S^p * g)."""
+
+MOST_RUNGS = 2**16
+"""The largest rung_clip of GridOptim: no format of up to 16 bits has more rungs."""
 
 _BETAS = "decay of the first and second moment's averages"
 _DECAY = "decoupled decay of matrices; vectors have none"
@@ -131,14 +134,20 @@ class GridOptimOptions:
     rounding: Literal["rung", "value"] = option("what is rounded stochastically", default="rung")
     momentum: float = option("of the velocity", default=0.9, validator=within(0, 1))
     betas: tuple[float, float] = option(
-        _BETAS + " (normalize = adam)", default=(0.9, 0.95), validator=within(0, 1)
+        _BETAS + " (normalize = adam, and unquantized parameters)",
+        default=(0.9, 0.95),
+        validator=within(0, 1),
     )
     eps: float = option("added to the square root of the second moment", default=1e-8, validator=at_least(0))
     weight_decay: float = option(
-        "coupled under none, decoupled under adam", default=0.0, validator=at_least(0)
+        "coupled under none, decoupled under adam and of unquantized matrices",
+        default=0.0,
+        validator=at_least(0),
     )
     decay_lr: float = option("rate of the decay under adam", default=1e-3, validator=at_least(0))
-    rung_clip: float = option("largest move in one step", unit="rungs", default=10.0, validator=above(0))
+    rung_clip: float = option(
+        "largest move in one step", unit="rungs", default=10.0, validator=[above(0), between(0, MOST_RUNGS)]
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -240,3 +249,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

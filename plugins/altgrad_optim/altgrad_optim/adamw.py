@@ -7,7 +7,7 @@ c2 = 1 - b2^t:   w <- (1 - lr*decay)*w - lr * (m/c1) / (sqrt(v)/sqrt(c2) + eps).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,18 @@ def moments(state: dict[str, Any], parameter: Tensor, *names: str, step_device: 
     for name in names:
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def states_of(
+    states: Mapping[Tensor, dict[str, Any]], parameters: Sequence[Tensor], *names: str
+) -> list[dict[str, Any]]:
+    """Return the states of an optimizer's parameters, those that lack something with their `moments`."""
+    needed, found = {"step", *names}, [states[parameter] for parameter in parameters]
+    for state, parameter in zip(found, parameters, strict=True):
+        whole = state.keys() >= needed and state["step"].is_cpu and state["step"].dtype == torch.float32
+        if not whole:  # asked first, for all weights in every step
+            moments(state, parameter, *names)
+    return found
 
 
 def plain_step(

@@ -120,9 +120,10 @@ def split_by_grid(
     """
     gridded, plain = [], []
     for index, parameter in enumerate(group["params"]):
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
             continue
-        refuse_sparse(parameter.grad)
+        refuse_sparse(gradient)
         grid = grid_of(group, index)
         if grid is None:
             plain.append(parameter)

@@ -26,7 +26,7 @@ Source: stochastic rounding of integer updates, Gupta et al., arXiv 1502.02551.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import not_compiled
 from altgrad_core.random_bits import draw_seed
 from altgrad_core.storage_options import SCALE_MODES, STORAGE_ROUNDINGS
-from altgrad_optim import GridOptimOptions, one_pass, row_steps
+from altgrad_optim import MOST_RUNGS, GridOptimOptions, one_pass, row_steps
 from altgrad_optim.adamw import plain_step
 from altgrad_optim.base import (
     GeometryOptimizer,
@@ -48,14 +48,11 @@ from altgrad_optim.base import (
     refuse_out_of_range,
     schedule_factor,
 )
-from altgrad_optim.grid_state import RUNG_COORDINATE, carry_over, refuse_other_storage, started
-from altgrad_optim.members import Member, circumstances, members, scales_of, taken_over, with_gradients
+from altgrad_optim.grid_state import RUNG_COORDINATE, carry_over, refuse_other_storage
+from altgrad_optim.members import Member, Taken, circumstances, members, scales_of, take_over, with_gradients
 from altgrad_optim.snapping import claim, snap
 
 STORAGES = ("grid", "master")
-
-MOST_RUNGS = 2**16
-"""The largest rung_clip: no format of up to 16 bits has more rungs."""
 
 
 class GridOptim(GeometryOptimizer):
@@ -91,8 +88,6 @@ class GridOptim(GeometryOptimizer):
         "scales",
         "watch",
         "intended",
-        "flips",
-        "updates",
         "_taken",
         "_members",
         "_placed",
@@ -132,8 +127,7 @@ class GridOptim(GeometryOptimizer):
         self.scales: GridScales | None = None
         self.watch = False
         self.intended: dict[Tensor, Tensor] = {}
-        self.flips, self.updates = torch.zeros((2,), dtype=torch.int64).unbind()
-        self._taken: list[one_pass.Taken | row_steps.Landed] = []
+        self._taken: list[Taken] = []
         self._members: list[Member] = []
         self._placed: list[list[Member | None]] = []
         self._settled: list[Any] = []
@@ -172,12 +166,24 @@ class GridOptim(GeometryOptimizer):
         self._taken, self.intended = [], {}
         for group, placed in zip(self.param_groups, self._placed, strict=True):
             moving, plain = with_gradients(group["params"], placed)
-            left = self._take_in_one_pass(group, moving)
-            self._taken += row_steps.taken(self, group, left)
+            taken, left = one_pass.take(self, group, moving)
+            self._taken += [*taken, *row_steps.take(self, group, left)]
             plain_step(self, group, plain, plain_lr(group))
-        self._count()
         self.counter += 1
         return loss
+
+    @property
+    def flips(self) -> Tensor:
+        return self._totals()[0]
+
+    @property
+    def updates(self) -> Tensor:
+        return self._totals()[1]
+
+    def _totals(self) -> Tensor:
+        """Add up the flips and updates of the last step's weights: (2,)."""
+        totals = [taken.counts.sum(0) for taken in self._taken]
+        return torch.stack(totals).sum(0) if totals else torch.zeros((2,), dtype=torch.int64)
 
     @property
     def counts(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
@@ -189,31 +195,12 @@ class GridOptim(GeometryOptimizer):
             found |= dict(zip(weights, rows, strict=True))
         return found
 
-    def started(self, group: dict[str, Any], weight: Tensor) -> list[Tensor]:
-        """Return the weight's moments, or its velocity, made at its first step."""
-        return started(self.state[weight], group, weight)
-
-    def _take_in_one_pass(self, group: dict[str, Any], members: Sequence[Member]) -> list[Member]:
-        """Move and land weights by the loops in C, and return those that there are none for."""
-        taken = one_pass.taken(self, group, members)
-        if taken is None:
-            return list(members)
-        self._taken.append(taken)
-        done = {member.index for member in taken.members}
-        return [member for member in members if member.index not in done]
-
     def decay(self, group: dict[str, Any]) -> float:
         """Return the factor of the decay: of w in the gradient, or under Adam of w in spacings."""
         decay = float(group["weight_decay"])
         if group["normalize"] == "none" or not decay:
             return decay
         return float(group["decay_lr"]) * schedule_factor(group) * decay
-
-    def _count(self) -> None:
-        """Add up the flips and updates of the step's weights."""
-        totals = [taken.counts.sum(0) for taken in self._taken]
-        total = torch.stack(totals).sum(0) if totals else torch.zeros((2,), dtype=torch.int64)
-        self.flips, self.updates = total.unbind()
 
     # --- which weights move in rungs, and their first snap -------------------------------------------
 
@@ -252,7 +239,7 @@ class GridOptim(GeometryOptimizer):
         if self.scales is None:
             return
         if scales_before is not None:
-            taken_over(self.scales, found, scales_before, before, changed)
+            take_over(self.scales, found, scales_before, before, changed)
         known = {one.identity for one in before}
         snap(self, [one for one in found if one.identity not in known or id(one.weight) in changed])
         claim(found)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
-from altgrad_optim.adamw import moments
 from altgrad_optim.members import Member
 
 RUNG_COORDINATE = "rung_coordinate"
@@ -17,13 +14,6 @@ RUNG_COORDINATE = "rung_coordinate"
 def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
     """Return what the state of a weight that moves in rungs holds beside its steps."""
     return ("velocity",) if group["normalize"] == "none" else ("exp_avg", "exp_avg_sq")
-
-
-def started(state: dict[str, Any], group: dict[str, Any], weight: Tensor) -> list[Tensor]:
-    """Return the weight's moments, or its velocity, made at its first step."""
-    names = moment_names(group)
-    moments(state, weight, *names)
-    return [state[name] for name in names]
 
 
 def carry_over(state: dict[str, Any], group: dict[str, Any], *, in_rungs: bool) -> None:

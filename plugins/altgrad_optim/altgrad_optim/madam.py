@@ -28,7 +28,7 @@ from torch import Tensor
 
 from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_optim import MadamOptions
-from altgrad_optim.adamw import moments, plain_step
+from altgrad_optim.adamw import plain_step, states_of
 from altgrad_optim.base import (
     GeometryOptimizer,
     evaluated,
@@ -94,9 +94,8 @@ class Madam(GeometryOptimizer):
         return loss
 
     def _update(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        states = [self.state[weight] for weight in weights]
+        states = states_of(self.state, weights, "exp_avg_sq")
         for state, weight in zip(states, weights, strict=True):
-            moments(state, weight, "exp_avg_sq")
             state["step"] += 1
             if group["bound"] and "limit" not in state:
                 state["limit"] = limit_of(weight, group["bound"])

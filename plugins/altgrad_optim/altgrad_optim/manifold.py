@@ -35,7 +35,7 @@ from altgrad_core.hookspecs import OptimizerInputs
 from altgrad_core.kernels import flat
 from altgrad_core.rows import Row, in_rows
 from altgrad_optim import ManifoldAdamWOptions, manifold_pass, position
-from altgrad_optim.adamw import adamw_direction, moments, plain_step
+from altgrad_optim.adamw import adamw_direction, plain_step, states_of
 from altgrad_optim.base import Gridded, evaluated, plain_lr, refuse_others, schedule_factor
 from altgrad_optim.placement import exponents
 from altgrad_optim.position import Position
@@ -56,7 +56,7 @@ class ManifoldAdamW(StiffnessOptimizer):
         schedule) where lr is not in weight units (q != 0 under normalize="none").
     other_lr: learning rate of the parameters that have no grid: plain AdamW.
     track_position: whether to count how far each weight with a grid moves, in ULPs; see `position`. It costs
-        a buffer and two passes over the weights.
+        a buffer, and on a CPU half as much time again.
     Raises ValueError on options out of range.
     """
 
@@ -115,17 +115,22 @@ class ManifoldAdamW(StiffnessOptimizer):
         for group in self.param_groups:
             gridded, borrowing, plain = self.by_geometry(group)
             tracked = gridded if group.get("track_position") else []
-            before = position.starts(tracked)
-            self._update(group, [*gridded, *borrowing])
-            position.advance(self.state, tracked, before)
+            self._update(group, [*gridded, *borrowing], position.begun(self.state, tracked))
             plain_step(self, group, plain, plain_lr(group))
         return loss
 
-    def _update(self, group: dict[str, Any], gridded: Sequence[Gridded]) -> None:
-        """Take the step of a group's weights that have a grid: those that can, in one call in C."""
-        for weight, *_ in gridded:
-            moments(self.state[weight], weight, "exp_avg", "exp_avg_sq")
-        self._update_in_rows(group, manifold_pass.step(self, group, gridded))
+    def _update(self, group: dict[str, Any], gridded: Sequence[Gridded], positions: Sequence[Tensor]) -> None:
+        """Take the step of weights that have a geometry, and count how far the first of them move.
+
+        Those that can, in one call in C; positions of others in torch.
+        """
+        states_of(self.state, [weight for weight, *_ in gridded], "exp_avg", "exp_avg_sq")
+        places = [*positions, *[None] * (len(gridded) - len(positions))]
+        these = manifold_pass.found(self, group, gridded, places)
+        uncounted = [gridded[place] for place in these.uncounted]
+        before = position.starts(uncounted)
+        self._update_in_rows(group, manifold_pass.step(self, group, gridded, these))
+        position.advance(self.state, uncounted, before)
 
     def left_by_decay(self, group: dict[str, Any]) -> float:
         """Return what decay leaves of a weight in one step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from torch import Tensor
@@ -45,6 +45,14 @@ class Member:
         return low, high
 
 
+class Taken(NamedTuple):
+    """What a step did to some weights."""
+
+    members: Sequence[Member]
+    counts: Tensor
+    """(n, 2) int64: of each how many elements changed, and how many have a non-zero gradient."""
+
+
 def members(groups: Iterable[dict[str, Any]], storage: str) -> list[Member]:
     """Return the weights that have a grid; under "grid" storage not those whose rule says "master"."""
     found: list[Member] = []
@@ -81,7 +89,7 @@ def scales_of(
     )
 
 
-def taken_over(
+def take_over(
     scales: GridScales,
     found: Sequence[Member],
     scales_before: GridScales,
@@ -121,9 +129,10 @@ def with_gradients(
     """
     moving, plain = [], []
     for parameter, member in zip(parameters, members, strict=True):
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
             continue
-        refuse_sparse(parameter.grad)
+        refuse_sparse(gradient)
         if member is None:
             plain.append(parameter)
         else:

@@ -6,9 +6,11 @@ steps.c, whose fields are all eight bytes wide.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core import native
+from altgrad_core.grid_scales import HostScale
 
 _SOURCE = Path(__file__).with_name("steps.c")
 PIECE = 1024  # as in steps.c
@@ -61,6 +64,7 @@ def _loops() -> ctypes.CDLL | None:
         count = ctypes.c_int64
         loops.manifold_steps.argtypes = [count, *[_ADDRESS] * 4, count, _WORD]
         loops.grid_steps.argtypes = [count, *[_ADDRESS] * 6, count, _WORD, _ADDRESS]
+        loops.grid_steps.restype = count
         loops.grid_land.argtypes = [count, *[_ADDRESS] * 4, ctypes.c_uint64, _WORD]
         loops.grid_land.restype = None
     return loops
@@ -85,9 +89,12 @@ class ManifoldMove(NamedTuple):
     second_moment: int
     counter: int  # 0-d float32: the steps taken so far
     stiffness: int  # 0: the format's spacing at the scale
-    spacings: int
+    spacings: int  # of the stiffness
     context: int
     scale: int
+    position: int  # 0, or where the spacings that it has moved are counted
+    ulps: int  # the format's spacings
+    format: int  # and their context
     elements: int
 
 
@@ -96,7 +103,7 @@ class ManifoldTable:
 
     def __init__(self, moves: Sequence[ManifoldMove]) -> None:
         self.sizes = [move.elements for move in moves]
-        self.addresses = _table(moves, torch.int64)
+        self.addresses = _table(moves)
 
     def take_stiffness(self, row: int, place: int) -> None:
         """Have the stiffness of one weight read from this address."""
@@ -151,6 +158,8 @@ class GridMove(NamedTuple):
     context: int
     scale: int
     number: int  # of its random stream
+    least_rung: int  # of the format
+    most_rung: int
     elements: int
 
 
@@ -159,30 +168,20 @@ class GridTable:
 
     def __init__(self, moves: Sequence[GridMove]) -> None:
         self.sizes = [move.elements for move in moves]
-        self.addresses = _table(moves, torch.int64)
-        self._intended = [move.intended for move in moves]
+        self.addresses = _table(moves)
+        self._intended: list[int] = []
 
     def leave_intended(self, places: list[int]) -> None:
-        """Have -r left at these addresses, one a weight; 0: nowhere."""
+        """Have -r left at these addresses, one a weight; none: nowhere."""
         if places != self._intended:
             self._intended = places
-            self.addresses[:, GridMove._fields.index("intended")] = torch.tensor(places, device="cpu")
+            column = self.addresses[:, GridMove._fields.index("intended")]
+            column.copy_(torch.tensor(places or 0, device="cpu"))
 
 
-class GridNumbers(NamedTuple):
-    """What limits one weight's step, in the order of steps.c."""
-
-    limits: tuple[float, float]
-    """Of the values, in scaled units."""
-    rungs: tuple[int, int]
-    """The format's first and last."""
-    quiet: tuple[float, float]
-    """The range (low, high] of amax in which the scale stays."""
-
-
-def numbers_table(rows: Sequence[GridNumbers]) -> Tensor:
-    """Return the numbers of a group's weights, as the loops read them."""
-    return _table([[number for pair in row for number in pair] for row in rows], torch.float64)
+def ranges_table(scales: Iterable[HostScale]) -> array.array[float]:
+    """Return what limits the steps of weights with these scales, as the loops read it."""
+    return _numbers(number for scale in scales for pair in scale for number in pair)
 
 
 class Left(NamedTuple):
@@ -208,16 +207,14 @@ class Rescaled(NamedTuple):
 class GridSteps:
     """One step of GridOptim's weights, taken when this is made; what is `left` waits for `land`.
 
-    numbers: `numbers_table` of the same weights. state: of the random streams of the step
+    ranges: `ranges_table` of the same weights. state: of the random streams of the step
     (`random_bits.stream_state`).
-    counts: (n, 2) int64: of each weight how many elements changed, 0 where it has not landed, and how many
-        have a non-zero gradient.
     """
 
     def __init__(
         self,
         table: GridTable,
-        numbers: Tensor,
+        ranges: array.array[float],
         *,
         state: int,
         lr: float,
@@ -230,28 +227,41 @@ class GridSteps:
     ) -> None:
         options = _Grid(_moments(betas, eps), momentum, clip, lr, decay, adam, state)
         self._table, self._state = table, state
-        room, threads, self._split = _shares(table.sizes)
-        rooms = [_room(threads * room, dtype) for dtype in (torch.int16, torch.int16, torch.int8)]
+        room, threads, split = _shares(table.sizes)
+        each = threads * room
+        rooms = _room(each * 5, torch.int8)  # of two bytes, two, and one
+        first = rooms.data_ptr()
         self._landings = torch.zeros((len(table.sizes), _LANDING_FIELDS), dtype=torch.int64, device="cpu")
-        failed = _in_use().grid_steps(
+        self._waiting = _in_use().grid_steps(
             len(table.sizes),
-            native.address(table.addresses),
-            native.address(numbers),
+            table.addresses.data_ptr(),
+            ranges.buffer_info()[0],
             ctypes.byref(options),
-            *map(native.address, rooms),
+            *(first, first + 2 * each, first + 4 * each),
             room,
-            self._split,
-            native.address(self._landings),
+            split,
+            self._landings.data_ptr(),
         )
-        if failed:
+        if self._waiting < 0:
             raise MemoryError("no memory for the values of a weight whose scale changes")
-        self.counts = self._landings[:, :2]
+
+    @property
+    def counts(self) -> Tensor:
+        """(n, 2) int64: of each weight how many elements changed, 0 where it has not landed, and how many
+        have a non-zero gradient.
+        """
+        return self._landings[:, :2]
 
     def left(self) -> list[Left]:
         """Return the weights that have not landed."""
-        places = self._landings[:, _LEFT].nonzero().flatten().tolist()
-        amax = self._landings.view(torch.float64)[:, _AMAX]
-        return [Left(place, float(amax[place]), bool(self._landings[place, _PAST])) for place in places]
+        if not self._waiting:
+            return []
+        rows, amax = self._landings.tolist(), self._landings.view(torch.float64)[:, _AMAX].tolist()
+        return [
+            Left(place, one, bool(row[_PAST]))
+            for place, (row, one) in enumerate(zip(rows, amax, strict=True))
+            if row[_LEFT]
+        ]
 
     def land(self, rescaled: Sequence[Rescaled], first: int | None) -> None:
         """Land what is left, by the scales as they are now.
@@ -259,15 +269,15 @@ class GridSteps:
         first: the number of the first random stream; None: to nearest even.
         """
         state = None if first is None else ctypes.byref(ctypes.c_uint64(self._state))
-        rows = _table(rescaled, torch.float64)
+        rows = _numbers(itertools.chain.from_iterable(rescaled))
         _in_use().grid_land(
             len(rescaled),
-            native.address(rows),
+            rows.buffer_info()[0],
             native.address(self._table.addresses),
             native.address(self._landings),
             state,
             first or 0,
-            self._split,
+            native.too_few_for_threads([self._table.sizes[one.place] for one in rescaled]),
         )
 
 
@@ -283,8 +293,12 @@ def _room(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(elements, dtype=dtype, device="cpu")  # whatever torch's defaults are
 
 
-def _table(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(rows, dtype=dtype, device="cpu")
+def _table(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _numbers(each: Iterable[float]) -> array.array[float]:
+    return array.array("d", each)  # a list of floats takes a tensor five times as long
 
 
 def _in_use() -> ctypes.CDLL:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import array
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,23 +12,12 @@ from torch import Tensor
 from altgrad_core import native
 from altgrad_core.random_bits import stream_state
 from altgrad_optim import native_steps
-from altgrad_optim.grid_state import started
-from altgrad_optim.members import Member
+from altgrad_optim.adamw import states_of
+from altgrad_optim.grid_state import moment_names
+from altgrad_optim.members import Member, Taken
 
 if TYPE_CHECKING:
     from altgrad_optim.grid import GridOptim
-
-
-class Taken(NamedTuple):
-    """A step of some of a group's weights that has been taken."""
-
-    members: Sequence[Member]
-    steps: native_steps.GridSteps
-
-    @property
-    def counts(self) -> Tensor:
-        """(n, 2) int64: the flips and updates of each weight."""
-        return self.steps.counts
 
 
 class _Kept(NamedTuple):
@@ -35,30 +25,31 @@ class _Kept(NamedTuple):
 
     members: list[Member]
     """Those that there are loops for."""
+    left: list[Member]
     table: native_steps.GridTable
     owners: list[native.BlockLoops]
 
 
 _kept: native.KeptTables[_Kept] = native.KeptTables()
-_numbers: native.KeptTables[Tensor] = native.KeptTables()
+_ranges: native.KeptTables[array.array[float]] = native.KeptTables()
 
 
-def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Taken | None:
-    """Take the step of those of a group's weights that there are loops for; None: of none."""
-    if group["rounding"] != "rung" or not native_steps.available():
-        return None
-    in_c = [member for member in members if not member.master and member.weight.is_cpu]
-    if not in_c:
-        return None
-    kept = _table_of(optimizer, group, in_c)
+def take(
+    optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
+) -> tuple[list[Taken], Sequence[Member]]:
+    """Take the step of those of a group's weights that there are loops for, and return the others too."""
+    on_cpu = any(member.weight.is_cpu and not member.master for member in members)
+    if group["rounding"] != "rung" or not on_cpu or not native_steps.available():
+        return [], members
+    kept = _table_of(optimizer, group, members)
     if not kept.members:
-        return None
-    intended = {one.weight: torch.empty_like(one.weight) for one in kept.members if optimizer.watch}
+        return [], members
+    intended = {one.weight: torch.empty_like(one.weight) for one in kept.members} if optimizer.watch else {}
     optimizer.intended |= intended
-    kept.table.leave_intended([one.data_ptr() for one in intended.values()] or [0] * len(kept.members))
+    kept.table.leave_intended([one.data_ptr() for one in intended.values()])
     steps = native_steps.GridSteps(
         kept.table,
-        _numbers_of(optimizer, group, kept.members),
+        _ranges_of(optimizer, group, kept.members),
         state=stream_state(optimizer.seed, optimizer.counter),
         lr=optimizer.grid_lr(group),
         decay=optimizer.decay(group),
@@ -69,7 +60,7 @@ def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]
         adam=group["normalize"] == "adam",
     )
     _land_left(optimizer, kept.members, steps)
-    return Taken(kept.members, steps)
+    return [Taken(kept.members, steps.counts)], kept.left
 
 
 def _land_left(optimizer: GridOptim, members: Sequence[Member], steps: native_steps.GridSteps) -> None:
@@ -80,11 +71,11 @@ def _land_left(optimizer: GridOptim, members: Sequence[Member], steps: native_st
     scales = optimizer.scales_in_use()
     places = [members[one.place].index for one in left]
     before = [float(scales.scales[place]) for place in places]
-    needed = torch.zeros(len(scales.scales), dtype=torch.float64, device="cpu")
+    needed = {}
     for one, place, scale in zip(left, places, before, strict=True):
         most = 2 * members[one.place].format.largest if one.past_end else one.amax
         needed[place] = most / scale
-    scales.adapt(needed)
+    scales.adapt_some(needed)
     rescaled = [
         native_steps.Rescaled(one.place, float(scales.scales[place]) / scale, *scales.on_host()[place].limits)
         for one, place, scale in zip(left, places, before, strict=True)
@@ -93,49 +84,43 @@ def _land_left(optimizer: GridOptim, members: Sequence[Member], steps: native_st
     steps.land(rescaled, first=len(scales.scales) if stochastic else None)
 
 
-def _numbers_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Tensor:
-    """Return the table of the weights' numbers, made anew only when a scale has moved."""
+def _ranges_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> array.array[float]:
+    """Return what limits the weights' steps, made anew only when a scale has moved."""
     host = optimizer.scales_in_use().on_host()
-
-    def made() -> Tensor:
-        found = [host[member.index] for member in members]
-        rows = [
-            native_steps.GridNumbers(one.limits, member.rungs, one.quiet)
-            for one, member in zip(found, members, strict=True)
-        ]
-        return native_steps.numbers_table(rows)
-
-    return _numbers.get(optimizer, group, (members, host), made)
+    made_of = members, host
+    return _ranges.get(
+        optimizer, group, made_of, lambda: native_steps.ranges_table(host[one.index] for one in members)
+    )
 
 
-def _table_of(optimizer: GridOptim, group: dict[str, Any], in_c: Sequence[Member]) -> _Kept:
+def _table_of(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> _Kept:
     """Return the table of the weights' moves, made anew only when something in it has changed or moved."""
     scales = optimizer.scales_in_use()
-    weights = [member.weight for member in in_c]
-    states = [optimizer.state[weight] for weight in weights]
-    moments = [started(state, group, weight) for state, weight in zip(states, weights, strict=True)]
+    weights = [member.weight for member in members]
+    names = moment_names(group)
+    states = states_of(optimizer.state, weights, *names)
     made_of = (
-        list(in_c),
+        list(members),
         native.whereabouts(weights),
         native.whereabouts([weight.grad for weight in weights]),
-        [one.data_ptr() for both in moments for one in both],
-        [state["step"].data_ptr() for state in states],
+        [state[name].data_ptr() for state in states for name in (*names, "step")],
         [one.data_ptr() for one in scales.scales],
     )
-    return _kept.get(
-        optimizer, group, made_of, lambda: _made(optimizer, list(zip(in_c, moments, strict=True)))
-    )
+    moments = ([state[name] for name in names] for state in states)
+    return _kept.get(optimizer, group, made_of, lambda: _made(optimizer, zip(members, moments, strict=True)))
 
 
-def _made(optimizer: GridOptim, found: Sequence[tuple[Member, Sequence[Tensor]]]) -> _Kept:
-    blocks, moving, moves, owners = native.Blocks(), [], [], []
+def _made(optimizer: GridOptim, found: Iterable[tuple[Member, Sequence[Tensor]]]) -> _Kept:
+    blocks, moving, left, moves, owners = native.Blocks(), [], [], [], []
     for member, moments in found:
-        loops = blocks.of(member.format)
-        if loops is not None and native.readable(member.weight, member.weight.grad, *moments):
-            moving.append(member)
-            moves.append(_move(optimizer, member, loops, moments))
-            owners.append(loops)
-    return _Kept(moving, native_steps.GridTable(moves), owners)
+        loops = None if member.master else blocks.of(member.format)
+        if loops is None or not native.readable(member.weight, member.weight.grad, *moments):
+            left.append(member)
+            continue
+        moving.append(member)
+        moves.append(_move(optimizer, member, loops, moments))
+        owners.append(loops)
+    return _Kept(moving, left, native_steps.GridTable(moves), owners)
 
 
 def _move(
@@ -159,5 +144,6 @@ def _move(
         loops.context,
         scales.scales[member.index].data_ptr(),
         member.index,
+        *member.rungs,
         weight.numel(),
     )

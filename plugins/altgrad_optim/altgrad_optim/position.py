@@ -49,6 +49,14 @@ class Position:
     """int32: the rung now, of the nearest grid value where the weight is none."""
 
 
+def begun(states: Mapping[Any, Any], weights: Sequence[Gridded]) -> list[Tensor]:
+    """Return the positions in the weights' states; they begin at 0."""
+    for weight, *_ in weights:
+        if NAME not in states[weight]:
+            states[weight][NAME] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    return [states[weight][NAME] for weight, *_ in weights]
+
+
 def starts(weights: Sequence[Gridded]) -> list[Tensor]:
     """Return copies of the weights, as a step finds them."""
     found = [weight.detach() for weight, *_ in weights]
@@ -59,10 +67,7 @@ def starts(weights: Sequence[Gridded]) -> list[Tensor]:
 
 
 def advance(states: Mapping[Any, Any], weights: Sequence[Gridded], before: Sequence[Tensor]) -> None:
-    """Add the movement of a step to the positions in the weights' states; the first starts them at 0."""
-    for weight, *_ in weights:
-        if NAME not in states[weight]:
-            states[weight][NAME] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    """Add the movement of a step to the positions in the weights' states, as the loops in C do to theirs."""
     for places in in_rows(before, [id(format) for _, format, _ in weights]):
         found, format = [weights[place][0] for place in places], weights[places[0]][1]
         row, positions = Row(found), [states[weight][NAME] for weight in found]

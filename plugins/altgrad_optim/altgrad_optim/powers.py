@@ -42,9 +42,8 @@ def powered(stiffness: Tensor, exponent: float) -> Tensor | float:
         return root(stiffness) if exponent > 0 else root(stiffness).reciprocal_()
     if exponent == -1:
         return stiffness.reciprocal()
-    return (
-        stiffness.double().pow_(exponent).to(stiffness.dtype)
-    )  # float32's differs between lanes of a vector
+    # by float64: float32's own differs between the lanes of a vector
+    return stiffness.double().pow(exponent).to(stiffness.dtype)
 
 
 def root(x: Tensor) -> Tensor:

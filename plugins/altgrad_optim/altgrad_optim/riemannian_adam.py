@@ -29,6 +29,7 @@ from torch import Tensor
 
 from altgrad_core.groups import grid_of
 from altgrad_core.hookspecs import OptimizerInputs
+from altgrad_core.kernels import not_compiled
 from altgrad_optim import RiemannianAdamOptions
 from altgrad_optim.adamw import moments, plain_step
 from altgrad_optim.base import Gridded, evaluated, plain_lr, refuse_others, schedule_factor
@@ -81,6 +82,7 @@ class RiemannianAdam(StiffnessOptimizer):
         super()._refuse_bad_options(options)
         refuse_others("retraction", options["retraction"], tuple(RETRACTIONS))
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, None without one."""

@@ -20,9 +20,9 @@ from altgrad_core.format import Format
 from altgrad_core.landing import landed
 from altgrad_core.random_bits import stream_key_table
 from altgrad_core.rows import Row, among, in_rows
-from altgrad_optim.adamw import adamw_direction
-from altgrad_optim.grid_state import RUNG_COORDINATE
-from altgrad_optim.members import Member
+from altgrad_optim.adamw import adamw_direction, states_of
+from altgrad_optim.grid_state import RUNG_COORDINATE, moment_names
+from altgrad_optim.members import Member, Taken
 from altgrad_optim.rungs import master_values, taken_step
 
 if TYPE_CHECKING:
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 
 MOST_WAITING = 2**24
 """Elements that wait for their scales: 64 MiB of float32 values."""
-
-
-class Landed(NamedTuple):
-    """Weights that have taken their step."""
-
-    members: Sequence[Member]
-    counts: Tensor
-    """(n, 2) int64: of each how many elements changed, and how many have a non-zero gradient."""
 
 
 @attrs.frozen(eq=False)
@@ -91,29 +83,30 @@ class Moved(NamedTuple):
     needed: Tensor
 
 
-def taken(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> Iterator[Landed]:
+def take(optimizer: GridOptim, group: dict[str, Any], members: Sequence[Member]) -> list[Taken]:
     """Take the step of a group's weights."""
     if not members:
-        return
-    kinds = []
-    for member in members:
-        optimizer.started(group, member.weight)
-        age = int(optimizer.state[member.weight]["step"])
-        kinds.append((id(member.format), member.master, age, member.weight.grad.dtype))
+        return []
+    states = states_of(optimizer.state, [member.weight for member in members], *moment_names(group))
+    kinds = [
+        (id(member.format), member.master, int(state["step"]), member.weight.grad.dtype)
+        for member, state in zip(members, states, strict=True)
+    ]
     limits, keys = optimizer.scales_in_use().limits(), _streams(optimizer, 0, members)
+    found: list[Taken] = []
     moved: list[Moved] = []
     room = MOST_WAITING
     for places in in_rows([member.weight for member in members], kinds):
         these = MemberRow.of(optimizer, [members[place] for place in places])
         if these.members[0].master:
-            yield _master_step(these, group, limits)
+            found.append(_master_step(these, group, limits))
             continue
         moved.append(_grid_step(these, group, keys))
         room -= these.values.numel()
         if room <= 0:
-            yield from land(optimizer, moved)
+            found += land(optimizer, moved)
             moved, room = [], MOST_WAITING
-    yield from land(optimizer, moved)
+    return [*found, *land(optimizer, moved)]
 
 
 def _streams(optimizer: GridOptim, first: int, members: Sequence[Member]) -> Tensor:
@@ -131,7 +124,7 @@ def _grid_step(these: MemberRow, group: dict[str, Any], keys: Tensor) -> Moved:
     return Moved(these, values, these.needed(values, these.row.counts(past) > 0))
 
 
-def _master_step(these: MemberRow, group: dict[str, Any], limits: Tensor | None) -> Landed:
+def _master_step(these: MemberRow, group: dict[str, Any], limits: Tensor | None) -> Taken:
     """Move rung coordinates, and have the weights follow them; their scales stay."""
     scale = these.row.spread(these.scales().unbind())
     masters = these.states(RUNG_COORDINATE)
@@ -145,7 +138,7 @@ def _rungs(these: MemberRow, group: dict[str, Any], scale: Tensor) -> Tensor:
     """Return r, the rungs to go down, after the clip; NaN where the gradient is."""
     optimizer, row = these.optimizer, these.row
     decay, lr = optimizer.decay(group), optimizer.grid_lr(group)
-    moments = list(zip(*(optimizer.started(group, member.weight) for member in these.members), strict=True))
+    moments = [these.states(name) for name in moment_names(group)]
     first, *second = map(row.of, moments)
     steps = these.states("step")
     torch._foreach_add_(steps, 1)
@@ -167,7 +160,7 @@ def _rungs(these: MemberRow, group: dict[str, Any], scale: Tensor) -> Tensor:
     return rungs
 
 
-def land(optimizer: GridOptim, moved: Sequence[Moved]) -> Iterator[Landed]:
+def land(optimizer: GridOptim, moved: Sequence[Moved]) -> Iterator[Taken]:
     """Scale, round and limit weights that have moved, and write them."""
     if not moved:
         return
@@ -204,9 +197,9 @@ def master_ends(members: Sequence[Member], row: Row, limits: Tensor | None) -> t
     return low, high
 
 
-def _written(these: MemberRow, values: Tensor) -> Landed:
+def _written(these: MemberRow, values: Tensor) -> Taken:
     """Write new values into the weights, and count."""
     changed, asked = values != these.values, these.gradients != 0
     counts = torch.stack((these.row.counts(changed), these.row.counts(asked)), dim=1)
     these.row.write(values, [member.weight for member in these.members])
-    return Landed(these.members, counts)
+    return Taken(these.members, counts)

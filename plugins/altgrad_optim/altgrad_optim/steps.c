@@ -62,9 +62,12 @@ typedef struct {
     float *m, *v;
     float *counter; /* steps taken so far */
     const float *stiffness; /* S of each weight; NULL: the spacing of the format */
-    Spacings spacings;
+    Spacings spacings;      /* what S is, where it is not given */
     const void *context;
     const float *scale;
+    float *position; /* how many spacings of its format it has moved; NULL: nobody counts */
+    Spacings ulps;   /* of the format */
+    const void *format;
     int64_t n;
 } Weight;
 
@@ -171,6 +174,15 @@ static void any_manifold_piece(const Weight *t, Correction c, int64_t at, int32_
 #undef IN_CASE
 }
 
+/* Adds to positions by how many spacings, of the grid at what weights were before, they have moved. */
+static void count_movement(const Weight *t, int64_t at, int32_t n, const float *before) {
+    const float *w = t->w + at, scale = *t->scale;
+    float scaled[PIECE], spacing[PIECE], *position = t->position + at;
+    SIMD EACH scaled[i] = before[i] * scale;
+    t->ulps(scaled, spacing, n, 1.0f, t->format);
+    SIMD EACH position[i] = position[i] + (w[i] - before[i]) * scale / spacing[i];
+}
+
 static void manifold_step(const Weight *t, const Manifold *o, float *powers, double *parts, int split) {
     const int64_t pieces = (t->n + PIECE - 1) / PIECE;
     const int with_p = o->gradient_power != ONE, with_q = o->update_power != ONE, whole = with_q && o->normalize;
@@ -190,13 +202,15 @@ static void manifold_step(const Weight *t, const Manifold *o, float *powers, dou
     for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t at = piece * PIECE;
         const int32_t n = (int32_t)(t->n - at < PIECE ? t->n - at : PIECE);
-        float first[PIECE], second[PIECE];
+        float first[PIECE], second[PIECE], before[PIECE];
         const float *p = 0, *q = 0;
         if (with_q && whole) q = powers + at;
         if (with_q && !whole) powers_of(t, at, n, o, o->update_power, second), q = second;
         if (with_p && o->gradient_power == o->update_power) p = q;
         else if (with_p) powers_of(t, at, n, o, o->gradient_power, first), p = first;
+        if (t->position) memcpy(before, t->w + at, (size_t)n * sizeof(float));
         any_manifold_piece(t, c, at, n, o, p, q, norm);
+        if (t->position) count_movement(t, at, n, before);
     }
 }
 
@@ -204,9 +218,13 @@ static void manifold_step(const Weight *t, const Manifold *o, float *powers, dou
    powers, parts: for every thread room for S^q of the largest weight, `room` numbers, and for its pieces' sums. */
 void manifold_steps(int64_t count, const Weight *weights, const Manifold *o, float *powers, double *parts,
                     int64_t room, int32_t split) {
-    _Pragma("omp parallel for schedule(dynamic) if (!split)")
+    if (split) { /* not within a region of one thread: threads would be made anew for each weight */
+        for (int64_t each = 0; each < count; each++) manifold_step(&weights[each], o, powers, parts, split);
+        return;
+    }
+    _Pragma("omp parallel for schedule(dynamic)")
     for (int64_t each = 0; each < count; each++) {
-        const int64_t mine = split ? 0 : omp_get_thread_num() * room;
+        const int64_t mine = omp_get_thread_num() * room;
         manifold_step(&weights[each], o, powers + mine, parts + mine / PIECE, split);
     }
 }
@@ -235,14 +253,14 @@ typedef struct {
     const void *context;
     const float *scale;
     uint64_t number; /* of its random stream */
+    int64_t least_rung, most_rung; /* of the format */
     int64_t n;
 } Member;
 
 typedef struct {
     double low, high;             /* limits of the values, scaled units; infinite without a bound */
-    double least_rung, most_rung; /* of the format */
     double quiet_low, quiet_high; /* the scale stays where low < amax <= high, weight units */
-} Move;
+} Range;
 
 typedef struct {
     int64_t flips, updates; /* weights that changed, and elements with a gradient */
@@ -363,9 +381,9 @@ static void put_back(float *restrict w, Before b, int64_t at, int32_t n) {
     SIMD EACH w[i] = float_of((int32_t)((uint32_t)upper[i] << 16 | (whole ? lower[i] : 0)));
 }
 
-/* Moves and lands n weights. */
+/* Moves and lands n weights; with `kept` what they were is kept, since they are going to be put back. */
 static Moved grid_piece(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const Walk *walk,
-                        Before before, int64_t *updates) {
+                        Before before, int kept, int64_t *updates) {
     float r[GRID_PIECE], to[GRID_PIECE], *w = t->w + at;
     int32_t draws[GRID_PIECE];
     Moved seen = NOTHING_MOVED;
@@ -373,28 +391,21 @@ static Moved grid_piece(const Member *t, Correction c, Keys keys, int64_t at, in
     if (t->intended) SIMD EACH t->intended[at + i] = -limited(r[i], -o->clip, o->clip); /* NaN stays */
     t->moves(w, r, draws, to, n, walk, &seen, t->context);
     before.kept[at / GRID_PIECE] = NOT_KEPT;
-    if (seen.lost || (o->adam && o->decay != 0)) keep(w, before, at, n); /* Adam's decay is of the weight before */
+    if (kept || seen.lost || (o->adam && o->decay != 0)) /* Adam's decay is of the weight before */
+        keep(w, before, at, n);
     memcpy(w, to, (size_t)n * sizeof(float));
     return seen;
 }
 
-/* Puts n weights back to what they were, and returns the values in scaled units to which they would go if there were no
-   bound; NaN where the weight or its step is. */
-static Moved unbounded(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const Walk *walk,
-                       Before before, float *target) {
-    const Walk free = {walk->clip, 1.0f, -INT32_MAX, INT32_MAX}; /* values end with the format */
-    const int kept = before.kept[at / GRID_PIECE] != NOT_KEPT;
-    int32_t draws[GRID_PIECE], undefined = 0;
-    float r[GRID_PIECE], scaled[GRID_PIECE], *w = t->w + at;
+/* Moves n weights without a bound, to values in scaled units: they end with the format. NaN where a weight or its move
+   is. */
+static Moved freely(const Member *t, int64_t at, int32_t n, const Walk *walk, float *r, const int32_t *draws,
+                    float *target) {
+    const Walk free = {walk->clip, 1.0f, -INT32_MAX, INT32_MAX};
+    const float *w = t->w + at;
+    float scaled[GRID_PIECE];
+    int32_t undefined = 0;
     Moved seen = NOTHING_MOVED;
-    if (kept) put_back(w, before, at, n);
-    any_rates(t, c, keys, at, n, o, w, r, draws, 1);
-    if (!kept) {
-        SIMD EACH scaled[i] = -r[i];
-        t->moves(w, scaled, draws, target, n, walk, &seen, t->context);
-        memcpy(w, target, (size_t)n * sizeof(float));
-        seen = NOTHING_MOVED;
-    }
     SIMD EACH scaled[i] = __builtin_isunordered(r[i], w[i]) ? NAN : w[i] * walk->scale;
     SIMD EACH r[i] = scaled[i] != scaled[i] ? 0.0f : r[i];
     t->moves(scaled, r, draws, target, n, &free, &seen, t->context);
@@ -405,6 +416,26 @@ static Moved unbounded(const Member *t, Correction c, Keys keys, int64_t at, int
     }
     seen.undefined = undefined;
     return seen;
+}
+
+/* Puts n weights back to what they were, and returns the values in scaled units to which they would go if there were no
+   bound; with `there` that is where they are. */
+static Moved unbounded(const Member *t, Correction c, Keys keys, int64_t at, int32_t n, const Grid *o, const Walk *walk,
+                       Before before, int there, float *target) {
+    const int kept = before.kept[at / GRID_PIECE] != NOT_KEPT;
+    int32_t draws[GRID_PIECE];
+    float r[GRID_PIECE], back[GRID_PIECE], to[GRID_PIECE], *w = t->w + at;
+    Moved seen = NOTHING_MOVED;
+    if (there) SIMD EACH target[i] = w[i] * walk->scale;
+    if (kept) put_back(w, before, at, n);
+    if (kept && there) return seen;
+    any_rates(t, c, keys, at, n, o, w, r, draws, 1);
+    if (!kept) {
+        SIMD EACH back[i] = -r[i];
+        t->moves(w, back, draws, to, n, walk, &seen, t->context);
+        memcpy(w, to, (size_t)n * sizeof(float));
+    }
+    return there ? seen : freely(t, at, n, walk, r, draws, target);
 }
 
 static inline int32_t within(int32_t rung, int32_t least, int32_t most) {
@@ -424,52 +455,67 @@ static double amax_of(const Member *t, Moved seen) {
     return fmax(fabs(values[0]), fabs(values[1]));
 }
 
-static int past_end(const Move *move, Moved seen) {
-    return seen.least < (int32_t)move->least_rung || seen.most > (int32_t)move->most_rung;
+static int past_end(const Member *t, Moved seen) { return seen.least < t->least_rung || seen.most > t->most_rung; }
+
+/* Whether the scale surely has to change: it may change at all, and a weight went past the end of the format. */
+static int beyond(const Member *t, const Range *range, Moved seen) {
+    return past_end(t, seen) && !isinf(range->quiet_high);
 }
 
 /* Whether the scale stays for weights that went to such rungs. */
-static int quiet(const Member *t, const Move *move, Moved seen) {
+static int quiet(const Member *t, const Range *range, Moved seen) {
     const double amax = amax_of(t, seen) / *t->scale;
-    const int beyond = past_end(move, seen) && !isinf(move->quiet_high);
-    return !seen.undefined && !beyond && amax > move->quiet_low && amax <= move->quiet_high;
+    return !seen.undefined && !beyond(t, range, seen) && amax > range->quiet_low && amax <= range->quiet_high;
 }
 
-/* Puts a weight back to what it was, and leaves where it would go without a bound: its scale may have to change. */
-static Landed left(const Member *t, const Move *move, Correction c, Keys keys, const Grid *o, const Walk *walk,
-                   Before before, int split) {
+/* Whether weights that went to such rungs are where they would be without a bound. */
+static int not_bound(const Member *t, const Walk *walk, Moved seen) {
+    const int low = seen.least >= walk->low || walk->low <= t->least_rung;
+    const int high = seen.most <= walk->high || walk->high >= t->most_rung;
+    return !seen.undefined && low && high;
+}
+
+/* Puts a weight back to what it was, and leaves where it would go without a bound: its scale may have to change.
+   seen: the rungs to which it went. */
+static Landed left(const Member *t, Moved seen, Correction c, Keys keys, const Grid *o, const Walk *walk, Before before,
+                   int split) {
     float *target = malloc((size_t)t->n * sizeof(float));
     if (!target) return (Landed){.failed = 1};
-    Moved seen = NOTHING_MOVED;
-    _Pragma("omp parallel for schedule(static) reduction(moved_both : seen) if (split)")
+    const int there = not_bound(t, walk, seen);
+    Moved went = NOTHING_MOVED;
+    _Pragma("omp parallel for schedule(static) reduction(moved_both : went) if (split)")
     for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = moved_both(seen, unbounded(t, c, keys, at, size_of_piece(t, at), o, walk, before, target + at));
-    return (Landed){.left = target, .amax = seen.undefined ? NAN : amax_of(t, seen), .past = past_end(move, seen)};
+        went = moved_both(went, unbounded(t, c, keys, at, size_of_piece(t, at), o, walk, before, there, target + at));
+    if (there) went = seen;
+    return (Landed){.left = target, .amax = went.undefined ? NAN : amax_of(t, went), .past = past_end(t, went)};
 }
 
 /* The rungs at which a weight stops: its bound's, or the format's last. */
-static void ends_of(const Member *t, const Move *move, Walk *walk) {
-    const float limits[2] = {(float)move->low, (float)move->high};
+static void ends_of(const Member *t, const Range *range, Walk *walk) {
+    const float limits[2] = {(float)range->low, (float)range->high};
     int32_t bound[2];
-    walk->low = (int32_t)move->least_rung;
-    walk->high = (int32_t)move->most_rung;
+    walk->low = (int32_t)t->least_rung;
+    walk->high = (int32_t)t->most_rung;
     t->rungs(limits, bound, 2, t->context);
     if (!isinf(limits[0])) walk->low = within(walk->low, bound[0], walk->high);
     if (!isinf(limits[1])) walk->high = within(walk->high, walk->low, bound[1]);
 }
 
-static Landed grid_move(const Member *t, const Move *move, const Grid *o, Before before, int split) {
+static Landed grid_move(const Member *t, const Range *range, const Grid *o, Before before, int split) {
     const Keys keys = keys_of(o->state, t->number);
     Walk walk = {.clip = o->clip, .scale = *t->scale};
-    ends_of(t, move, &walk);
+    ends_of(t, range, &walk);
     const Correction c = counted(t->counter, &o->moments);
     Moved seen = NOTHING_MOVED;
     int64_t updates = 0;
     _Pragma("omp parallel for schedule(static) reduction(moved_both : seen) reduction(+ : updates) if (split)")
-    for (int64_t at = 0; at < t->n; at += GRID_PIECE)
-        seen = moved_both(seen, grid_piece(t, c, keys, at, size_of_piece(t, at), o, &walk, before, &updates));
+    for (int64_t at = 0; at < t->n; at += GRID_PIECE) {
+        const int leaves = beyond(t, range, seen);
+        const Moved piece = grid_piece(t, c, keys, at, size_of_piece(t, at), o, &walk, before, leaves, &updates);
+        seen = moved_both(seen, piece);
+    }
     Landed landed = {.flips = seen.flips};
-    if (!quiet(t, move, seen)) landed = left(t, move, c, keys, o, &walk, before, split);
+    if (!quiet(t, range, seen)) landed = left(t, seen, c, keys, o, &walk, before, split);
     landed.updates = updates;
     return landed;
 }
@@ -477,18 +523,25 @@ static Landed grid_move(const Member *t, const Move *move, const Grid *o, Before
 /* Moves weights by whole rungs and lands those whose scale surely stays; of another one the unrounded values, in scaled
    units, are left in `landings`, for `grid_land`. Threads take a weight each, or with `split` share each one.
    upper, lower, kept: for every thread room for what there is in `Before` of the largest weight, `room` numbers.
-   Returns whether memory ran out. */
-int32_t grid_steps(int64_t count, const Member *members, const Move *moves, const Grid *o, uint16_t *upper, uint16_t *lower,
+   Returns how many weights are left; -1 where memory ran out. */
+int64_t grid_steps(int64_t count, const Member *members, const Range *ranges, const Grid *o, uint16_t *upper, uint16_t *lower,
                    int8_t *kept, int64_t room, int32_t split, Landed *landings) {
-    int32_t failed = 0;
-    _Pragma("omp parallel for schedule(dynamic) reduction(max : failed) if (!split)")
+    int64_t waiting = 0, failed = 0;
+    if (split) /* not within a region of one thread: threads would be made anew for each weight */
+        for (int64_t each = 0; each < count; each++)
+            landings[each] = grid_move(&members[each], &ranges[each], o, (Before){upper, lower, kept}, split);
+    else
+        _Pragma("omp parallel for schedule(dynamic)")
+        for (int64_t each = 0; each < count; each++) {
+            const int64_t mine = omp_get_thread_num() * room;
+            const Before before = {upper + mine, lower + mine, kept + mine};
+            landings[each] = grid_move(&members[each], &ranges[each], o, before, split);
+        }
     for (int64_t each = 0; each < count; each++) {
-        const int64_t mine = split ? 0 : omp_get_thread_num() * room;
-        const Before before = {upper + mine, lower + mine, kept + mine};
-        landings[each] = grid_move(&members[each], &moves[each], o, before, split);
-        failed = landings[each].failed ? 1 : failed;
+        waiting += landings[each].left != 0;
+        failed += landings[each].failed;
     }
-    return failed;
+    return failed ? -1 : waiting;
 }
 
 /* Lands the weights that were left. keys: of the random numbers; NULL: to nearest even. */
@@ -513,17 +566,23 @@ static int64_t landed(const Member *t, float *left, const Rescaled *how, const K
     return flips;
 }
 
+/* Lands one of them, and frees what was left of it. */
+static void land(const Member *members, Landed *landings, const Rescaled *how, const uint64_t *state, uint64_t first,
+                 int split) {
+    const int64_t place = (int64_t)how->place;
+    const Keys keys = state ? keys_of(*state, first + members[place].number) : (Keys){0, 0};
+    landings[place].flips = landed(&members[place], landings[place].left, how, state ? &keys : 0, split);
+    free(landings[place].left);
+    landings[place].left = 0;
+}
+
 /* Lands the weights that `grid_steps` has left, by their scales as they are now, and frees what it left of them.
    state: of the random streams, which begin at number `first`; NULL: to nearest even. */
 void grid_land(int64_t count, const Rescaled *rescaled, const Member *members, Landed *landings, const uint64_t *state,
                uint64_t first, int32_t split) {
-    _Pragma("omp parallel for schedule(dynamic) if (!split)")
-    for (int64_t each = 0; each < count; each++) {
-        const int64_t place = (int64_t)rescaled[each].place;
-        const Member *t = &members[place];
-        const Keys keys = state ? keys_of(*state, first + t->number) : (Keys){0, 0};
-        landings[place].flips = landed(t, landings[place].left, &rescaled[each], state ? &keys : 0, split);
-        free(landings[place].left);
-        landings[place].left = 0;
-    }
+    if (split)
+        for (int64_t each = 0; each < count; each++) land(members, landings, &rescaled[each], state, first, split);
+    else
+        _Pragma("omp parallel for schedule(dynamic)")
+        for (int64_t each = 0; each < count; each++) land(members, landings, &rescaled[each], state, first, split);
 }

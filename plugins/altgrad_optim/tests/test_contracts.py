@@ -216,3 +216,14 @@ def test_the_options_of_grid_optim_name_the_roundings_that_it_takes(rounding, gr
         with pytest.raises(ValueError, match="storage_rounding"):
             GridOptim(groups, storage="grid", storage_rounding=rounding)
     assert GridOptimOptions.stores_on_grid == GridOptim.stores_on_grid
+
+
+def test_a_notebook_is_offered_what_is_imported_only_when_it_is_asked_for():
+    assert {"AdamW", "GridOptim", "ManifoldAdamW", "adamw_direction"} <= set(dir(altgrad_optim))
+
+
+@pytest.mark.parametrize("clip", [0.0, altgrad_optim.MOST_RUNGS + 1.0])
+def test_a_file_may_not_have_a_rung_clip_that_grid_optim_refuses(clip, groups):
+    for make in (lambda: GridOptimOptions(rung_clip=clip), lambda: GridOptim(groups, rung_clip=clip)):
+        with pytest.raises(ValueError, match=r"rung_clip|expected"):
+            make()

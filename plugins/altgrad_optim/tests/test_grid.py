@@ -449,6 +449,13 @@ def test_the_bound_refers_to_the_weights_before_their_first_snap(table):
     assert weight.tolist() == [1, -1]
 
 
+@pytest.mark.parametrize("storage", ["grid", "master"])
+def test_the_first_snap_ends_at_the_bound(table, storage):
+    weight = parameter(4.0, 1.0, 1.0, 1.0)  # their rms is 2.18
+    optimizer_of(weight, table("E7M0"), bound=1.0, storage=storage)
+    assert weight.tolist() == [2, 1, 1, 1]
+
+
 def test_a_weight_that_starts_at_zero_has_no_bound(table):
     weight = parameter(0.0, 0.0)
     optimizer = optimizer_of(weight, table("E0M7"), step_scale=1.0, bound=1.0)
@@ -481,6 +488,14 @@ def test_value_rounding_counts_a_target_past_the_end(table):
     weight, optimizer = linear([120 / 128, 0.25], table("E0M7"), rounding="value")
     push(optimizer, [[-9.0, 0.0]])
     assert quantizer_of(weight).scale.item() == 0.5
+
+
+@pytest.mark.parametrize("rounding", ["rung", "value"])
+def test_a_weight_that_stays_at_the_end_does_not_change_the_scale(table, rounding):
+    weight, optimizer = linear([127 / 128, 0.25], table("E0M7"), rounding=rounding)
+    push(optimizer, [[0.0, 1.0]])
+    assert quantizer_of(weight).scale.item() == 1
+    assert weight.tolist()[0][0] == 127 / 128
 
 
 def test_the_scale_grows_by_one_binade_a_step(table):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import altgrad_core as altgrad
-from altgrad_optim import GridOptim, Madam, ManifoldAdamW
+from altgrad_optim import GridOptim, Madam, ManifoldAdamW, RiemannianAdam
 
 
 @pytest.fixture
@@ -126,13 +126,16 @@ def test_half_precision_parameters_take_steps(table):
     torch.testing.assert_close(weight.detach(), torch.full((8,), 0.9, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("arm", ["GridOptim", "stochastic", "eco"])
+@pytest.mark.parametrize("arm", ["GridOptim", "RiemannianAdam", "stochastic", "eco"])
 def test_a_step_under_torch_compile_is_the_step(arm, table):
     def trained(compiled):
         torch.manual_seed(0)
         own = altgrad.quantize_model(nn.Linear(32, 32, bias=False), table("E4M3"))
         if arm == "GridOptim":
             optimizer = GridOptim(altgrad.param_groups(own), 0.3, normalize="adam")
+        elif arm == "RiemannianAdam":
+            pytest.importorskip("geoopt")
+            optimizer = RiemannianAdam(altgrad.param_groups(own))
         else:
             optimizer = torch.optim.AdamW(own.parameters(), 0.05)
             altgrad.store_on_grid(optimizer, arm)

@@ -327,6 +327,36 @@ def test_the_stiffness_acts_on_the_gradient_by_its_exponent(table):
         assert moved.item() == pytest.approx(4 - 0.1 * effective / (effective + 1))
 
 
+NORMS = {
+    "rms": lambda powers: powers.square().mean().sqrt(),
+    "mean": torch.mean,
+    "max": torch.amax,
+    "none": lambda powers: 1.0,
+}
+
+
+@pytest.mark.parametrize("placement", [(1, 0), (0, 1), (1, 1), (0, 0.5), (-0.5, 0), (0.3, -0.7), (2, -1)])
+@pytest.mark.parametrize("normalize", NORMS)
+@pytest.mark.parametrize("name", ["E4M3", "E7M0"])
+def test_steps_are_those_of_the_formula(table, name, normalize, placement):
+    (p, q), format, scale, lr, decay_lr, eps = placement, table(name), 8.0, 0.01, 0.005, 1e-8
+    weights = random_weights(torch.float64, shapes=((9, 7),))
+    given = {"placement": placement, "normalize": normalize, "max_stiffness": 0.02, "eps": eps}
+    optimizer = optimizer_of(weights, format, scale, lr=lr, decay_lr=decay_lr, weight_decay=0.1, **given)
+    (weight,), m, v = weights, 0.0, 0.0
+    for t in range(1, 6):
+        w, steps = weight.detach().clone(), format.values.double().diff()
+        below = torch.searchsorted(format.values.double(), w.abs() * scale, right=True) - 1
+        stiffness = (steps[below] / scale).clamp(max=0.02)
+        run([weight], optimizer, steps=1, start=t)
+        gradient = weight.grad * stiffness**p
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        move = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + eps) * stiffness**q
+        rate = decay_lr if q and normalize == "none" else lr
+        expected = w * (1 - rate * 0.1) - lr * move / (NORMS[normalize](stiffness**q) if q else 1.0)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_the_stiffness_is_in_weight_units(table):
     for scale in (1.0, 8.0):
         moved = one_step([1.0], [1.0], table("E0M7"), scale, lr=1.0, normalize="none")

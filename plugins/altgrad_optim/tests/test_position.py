@@ -12,7 +12,7 @@ from altgrad_core.quantizer import quantizer_of
 from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import dequantize_model, quantize_model
 from altgrad_core.testing.optimizers import check_optimizer
-from altgrad_optim import ManifoldAdamW, native_steps
+from altgrad_optim import ManifoldAdamW, native_steps, position
 
 BY_HAND = {"betas": (0.0, 0.0), "eps": 0.0, "normalize": "none", "track_position": True}
 """Each step moves each weight by lr spacings, against the sign of its gradient."""
@@ -189,15 +189,46 @@ def test_counting_changes_no_bit_of_the_training(table):
     assert same(*ends)
 
 
-def test_fused_loops_and_torchs_operations_count_alike_to_the_bit(table, monkeypatch):
+OPTIONS = {
+    "update": {},
+    "both": {"placement": "both", "weight_decay": 0.3},
+    "plain": {"placement": (0.0, 0.0)},
+    "no loop": {"stiffness": lambda weight, format, scale: 1 + weight.abs()},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_fused_loops_and_torchs_operations_count_alike_to_the_bit(formats, options, granularity, monkeypatch):
     found = []
     for available in (native_steps.available, lambda: False):
         monkeypatch.setattr(native_steps, "available", available)
-        model = quantized(table)
-        optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
-        train(model, optimizer, 5)
-        found.append(moved(model, optimizer))
-    assert same(*found)
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(53, 41) for _ in formats)
+        for linear, format in zip(model, formats, strict=True):
+            quantize_model(linear, format, granularity=granularity)
+        optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True, **options)
+        for step in range(5):
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            model[0].weight.grad[0, 0] = torch.nan if step == 3 else 0.0
+            optimizer.step()
+        found += [torch.stack([optimizer.position_of(linear.weight).moved for linear in model])]
+    fused, eager = found
+    assert torch.equal(fused.nan_to_num(1e9), eager.nan_to_num(1e9))
+    assert fused[0].isnan().any()
+    assert (fused[1:] != 0).float().mean() > 0.9
+
+
+def test_where_there_is_one_scale_the_loops_count_by_themselves(table, monkeypatch):
+    model = nn.ModuleList([quantized(table), quantized(table, granularity="channel")])
+    optimizer = ManifoldAdamW(param_groups(model), lr=1e-2, track_position=True)
+    counted_in_torch = []
+    monkeypatch.setattr(position, "ulps_moved", lambda before, *_: counted_in_torch.append(before) or before)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert sum(map(len, counted_in_torch)) == sum(model[1][place].weight.numel() for place in (0, 2))
 
 
 def test_a_scale_for_each_channel_counts_in_each_channels_spacing(table):
