@@ -18,7 +18,7 @@ from altgrad_core import checkpoint, run_checkpoint
 from altgrad_core.actions import carry_out
 from altgrad_core.hookspecs import Action, AdjustScale, SkipStep, Stop, SwitchFormat
 from altgrad_core.run_state import Run
-from altgrad_core.untouched import setting_changed, settings
+from altgrad_core.untouched import setting_changed, settings, streams_kept
 from altgrad_core.watched import PluginFailure, Watched
 
 READ_IN_EVERY_STEP = ("train/loss", "train/gradient_norm", "train/loss_finite", "train/gradient_finite")
@@ -57,7 +57,8 @@ def _answer(run: Run, watched: Watched, read: Mapping[str, float]) -> Action | N
     """Ask one policy, which gets a table of its own. Raises PluginFailure where it fails."""
     before = settings(run.device)
     try:
-        action: Action | None = watched.plugin.decide(run.step + 1, dict(read))
+        with streams_kept(run.device):
+            action: Action | None = watched.plugin.decide(run.step + 1, dict(read))
     except (Exception, SystemExit) as error:
         raise PluginFailure(watched.error("decide", error)) from error
     if (left := setting_changed(before, run.device)) is not None:

@@ -106,7 +106,8 @@ def shown(choice: Choice) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        inner = " ".join(f"{key} {_value(one)}" for key, one in value.items() if key != "plugin")
+        between = " " if "plugin" in value else "="
+        inner = " ".join(f"{key}{between}{_value(one)}" for key, one in value.items() if key != "plugin")
         return f"{value.get('plugin', '')} {inner}".strip()
     return " ".join(map(_value, value)) if isinstance(value, list) else str(value)
 

@@ -28,7 +28,16 @@ def built(
     """
     monitors = [_watched(choice, registry, _or_dropped) for choice in experiment.monitor]
     policies = [_watched(choice, registry, Choice.build) for choice in experiment.fallback]
-    _check_needs(monitors, policies, layers, _grouped(experiment))
+    for watched in monitors:
+        _check_monitor(watched)
+    metrics = _Metrics(
+        monitors={watched.name: watched.plugin for watched in monitors},
+        layers=layers,
+        grouped=_grouped(experiment),
+        registry=registry,
+    )
+    for watched in policies:
+        metrics.check(watched)
     return monitors, policies
 
 
@@ -65,46 +74,58 @@ def _grouped(experiment: Experiment) -> set[str]:
     }
 
 
-def _check_needs(
-    monitors: list[Watched], policies: list[Watched], layers: Collection[str], grouped: Collection[str]
-) -> None:
-    """Refuse a monitor that asks for what a step does not have, and a policy that no monitor serves.
-
-    layers: the module paths that metrics may name. grouped: monitors that report by groups of layers, under
-    names of their own.
-    """
-    for watched in monitors:
-        if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
+def _check_monitor(watched: Watched) -> None:
+    """Refuse a monitor that asks for what a step does not have, or sums up as nobody can."""
+    if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
+        raise UsageError(
+            f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
+            f"a step can carry: {', '.join(STEP_EXTRAS)}"
+        )
+    for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
+        if how not in EPOCH_SUMMARIES:
             raise UsageError(
-                f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
-                f"a step can carry: {', '.join(STEP_EXTRAS)}"
+                f"the monitor {watched.name!r} of {watched.owner} has an epoch sum up {quantity!r} by "
+                f"{how!r}; there are: {', '.join(map(repr, EPOCH_SUMMARIES))}"
             )
-        for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
-            if how not in EPOCH_SUMMARIES:
-                raise UsageError(
-                    f"the monitor {watched.name!r} of {watched.owner} has an epoch sum up {quantity!r} by "
-                    f"{how!r}; there are: {', '.join(map(repr, EPOCH_SUMMARIES))}"
-                )
-    served = {watched.name: watched.plugin for watched in monitors}
-    for watched in policies:
-        for need in watched.plugin.needs:
-            if need not in READ_IN_EVERY_STEP and (problem := _unserved(need, served, layers, grouped)):
-                raise UsageError(f"the policy {watched.name!r} needs the metric {need!r}; {problem}")
 
 
-def _unserved(
-    need: str, served: Mapping[str, Any], layers: Collection[str], grouped: Collection[str]
-) -> str | None:
-    """Return why no installed monitor reports a metric, and the way out; None where one does."""
-    monitor, quantity, layer, *rest = [*need.split("/"), "", ""]
-    if monitor not in served:
+@attrs.frozen(kw_only=True)
+class _Metrics:
+    """What may be reported in a run, and so be read by its policies."""
+
+    monitors: Mapping[str, Any]
+    """By name."""
+    layers: Collection[str]
+    """The module paths that metrics may name."""
+    grouped: Collection[str]
+    """Monitors that report by groups of layers, under names of their own."""
+    registry: Registry
+
+    def check(self, policy: Watched) -> None:
+        """Refuse a policy that no monitor serves."""
+        for need in policy.plugin.needs:
+            if need not in READ_IN_EVERY_STEP and (problem := self._unserved(need)):
+                raise UsageError(f"the policy {policy.name!r} needs the metric {need!r}; {problem}")
+
+    def _unserved(self, need: str) -> str | None:
+        """Return why no monitor of the experiment reports a metric, and the way out; None where one does."""
+        monitor, quantity, layer, *rest = [*need.split("/"), "", ""]
+        if monitor not in self.monitors:
+            return self._absent(monitor) + suggestion(need, READ_IN_EVERY_STEP)
+        if rest != ["", ""] or not layer:
+            return "a metric is named <monitor>/<quantity>/<layer>, with total for the whole model"
+        provides = getattr(self.monitors[monitor], "provides", None)
+        if provides is not None and quantity not in provides:
+            hint = suggestion(quantity, provides)
+            return f"{monitor!r} provides: {listed(provides)}{hint}"
+        if layer != "total" and monitor not in self.grouped and layer not in self.layers:
+            return f"the model has no layer {layer!r}{suggestion(layer, self.layers) or '; or ask for total'}"
+        return None
+
+    def _absent(self, monitor: str) -> str:
+        """Return how an experiment comes by a monitor that it does not have."""
+        try:
+            self.registry.find("monitor", monitor)
+        except UsageError as error:
+            return str(error)
         return f"add [[monitor]] plugin = {monitor!r}"
-    if rest != ["", ""] or not layer:
-        return "a metric is named <monitor>/<quantity>/<layer>, with total for the whole model"
-    provides = getattr(served[monitor], "provides", None)
-    if provides is not None and quantity not in provides:
-        hint = suggestion(quantity, provides)
-        return f"{monitor!r} provides: {listed(provides)}{hint}"
-    if layer != "total" and monitor not in grouped and layer not in layers:
-        return f"the model has no layer {layer!r}{suggestion(layer, layers) or '; or ask for total'}"
-    return None

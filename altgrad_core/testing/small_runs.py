@@ -106,6 +106,8 @@ class SmallRun:
 
     outcome: str
     warnings: list[str]
+    actions: list[tuple[int, str]]
+    """Of policies: the steps, and the kinds."""
     weights: Mapping[str, Tensor]
     metrics: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
@@ -126,10 +128,11 @@ def trained(registry: Registry, tables: str) -> tuple[SmallRun, SmallRun]:
 
 def _read(result: RunResult) -> SmallRun:
     saved, _ = checkpoint.newest(result.folder / CHECKPOINTS)
-    events = read_lines(result.folder / EVENTS)
+    events = list(read_lines(result.folder / EVENTS))
     return SmallRun(
         outcome=result.outcome,
         warnings=[one["message"] for one in events if one["event"] == "warning"],
+        actions=[(one["step"], one["action"]) for one in events if one["event"] == "policy"],
         weights=saved.model if saved is not None else {},
         metrics=list(read_lines(result.folder / METRICS)),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from altgrad_core.cells import FAILED
+from altgrad_core.deciding import READ_IN_EVERY_STEP
 from altgrad_core.hookspecs import Monitor, Policy
 from altgrad_core.registry import Registered, Registry, UsageError
 from altgrad_core.step_seen import STEP_EXTRAS
@@ -40,7 +41,7 @@ def check_monitor(entry: Registered, registry: Registry) -> None:
             rule, fix = "a monitor must stay in the run", "what is seen names the method"
             fail(entry.name, rule, given=given, expected="no reason to drop it", seen=dropped[0], fix=fix)
     _expect_the_same(entry, _reported(entry, seen), _reported(entry, resumed))
-    if not all(torch.equal(value, alone.weights[name]) for name, value in seen.weights.items()):
+    if not _alike(seen, alone):
         rule, fix = (
             "a monitor must leave the run alone",
             "clone what you change; draw from your own generator",
@@ -49,18 +50,38 @@ def check_monitor(entry: Registered, registry: Registry) -> None:
 
 
 def check_fallback(entry: Registered, registry: Registry) -> None:
-    """a policy lets a healthy run come to its end."""
+    """a policy lets a healthy run come to its end, and changes it by its answers alone."""
     watched = _watched(entry, registry, Policy, "needs and decide")
-    monitors = sorted({need.partition("/")[0] for need in watched.needs()})
-    tables = [in_file("[[monitor]]", {"plugin": one}) for one in monitors]
-    runs = _trained(entry, registry, "".join([*tables, in_file("[[fallback]]", table_of(entry))]))
-    for given, run in zip((RUN, RESUMED), runs, strict=True):
+    needs = {*watched.needs()} - {*READ_IN_EVERY_STEP}
+    names = sorted({need.partition("/")[0] for need in needs})
+    monitors = "".join(in_file("[[monitor]]", {"plugin": one}) for one in names)
+    seen, resumed = _trained(entry, registry, monitors + in_file("[[fallback]]", table_of(entry)))
+    for given, run in ((RUN, seen), (RESUMED, resumed)):
         if run.outcome != "finished":
             rule, fix = (
                 "a healthy run must come to its end",
                 "act on what is wrong only, or raise the defaults",
             )
             fail(entry.name, rule, given=given, expected="finished", seen=run.outcome, fix=fix)
+    if seen.actions != resumed.actions:
+        rule, fix = "a policy must answer alike after a pause", "give state_dict() what it remembers"
+        fail(entry.name, rule, given=RESUMED, expected=seen.actions, seen=resumed.actions, fix=fix)
+    alone, _ = _trained(entry, registry, monitors)
+    if not seen.actions and not _alike(seen, alone):
+        rule, fix = "a policy must act by its answers alone", "answer with an action instead"
+        fail(
+            entry.name,
+            rule,
+            given=f"{RUN}, no answer",
+            expected="the weights without it",
+            seen="others",
+            fix=fix,
+        )
+
+
+def _alike(one: SmallRun, other: SmallRun) -> bool:
+    """Whether two runs have the same weights, bit for bit."""
+    return all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
 
 
 def _reported(entry: Registered, run: SmallRun) -> dict[str, Any]:

@@ -27,8 +27,6 @@ from altgrad_core.storage import store_on_grid
 from altgrad_core.surgery import held_weights, quantize_model, requantize
 from altgrad_core.terminal import Terminal
 
-# --- adjusted scales ---------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def linear():
@@ -114,8 +112,6 @@ def test_an_adjusted_grid_scale_is_the_rules_own_times_the_factor(table):
     assert int(plain.rescales) > 10
 
 
-# --- numbers in actions ------------------------------------------------------------------------------
-
 NO_LIMITS = [math.nan, math.inf, -1.0, 0.0, "0.5", None]
 
 
@@ -130,8 +126,6 @@ def test_rates_may_rise_and_norms_be_small():
     assert actions.carry_out(None, ScaleLearningRate(reason="", factor=3)) == {}
     assert actions.carry_out(None, ClipGradients(reason="", norm=1e-30)) == {}
 
-
-# --- weights on a grid -------------------------------------------------------------------------------
 
 ROUNDINGS = ["nearest_even", "stochastic", "error_feedback", "eco"]
 
@@ -319,9 +313,6 @@ def test_a_compiled_model_notices_a_switch(table):
     assert not torch.equal(model(x), two_layers(table("E4M3"))(x))
 
 
-# --- groups ------------------------------------------------------------------------------------------
-
-
 def test_a_group_of_which_a_part_is_switched_becomes_two(table):
     model, optimizer, storage = stored(table("E4M3"))
     switch(storage, model[0], table("E5M2"))
@@ -344,8 +335,6 @@ def test_a_group_that_is_switched_whole_stays_one(table):
     assert len(optimizer.param_groups) == 2
     assert [(group["format"], group["scale"]) for group in optimizer.param_groups] == [(None, None)] * 2
 
-
-# --- a run with plugins of its own -------------------------------------------------------------------
 
 PLUGIN = """
 @attrs.frozen(kw_only=True)
@@ -579,13 +568,11 @@ def test_bound_and_rule_of_a_master_layer_hold_after_a_switch(assembled):
     assert run.master_bound.bounded == [False, False]
 
 
-# --- needs, metrics, epochs --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("need", "problem"),
     [
-        ("stall/ratio/total", r"add \[\[monitor\]\] plugin = 'stall'"),
+        ("stall/ratio/total", "no monitor named 'stall' is installed; there are: watch"),
+        ("train/los", "no monitor named 'train' .*did you mean 'train/loss'"),
         ("watch/coumt/total", r"'watch' provides: count, share, other; did you mean 'count'\?"),
         ("watch/count/transformer.h.0.mlp.c_fk", r"no layer .*did you mean 'transformer.h.0.mlp.c_fc'\?"),
         ("watch/count", "a metric is named <monitor>/<quantity>/<layer>"),
@@ -594,6 +581,11 @@ def test_bound_and_rule_of_a_master_layer_hold_after_a_switch(assembled):
 def test_a_need_that_nobody_serves_is_refused_at_assembly(need, problem, assembled):
     with pytest.raises(UsageError, match=f"'scripted' needs the metric '{need}'.*{problem}"):
         assembled(f"{MONITORED}[[fallback]]\nplugin = 'scripted'\nneeds = ['{need}']\n")
+
+
+def test_a_need_of_a_monitor_that_the_experiment_leaves_out_says_how_to_add_it(assembled):
+    with pytest.raises(UsageError, match=r"'watch/count/total'; add \[\[monitor\]\] plugin = 'watch'$"):
+        assembled("[[fallback]]\nplugin = 'scripted'\nneeds = ['watch/count/total']\n")
 
 
 def test_numbers_come_over_by_one_transfer_for_each_device():

@@ -51,9 +51,11 @@ POLICY = """
 class It:
     needs = ()
     def __init__(self, options): pass
+    def start(self, run): self.run = run
     def decide(self, step, metrics):
         return None
 """
+ONCE = "self.seen = getattr(self, 'seen', 0) + 1; return SkipStep(reason='') if self.seen == 3 else None"
 TEXTS = """
 class It:
     def __init__(self, options): pass
@@ -69,7 +71,13 @@ class It:
 
 @pytest.mark.parametrize(
     ("kind", "source"),
-    [("monitor", MONITOR), ("fallback", POLICY), ("dataset", TEXTS), ("executor", EXECUTOR)],
+    [
+        ("monitor", MONITOR),
+        ("fallback", POLICY),
+        ("fallback", POLICY.replace("()", "('train/loss',)", 1)),
+        ("dataset", TEXTS),
+        ("executor", EXECUTOR),
+    ],
 )
 def test_what_keeps_its_contract_is_ok(kind, source, verdict):
     found = verdict(kind, source)
@@ -90,6 +98,8 @@ def test_what_keeps_its_contract_is_ok(kind, source, verdict):
         ("fallback", POLICY.replace("return None", "return Stop(reason='no')"), "must come to its end"),
         ("fallback", POLICY.replace("return None", "0 / 0"), "decide raised ZeroDivisionError"),
         ("fallback", POLICY.replace("return None", "return 'skip'"), "it must be an action"),
+        ("fallback", POLICY.replace("return", f"{SLOWER}; return"), "must act by its answers alone"),
+        ("fallback", POLICY.replace("return None", ONCE), "must answer alike after a pause"),
         ("dataset", TEXTS.replace("text=split", "text=str(id(self))"), "splits never change"),
         ("dataset", TEXTS.replace("Document(text=split)", "split"), "one Document or more"),
         ("dataset", TEXTS.replace('return "1"', "return str(id(self))"), "the same text each time"),

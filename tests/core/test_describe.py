@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import attrs
 import pytest
 
 from altgrad_core.check_page import check
-from altgrad_core.describe import rows, share_on_grid
+from altgrad_core.describe import rows, share_on_grid, shown
+from altgrad_core.options import FallbackChoice
 
 
 def said(experiment, registry, text):
@@ -137,3 +139,12 @@ def test_an_option_that_matters_in_one_run_of_a_grid_is_no_note_of_the_check(exp
     notes = [list(check(experiment_at(text % more), Path("none"))) for more in ("", ', "grid"')]
     counts = [sum("no effect" in line for line in lines) for lines in notes]
     assert counts == [1, 0]
+
+
+def test_an_option_that_is_a_table_of_its_own_shows_what_belongs_together():
+    @attrs.frozen
+    class Shift:
+        chain: dict[str, str]
+
+    policy = FallbackChoice("shift", Shift({"E7M0": "E5M2", "E5M2": "stop"}))
+    assert shown(policy) == "shift (chain E7M0=E5M2 E5M2=stop)"

@@ -118,9 +118,6 @@ def equal(one, other):
     return one == other
 
 
-# --- what they compute -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("storage", ["master", "grid"])
 def test_the_gradient_is_the_one_that_training_is_about_to_compute_bit_for_bit(
@@ -188,9 +185,6 @@ def test_each_micro_batch_rounds_its_gradients_by_numbers_of_its_own(run_of, qua
     with extra_passes(run) as loss_of:
         one, other = (gradients(loss_of, list(run.model.parameters()), [batch]) for _ in range(2))
     assert not same(one, other)
-
-
-# --- no trace ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("breaks", [False, True])

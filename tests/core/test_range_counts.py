@@ -40,8 +40,6 @@ def seen(recipe, x, scale=None, keys=None):
     return table.totals[0, 1:].tolist(), table.ends[0].tolist()
 
 
-# --- by hand ------------------------------------------------------------------------------------------
-
 # format: [stays, overflows] at the end, smallest that is not lost, what is lost
 ENDS = {
     "E4M3": (464.0, 464.1, 2.0**-9, 2.0**-10),  # 448 has an even code: the tie comes back
@@ -105,9 +103,6 @@ def test_what_is_past_the_end_itself_overflows_under_stochastic_rounding(table):
     recipe = Recipe(format=table("E4M3"), granularity="none", rounding="stochastic")
     keys = torch.zeros(2, dtype=torch.int32)
     assert seen(recipe, torch.tensor([448.0, 449.0, -479.0]), keys=keys)[0] == [2, 0, 0]
-
-
-# --- against every rounding, and brute force ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -202,9 +197,6 @@ def test_threads_change_no_count(table, threads):
         torch.set_num_threads(before)
     assert one.totals.tolist() == other.totals.tolist()
     assert one.ends.tolist() == other.ends.tolist()
-
-
-# --- in the quantizers ----------------------------------------------------------------------------------
 
 
 def count_in(rows, model):
@@ -364,9 +356,6 @@ def test_a_compiled_model_counts_what_an_eager_one_does(table, counting):
         return totals
 
     assert counted(True) == counted(False)
-
-
-# --- when weights are rounded onto their grids ---------------------------------------------------------
 
 
 def landing(table, values, bound=0.0, scale_mode="initial", rounding="nearest_even"):

@@ -103,9 +103,6 @@ def on_grid(found, format, layers=LINEARS):
     return True
 
 
-# --- emergency_shift -----------------------------------------------------------------------------------
-
-
 STEP = 1e-4
 """A learning rate far below most spacings: rounded to nearest, a sixth of the update arrives."""
 
@@ -256,8 +253,6 @@ def test_an_unquantized_run_is_told_that_there_is_no_format_to_move(run):
     assert "emergency_shift has no format to move: no weights are quantized" in warnings
 
 
-# --- loss_spike ----------------------------------------------------------------------------------------
-
 SPIKE = '[[fallback]]\nplugin = "loss_spike"\nwarmup = 1\n'
 
 
@@ -274,8 +269,6 @@ def test_a_loss_that_falls_leaves_the_learning_rate_alone(run, last_checkpoint):
     assert actions(result) == []
     assert last_checkpoint(result).state["lr_factor"] == 1.0
 
-
-# --- high_precision_layer ------------------------------------------------------------------------------
 
 OUTLIERS = """
 [[monitor]]
@@ -299,8 +292,6 @@ def test_a_layer_with_heavy_tails_moves_to_bf16_and_stays_there(run):
 def test_activations_without_outliers_leave_every_layer_where_it_is(run):
     assert actions(run(SMALL.format(lr=1e-3) + MASTER + OUTLIERS.format(alert=10.0))) == []
 
-
-# --- partition_clip, scale_backoff ---------------------------------------------------------------------
 
 STATIC = """
 [quantize]
@@ -359,8 +350,6 @@ def test_gradients_that_overflow_to_infinity_get_half_the_scale_in_each_skipped_
 def test_gradients_that_never_saturate_keep_their_scale(run):
     assert actions(run(SMALL.format(lr=1e-3) + STATIC.format(amax=1.0) + BACKOFF)) == []
 
-
-# --- resume --------------------------------------------------------------------------------------------
 
 RESUMED = {
     "grid": LOST,

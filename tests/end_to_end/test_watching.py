@@ -131,9 +131,6 @@ def warnings(result):
     return [line["message"] for line in lines(result, "events.jsonl") if line["event"] == "warning"]
 
 
-# --- what policies are shown -------------------------------------------------------------------------
-
-
 @pytest.fixture
 def shown(plugin, train, monkeypatch):
     """Return a function that runs, and returns by step the monitor's metric as the policy was shown it."""
@@ -281,9 +278,6 @@ def test_flips_are_the_same_whatever_steps_are_looked_at(action, storage, flips)
         step: every_step[step] for step in (3, 6)
     }
     assert every_step[3] > 0
-
-
-# --- what lines and summaries keep -------------------------------------------------------------------
 
 
 def says(by_step):
@@ -473,9 +467,6 @@ def test_a_resume_in_an_interval_repeats_the_epochs(train, interrupted_at):
     assert len(epochs(whole)) == 2
 
 
-# --- plugins that break the contract -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("every", [0, -1, 1.5, None])
 def test_an_interval_that_is_none_is_refused_by_the_plugins_name(every, plugin, train, monkeypatch):
     monkeypatch.setattr(
@@ -593,14 +584,17 @@ def test_a_scale_that_is_given_back_has_not_been_written(plugin, train, monkeypa
     assert train(EYE).summary["final"]["eye/count/total"] == 1.0
 
 
-def test_monitors_draw_from_no_stream_of_the_training(plugin, train, monkeypatch):
-    quiet = checkpoint.newest(train(EYE, out="quiet").folder / "checkpoints")[0].state["random"]
+@pytest.mark.parametrize(("part", "method"), [("Eye", "observe"), ("Hand", "decide")])
+def test_monitors_and_policies_draw_from_no_stream_of_the_training(part, method, plugin, train, monkeypatch):
+    quiet = checkpoint.newest(train(EYE + HAND, out="quiet").folder / "checkpoints")[0].state["random"]
+    kept = getattr(getattr(plugin, part), method)
 
-    def observe(self, step):
-        return {"eye/count/total": random.random() + numpy.random.rand() + float(torch.rand(()))}
+    def drawing(self, *arguments):
+        random.random(), numpy.random.rand(), torch.rand(())
+        return kept(self, *arguments)
 
-    monkeypatch.setattr(plugin.Eye, "observe", observe)
-    loud = checkpoint.newest(train(EYE, out="loud").folder / "checkpoints")[0].state["random"]
+    monkeypatch.setattr(getattr(plugin, part), method, drawing)
+    loud = checkpoint.newest(train(EYE + HAND, out="loud").folder / "checkpoints")[0].state["random"]
     assert quiet["python"] == loud["python"]
     assert torch.equal(quiet["numpy"][1], loud["numpy"][1])
     assert quiet["numpy"][2] == loud["numpy"][2]

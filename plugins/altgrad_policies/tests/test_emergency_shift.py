@@ -42,9 +42,6 @@ def kinds(actions):
     return [type(action).__name__ if action else None for action in actions]
 
 
-# --- stall ---------------------------------------------------------------------------------------------
-
-
 def test_lost_updates_move_every_layer_of_the_format_at_the_count_and_not_before(started, decisions):
     policy, _ = started()
     *before, action = decisions(policy, [0.0, 0.0, 0.0])
@@ -135,9 +132,6 @@ def test_the_founding_measure_reads_the_stall_ratio(started, read):
     assert "the stall ratio of E7M0 was 0.9" in actions[-1].reason
 
 
-# --- several formats -----------------------------------------------------------------------------------
-
-
 def mixed(attn, *mlps):
     values = zip(MIXED, (attn, *mlps), strict=True)
     return {f"descent/delivered/{layer}": value for layer, value in values}
@@ -226,9 +220,6 @@ def test_a_run_without_quantized_weights_is_told_so(started):
     ]
 
 
-# --- losses that are not finite ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": math.inf}, {"norm": math.nan}])
 def test_two_non_finite_steps_are_skipped_and_the_third_moves_the_layers(started, read, bad):
     policy, _ = started()
@@ -272,9 +263,6 @@ def test_without_quantized_weights_there_is_nothing_to_move(started, read):
     action = policy.decide(2, read(loss=math.nan))
     assert isinstance(action, Stop)
     assert "no weights are quantized" in action.reason
-
-
-# --- options, names, checkpoints -----------------------------------------------------------------------
 
 
 def test_the_default_chain_is_the_founding_one():
