@@ -115,17 +115,27 @@ static int64_t begin_of(int64_t thread, int64_t threads, int64_t count, const We
     return each;
 }
 
+static void land_from(int64_t each, int64_t end, const Weight *weights, const Range *ranges, const uint64_t *state,
+                      int64_t onlookers, int split, int64_t *done) {
+    for (; each < end; each++) {
+        const Weight *next = each + 1 < end ? &weights[each + 1] : 0;
+        done[each] = landed(&weights[each], next, &ranges[each], state, onlookers, split);
+    }
+}
+
 /* Rounds each weight in place, unless its scale may have to change; done: whether it has been. Threads take a weight
-   each, or with `split` share each one. state: of the random streams; NULL: to nearest even. onlookers: of each weight. */
+   each, or with `split` share each one: not within a region of one thread, where threads would be made anew for each.
+   state: of the random streams; NULL: to nearest even. onlookers: of each weight. */
 void land(int64_t count, const Weight *weights, const Range *ranges, const uint64_t *state, int64_t onlookers,
           int32_t split, int64_t *done) {
-    _Pragma("omp parallel if (!split)")
+    if (split) {
+        land_from(0, count, weights, ranges, state, onlookers, split, done);
+        return;
+    }
+    _Pragma("omp parallel")
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int64_t end = begin_of(thread + 1, threads, count, weights);
-        for (int64_t each = begin_of(thread, threads, count, weights); each < end; each++) {
-            const Weight *next = each + 1 < end ? &weights[each + 1] : 0;
-            done[each] = landed(&weights[each], next, &ranges[each], state, onlookers, split);
-        }
+        const int64_t begin = begin_of(thread, threads, count, weights);
+        land_from(begin, begin_of(thread + 1, threads, count, weights), weights, ranges, state, onlookers, split, done);
     }
 }

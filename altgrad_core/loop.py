@@ -28,7 +28,7 @@ from altgrad_core.run_state import Run
 from altgrad_core.step_seen import keep_scales, watch
 from altgrad_core.surgery import held_weights
 from altgrad_core.watched import Watched
-from altgrad_core.watching import call_each, due_monitors, observe_after, observe_skipped
+from altgrad_core.watching import call_each, looking, observe_after, observe_skipped
 
 
 def train(run: Run) -> str:
@@ -88,7 +88,7 @@ def _due(every: int, step: int) -> bool:
 
 def _one_step(run: Run) -> None:
     options = run.experiment.train
-    due = due_monitors(run, run.step + 1)
+    due = looking(run, run.step + 1)
     keep_scales(run, due)
     with held_weights(run.model):
         loss = _forward_backward(run)

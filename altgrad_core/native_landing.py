@@ -36,7 +36,7 @@ def _loops() -> ctypes.CDLL | None:
     return loops
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Tables:
     """Weights as the loop wants them."""
 
@@ -49,6 +49,10 @@ class _Tables:
     owners: list[native.BlockLoops]
     updates: dict[int, Tensor] = attrs.field(factory=dict)
     """Where the loop leaves updates before rounding, by place: fresh pages cost more than it does."""
+    onlookers: list[dict[Tensor, Onlooker | None]] = attrs.field(factory=list)
+    """Who was told last of weights."""
+    told: array.array[int] = attrs.field(factory=lambda: array.array("q"))
+    """Their addresses, which the rows refer to."""
 
 
 _kept: native.KeptTables[_Tables] = native.KeptTables()
@@ -60,7 +64,7 @@ def land(
     scales: GridScales,
     stream: tuple[int, int] | None,
     watched: Mapping[Tensor, Tensor],
-    onlookers: Sequence[Mapping[Tensor, Onlooker]] = (),
+    onlookers: Sequence[Mapping[Tensor, Onlooker | None]] = (),
 ) -> tuple[set[int], dict[Tensor, Tensor]]:
     """Round the weights in place where their scales surely stay.
 
@@ -77,29 +81,25 @@ def land(
     intended = _watch(tables, weights, watched)
     inputs = native.address(tables.rows), native.address(tables.ranges)
     state = None if stream is None else ctypes.byref(ctypes.c_uint64(stream_state(*stream)))
-    told = _tell(tables, weights, onlookers)
+    _tell(tables, weights, onlookers)
     how = state, len(onlookers), tables.split, native.address(tables.done)
     loops.land(len(tables.places), *inputs, *how)
-    del told  # which the loop has read
     landed = {place for place, one in zip(tables.places, tables.done.tolist(), strict=True) if one}
     return landed, {weights[place]: one for place, one in intended.items() if place in landed}
 
 
 def agreed(
     onlookers: Sequence[Mapping[Tensor, Onlooker | None]],
-) -> tuple[list[dict[Tensor, Onlooker]], set[Tensor]]:
+) -> tuple[Sequence[Mapping[Tensor, Onlooker | None]], set[Tensor]]:
     """Return who is told of weights as they land, and those of which nobody is.
 
     Of one weight all who want it are told, or nobody.
     """
     untold = {weight for one in onlookers for weight, found in one.items() if found is None}
+    if not untold:
+        return onlookers, untold
     return [
-        {
-            weight: found
-            for weight, found in one.items()
-            if found is not None and not (untold and weight in untold)
-        }
-        for one in onlookers
+        {weight: found for weight, found in one.items() if weight not in untold} for one in onlookers
     ], untold
 
 
@@ -123,17 +123,19 @@ def _watch(tables: _Tables, weights: Sequence[Tensor], watched: Mapping[Tensor, 
 
 
 def _tell(
-    tables: _Tables, weights: Sequence[Tensor], onlookers: Sequence[Mapping[Tensor, Onlooker]]
-) -> array.array[int]:
-    """Have the onlookers of each weight among the tables; return the memory that they are written to."""
+    tables: _Tables, weights: Sequence[Tensor], onlookers: Sequence[Mapping[Tensor, Onlooker | None]]
+) -> None:
+    """Have the onlookers of each weight among the tables, where they are not those of the step before."""
+    if tables.onlookers == [*onlookers]:
+        return
     nobody = 0, 0
-    pairs = [one.get(weights[place], nobody) for place in tables.places for one in onlookers]
-    written = array.array("q", [address for pair in pairs for address in pair])
+    pairs = [one.get(weights[place]) or nobody for place in tables.places for one in onlookers]
+    tables.onlookers = [dict(one) for one in onlookers]
+    tables.told = array.array("q", [address for pair in pairs for address in pair])
     if pairs:
-        size = written.itemsize * 2 * len(onlookers)
-        first = written.buffer_info()[0]
+        size = tables.told.itemsize * 2 * len(onlookers)
+        first = tables.told.buffer_info()[0]
         tables.rows[:, _ONLOOKERS] = torch.arange(len(tables.places), device="cpu") * size + first
-    return written
 
 
 def _tables_of(weights: Sequence[Tensor], formats: Sequence[Format], scales: GridScales) -> _Tables | None:

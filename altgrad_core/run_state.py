@@ -127,6 +127,11 @@ class Run:
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
 
+    @functools.cached_property
+    def modules(self) -> list[nn.Module]:
+        """The model and all that is in it; looked up once, as they are."""
+        return list(self.model.modules())
+
     @property
     def quantized(self) -> dict[str, nn.Parameter]:
         """Those of them that are quantized now."""

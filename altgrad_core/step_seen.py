@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -52,32 +53,42 @@ def watch(run: Run, due: Collection[Watched]) -> dict[str, Tensor]:
     return before
 
 
-def _onlookers(run: Run, due: Collection[Watched]) -> list[dict[Tensor, Onlooker | None]]:
+def _onlookers(run: Run, due: Collection[Watched]) -> list[Mapping[Tensor, Onlooker | None]]:
     """Return what the due monitors that look on as weights land want these to be told to."""
     looking: dict[int, list[Watched]] = {}
-    for one in (one for one in due if "landing" in one.needs()):
-        looking.setdefault(id(getattr(one.plugin, "landing", None)), []).append(one)
+    for watched in (watched for watched in due if "landing" in watched.needs()):
+        looking.setdefault(id(getattr(watched.plugin, "landing", None)), []).append(watched)
     gradients = {
-        name: parameter.grad
-        for name, parameter in run.quantized.items()
-        if parameter.grad is not None and (quantizer := quantizer_of(parameter)) and quantizer.stored
+        name: gradient
+        for name, parameter in run.trained.items()
+        if (gradient := parameter.grad) is not None and (one := quantizer_of(parameter)) and one.stored
     }
-    found: list[dict[Tensor, Onlooker | None]] = []
+    found: list[Mapping[Tensor, Onlooker | None]] = []
     for sharing in looking.values():
         try:
-            found.append(_asked_of(run, sharing[0].plugin.landing.onlookers(gradients)))
+            wanted = sharing[0].plugin.landing.onlookers(gradients)
+            found.append(_by_weight(run, sharing[0], wanted))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a monitor that fails is dropped, training goes on
             for watched in sharing:
                 run.drop(watched, "onlookers", error)
     return found
 
 
-def _asked_of(run: Run, wanted: Mapping[str, Onlooker | None]) -> dict[Tensor, Onlooker | None]:
+def _by_weight(
+    run: Run, watched: Watched, wanted: Mapping[str, Onlooker | None]
+) -> Mapping[Tensor, Onlooker | None]:
     """Return the same by Parameter. Raises TypeError for what is no pair of addresses."""
-    for name, one in wanted.items():
-        if one is not None and not (isinstance(one, tuple) and [type(part) for part in one] == [int, int]):
-            raise TypeError(f"of {name} it must return a function's address and its context's, not {one!r}")
-    return {run.trained[name]: one for name, one in wanted.items()}
+    if wanted != watched.onlookers:
+        for name, one in wanted.items():
+            if one is not None and not (
+                isinstance(one, tuple) and [type(part) for part in one] == [int, int]
+            ):
+                raise TypeError(
+                    f"of {name} it must return a function's address and its context's, not {one!r}"
+                )
+        watched.onlookers = dict(wanted)
+        watched.onlookers_by_weight = {run.trained[name]: one for name, one in wanted.items()}
+    return watched.onlookers_by_weight
 
 
 def _chosen(run: Run, due: Collection[Watched]) -> dict[str, nn.Parameter]:
@@ -129,14 +140,13 @@ def charge(due: Collection[Watched], seconds: float) -> None:
 
 def seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) -> Step:
     """Return the step as monitors see it."""
-    gradients, counts = {}, {}
+    gradients = {
+        name: gradient for name, parameter in run.trained.items() if (gradient := parameter.grad) is not None
+    }
     own_counts = getattr(run.optimizer, "counts", {})
+    counted = run.trained.items() if own_counts else ()
+    counts = {name: own_counts[parameter] for name, parameter in counted if parameter in own_counts}
     stored = {**getattr(run.optimizer, "intended", {}), **(run.storage.intended if run.storage else {})}
-    for name, parameter in run.trained.items():
-        if parameter.grad is not None:
-            gradients[name] = parameter.grad
-        if parameter in own_counts:
-            counts[name] = own_counts[parameter]
     recorded = {name: stored[run.trained[name]] for name in before if run.trained[name] in stored}
     intended = Updates(recorded, run.trained, before) if "intended" in needs else {}
     scales_then = {name: scale_seen(run.scales_before[name], run.trained[name]) for name in before}
@@ -146,11 +156,11 @@ def seen(run: Run, loss: Tensor, before: Mapping[str, Tensor], needs: set[str]) 
         index=run.step,
         loss=loss,
         weights=run.weights(),
-        gradients=gradients,
-        before=before if "before" in needs else {},
+        gradients=MappingProxyType(gradients),
+        before=MappingProxyType(before if "before" in needs else {}),
         intended=intended,
-        scales_before=scales,
-        unrounded={name: one for name, (one, _) in untold.items()},
+        scales_before=MappingProxyType(scales),
+        unrounded=MappingProxyType({name: one for name, (one, _) in untold.items()}),
         intended_in_rungs=bool(getattr(run.optimizer, "intended_in_rungs", False)),
-        counts=counts,
+        counts=MappingProxyType(counts),
     )

@@ -7,10 +7,11 @@ pass through the model fits them anew, and gives them back.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import operator
 import random
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -19,32 +20,42 @@ from torch import Tensor, nn
 from altgrad_core.quantizer import quantizer_of
 
 if TYPE_CHECKING:
+    from altgrad_core.hookspecs import Step
     from altgrad_core.run_state import Run
+
+_NUMPY_BYTES = 4 * (624 + 1)
+"""Of the state of a Mersenne Twister: its numbers, and the place of the next one."""
 
 
 class Untouched:
     """What there is of a run at a moment, to be compared with what there is later.
 
     It is made in every step that is looked at; names are found when something was written.
+
+    step: what monitors are shown; of it the loss and the weights before the step are looked at, too.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._tensors = _all_of(run)
+    def __init__(self, run: Run, step: Step | None = None) -> None:
+        self._run, self._step = run, step
+        shown = () if step is None else (step.loss, *step.before.values())
+        self._tensors = [*_all_of(run), *shown]
         self._versions = [tensor._version for tensor in self._tensors]
-        found = {name: quantizer_of(parameter) for name, parameter in run.trained.items()}
-        self._quantizers = {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+        self._quantizers = {
+            name: quantizer
+            for name, parameter in run.trained.items()
+            if (quantizer := quantizer_of(parameter)) is not None
+        }
         self._scales = [quantizer.scale for quantizer in self._quantizers.values()]
         self._scale_versions = [scale._version for scale in self._scales]
         self._values = together(self._scales)
-        self._modes = [(module, module.training) for module in run.model.modules()]
+        self._modes = [module.training for module in run.modules]
         self._settings = settings(run.device)
 
     def changed(self) -> str | None:
         """Return what somebody has done to the run since, and what to do instead; None: nothing."""
         if (what := self._written()) is not None:
             return f"wrote to {what} in place; a monitor may only read: clone first"
-        if any([module.training is not mode for module, mode in self._modes]):  # noqa: C419 - sooner
+        if [module.training for module in self._run.modules] != self._modes:
             return "changed the training mode of the model; a monitor may only read: give it back"
         if (left := setting_changed(self._settings, self._run.device)) is not None:
             return f"{left}; a monitor may only read: give it back"
@@ -72,7 +83,10 @@ class Untouched:
             for tensor in _of(self._run, parameter):
                 if versions.get(id(tensor)) != tensor._version:
                     return _called(self._run, name, parameter, tensor)
-        return "a tensor of the step"
+        for name, tensor in self._step.before.items() if self._step is not None else ():
+            if versions.get(id(tensor)) != tensor._version:
+                return f"{name} as it was before the step"
+        return "the loss"
 
 
 def settings(device: torch.device) -> Mapping[str, object]:
@@ -97,10 +111,11 @@ def setting_changed(before: Mapping[str, object], device: torch.device) -> str |
 
 def _all_of(run: Run) -> list[Tensor]:
     """Return the parameters, their gradients, and what the optimizer keeps of any."""
-    parameters = list(run.trained.values())
-    gradients = [parameter.grad for parameter in parameters]
-    states = [value for state in run.optimizer.state.values() for value in state.values()]
-    return [one for one in (*parameters, *gradients, *states) if isinstance(one, Tensor)]
+    parameters = run.trained.values()
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    states = run.optimizer.state.values()
+    kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [*parameters, *gradients, *kept]
 
 
 def _of(run: Run, parameter: nn.Parameter) -> Iterator[Tensor]:
@@ -121,10 +136,10 @@ def _called(run: Run, name: str, parameter: nn.Parameter, tensor: Tensor) -> str
     return name if tensor is parameter else f"the gradient of {name}"
 
 
-def together(scales: list[Tensor]) -> list[Tensor]:
+def together(scales: list[Tensor]) -> Iterable[Tensor]:
     """Return copies of tensors, by one operation on the device where all of them are 0-d."""
     if scales and not any([scale.dim() for scale in scales]):  # noqa: C419 - sooner than one by one
-        return list(torch.stack(scales).unbind())
+        return torch.stack(scales)
     return [scale.clone() for scale in scales]
 
 
@@ -134,13 +149,52 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
+class _NumpyStream:
+    """NumPy's global random stream, which is asked for its state, and given one, only where that is needed.
+
+    Either takes longer than all else here: 624 numbers, one after the other. As memory they are compared at
+    once; only a second normal number, which is kept aside with the first, is drawn without a trace there.
+    """
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._state: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Give the stream back as it was."""
+        memory = _memory_of_numpy()
+        if self._may_differ(memory):
+            self._memory, self._state = memory, numpy.random.get_state(legacy=False)
+        state = self._state
+        try:
+            yield
+        finally:
+            if self._state is not state or self._may_differ(_memory_of_numpy()):
+                numpy.random.set_state(state)
+
+    def _may_differ(self, memory: bytes | None) -> bool:
+        return memory is None or memory != self._memory or bool(self._state["has_gauss"])
+
+
+def _memory_of_numpy() -> bytes | None:
+    """Return the memory of NumPy's global generator; None where it is not the one that NumPy starts with."""
+    generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]  # the stubs do not export it
+    if not isinstance(generator, numpy.random.MT19937):
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, _NUMPY_BYTES)
+
+
+_NUMPY_STREAM = _NumpyStream()
+
+
 @contextlib.contextmanager
 def streams_kept(device: torch.device) -> Iterator[None]:
     """Give the global random streams of Python, NumPy and torch back as they were."""
-    python, arrays = random.getstate(), numpy.random.get_state(legacy=True)
+    python = random.getstate()
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _NUMPY_STREAM.kept(), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
-        numpy.random.set_state(arrays)

@@ -26,6 +26,10 @@ class Watched:
     """Metrics whose names were found right."""
     places: Mapping[str, int] | None = None
     """The names of its last `MetricTable`, and where they are."""
+    onlookers: Mapping[str, Any] = attrs.field(factory=dict)
+    """What its `landing` returned last, found right."""
+    onlookers_by_weight: Mapping[Any, Any] = attrs.field(factory=dict)
+    """The same by Parameter."""
     looked: bool = False
     """Whether it has observed a step of this run."""
     reported: int = 0

@@ -44,6 +44,23 @@ def due_monitors(run: Run, index: int) -> list[Watched]:
     ]
 
 
+def looking(run: Run, index: int) -> list[Watched]:
+    """Return the due monitors that can say what they need; the others are dropped."""
+    return _sure_of_needs(run, due_monitors(run, index))
+
+
+def _sure_of_needs(run: Run, due: list[Watched]) -> list[Watched]:
+    found = []
+    for watched in due:
+        try:
+            watched.needs()
+        except UsageError as error:
+            run.drop(watched, "needs", error.__cause__ or error)
+        else:
+            found.append(watched)
+    return found
+
+
 def observe_after(run: Run, due: list[Watched], loss: Tensor, before: Mapping[str, Tensor]) -> None:
     """Show the due monitors the step that has just been taken, and keep what they report on the device."""
     _observe(run, due, "observe", loss, before)
@@ -56,11 +73,12 @@ def observe_skipped(run: Run, due: list[Watched], loss: Tensor) -> None:
 
 
 def _observe(run: Run, due: list[Watched], method: str, loss: Tensor, before: Mapping[str, Tensor]) -> None:
-    due = [watched for watched in due if watched in run.monitors]  # saving may have dropped one since
+    due = _sure_of_needs(run, [watched for watched in due if watched in run.monitors])  # saving may drop one
     if not due:
         return
     begun = now()
-    step, held = seen(run, loss, before, needs_of(due) if method == "observe" else set()), Untouched(run)
+    step = seen(run, loss, before, needs_of(due) if method == "observe" else set())
+    held = Untouched(run, step)
     charge(due, now() - begun)
     first = [watched for watched in due if not watched.looked]
     with streams_kept(run.device):
@@ -100,10 +118,11 @@ def _keep(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> 
 
 def _keep_totals(run: Run, watched: Watched, metrics: Mapping[str, Tensor | float]) -> None:
     """Keep what the epoch sums up of a monitor: the totals of the quantities that it declares."""
+    stays = isinstance(metrics, MetricTable)  # any other tensor may be a buffer of the monitor's
     for quantity, how in (getattr(watched.plugin, "provides", None) or {}).items():
-        total = metrics.get(f"{watched.name}/{quantity}/total")
-        if how and total is not None:
-            own = total.clone() if isinstance(total, Tensor) else total  # it may be a buffer of the monitor's
+        total = metrics.get(f"{watched.name}/{quantity}/total") if how else None
+        if total is not None:
+            own = total.clone() if isinstance(total, Tensor) and not stays else total
             run.interval.totals.setdefault(f"{watched.name}/{quantity}", []).append(own)
 
 

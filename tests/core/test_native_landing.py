@@ -217,6 +217,17 @@ def test_who_looks_on_is_told_of_one_step_alone(tells, landing):
     assert storage.onlookers == ()
 
 
+def test_who_looks_on_may_be_another_in_each_step(tells, landing):
+    memory = [told() for _ in range(3)]
+    first, *others = ((tells, sums.data_ptr()) for sums, _ in memory)
+    *_, storage = landing(lambda weights: [dict.fromkeys(weights, first)])
+    for one in others:
+        storage.onlookers = [dict.fromkeys(storage.weights, one)]
+        storage.optimizer.step()
+    elements = [int(numbers[2]) for _, numbers in memory]
+    assert elements == [64 * 40 + 300 * 9] * 3  # once each
+
+
 def test_looking_on_changes_no_bit(tells, landing):
     sums, _ = told()
     _, alone, _ = landing(lambda weights: [])

@@ -59,6 +59,26 @@ def test_the_storage_is_given_who_looks_on_by_its_weight(run):
     assert [one[weight] for one in run.storage.onlookers] == [(1, 2), None]
 
 
+def test_who_looks_on_may_want_something_else_in_each_step(run):
+    looks, weight = Looks((1, 2)), run.trained["0.weight"]
+    (one,) = watched(one=looks)
+    for looks.wanted in ((1, 2), (3, 4), None, (1, 2)):
+        watch(run, [one])
+        assert [found[weight] for found in run.storage.onlookers] == [looks.wanted]
+    looks.wanted = (1, 2.5)
+    watch(run, [one])
+    assert list(run.dropped) == ["one"]
+
+
+def test_a_mapping_that_is_written_anew_is_looked_at_anew(run):
+    mapping, weight = {}, run.trained["0.weight"]
+    landing = types.SimpleNamespace(onlookers=lambda gradients: mapping)
+    (one,) = watched(one=types.SimpleNamespace(needs=("landing",), landing=landing))
+    for mapping["0.weight"] in ((1, 2), (3, 4)):
+        watch(run, [one])
+        assert run.storage.onlookers == [{weight: mapping["0.weight"]}]
+
+
 def test_who_fails_to_look_on_is_dropped_and_others_look_on(run):
     shared = Looks(ValueError("no memory"))
     sharing = types.SimpleNamespace(needs=("landing",), landing=shared)

@@ -492,6 +492,17 @@ def raising(self, *arguments):
     raise RuntimeError("boom")
 
 
+def test_a_monitor_that_comes_not_to_know_what_it_needs_is_dropped(plugin, train, monkeypatch):
+    def needs(self):
+        return () if self.run is None or self.run.step < 2 else 1 // 0
+
+    monkeypatch.setattr(plugin.Eye, "needs", property(needs, lambda self, value: None), raising=False)
+    result = train(EYE)
+    (warning,) = warnings(result)
+    assert warning.startswith("eye of eye-and-hand 1.0: needs raised ZeroDivisionError")
+    assert warning.endswith("; the monitor is dropped, training goes on")
+
+
 @pytest.mark.parametrize("save", [raising, lambda self: {"kept": lambda: 0}])
 def test_a_monitor_whose_state_cannot_be_saved_is_dropped(save, plugin, train, monkeypatch):
     monkeypatch.setattr(plugin.Eye, "state_dict", save, raising=False)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from altgrad_core.hookspecs import Component, hookimpl
-from altgrad_core.options import FieldError, StiffnessChoice, at_least, between, option, regexes
+from altgrad_core.options import StiffnessChoice, at_least, between, option, regexes
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +29,11 @@ class MonitorOptions:
     )
 
 
+def _follows_the_weights(_: Any, field: Any, value: StiffnessChoice) -> None:
+    if value.geometry.refresh != "step":
+        raise ValueError("a monitor looks at the weights as they are; leave out refresh, or set it to 'step'")
+
+
 @attrs.frozen(kw_only=True)
 class FidelityOptions(MonitorOptions):
     """Two extra gradients of the whole step: the quantized one and the float32 reference."""
@@ -43,14 +48,10 @@ class FisherOptions(MonitorOptions):
     every: int = option("interval between observations", unit="steps", default=500, validator=at_least(1))
     batches: int = option("micro-batches whose gradients are squared", default=8, validator=at_least(1))
     formula: StiffnessChoice = option(
-        "a stiffness formula, or a table with options: S", default=StiffnessChoice("grid")
+        "a stiffness formula, or a table with options: S",
+        default=StiffnessChoice("grid"),
+        validator=_follows_the_weights,
     )
-
-    def __attrs_post_init__(self) -> None:
-        if self.formula.geometry.refresh == "never":
-            raise FieldError(
-                "formula", 'refresh = "never" is for optimizers; S here is that of the weights now'
-            )
 
 
 @attrs.frozen(kw_only=True)
@@ -124,11 +125,6 @@ class GradientOptions(MonitorOptions):
         default=10,
         validator=between(1, 254),
     )
-
-
-def _follows_the_weights(_: Any, field: Any, value: StiffnessChoice) -> None:
-    if value.geometry.refresh != "step":
-        raise ValueError("a monitor looks at the weights as they are; leave out refresh, or set it to 'step'")
 
 
 @attrs.frozen(kw_only=True)

@@ -22,25 +22,25 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 from torch import Tensor
 
 from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.updates import Updates
 from altgrad_monitors import native_tally, tally
-from altgrad_monitors.kept import Kept, Room, codes_of, quantized
-from altgrad_monitors.landings import Landings, leaves_residuals, on_grid, told_of
-from altgrad_monitors.tally import Asked, Tally, recorded, scale_then
+from altgrad_monitors.kept import Kept, codes_of, quantized
+from altgrad_monitors.landings import Landings, leaves_residuals, tells
+from altgrad_monitors.plan import Plan
+from altgrad_monitors.tally import Summed, Tally
 from altgrad_monitors.tally import codes as codes
 from altgrad_monitors.tally import row_of as row_of
 
 
 @attrs.frozen(kw_only=True)
 class Flips:
-    """One weight in one step; the counts are 0-d int64 device tensors."""
+    """One weight in one step; the counts are 0-d float64 device tensors."""
 
     flips: Tensor
     """Codes that changed."""
@@ -70,29 +70,26 @@ class CodeBook:
         self._index = run.step
         self._run = weakref.ref(run)
         self._tally: Tally | None = None
-        self._landings = Landings()
+        self._landings = Landings(self.kept)
         self._table = native_tally.Table()
-        self._layers: dict[str, tuple[Collection[str], dict[str, str]]] = {}
+        self._plan: Plan | None = None
+        self._made_of: object = None
+        self._summed: dict[tuple[str, str], Summed] = {}
+        self._chosen: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
 
     def needs(self, *, updates: bool = False) -> tuple[str, ...]:
         """Return what the next step must carry for its flips, or its updates too: nothing that is kept."""
-        if updates and not self.kept.follows_updates:
+        run, kept = self._run(), self.kept
+        if updates and not kept.follows_updates:
             return "before", "intended"
-        run, on_grids = self._run(), any(map(on_grid, self.kept.weights.values()))
-        known = run is None or (run.step == self._index and not _regridded(run))
-        if known and not (updates and self.kept.weights.keys() != self.kept.values.keys()):
-            return ("landing",) if updates and self._landing() else ()
-        return ("before", "intended") if updates and on_grids else ("before",)
-
-    def _landing(self) -> set[str]:
-        """Return the weights that are to be told when they land."""
-        return told_of(self._run(), self.kept.weights) if self.kept.follows_updates else set()
+        if run is None or (run.step == self._index and not _regridded(run)):
+            return ("landing",) if updates and kept.on_grid and tells(run) else ()
+        return ("before", "intended") if updates and kept.on_grid else ("before",)
 
     def onlookers(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[int, int] | None]:
         """Return what tallies weights while they land, by name; see `hookspecs.Onlooking`."""
-        landing = self._landing().intersection(gradients)
-        room = self.kept.room([name for name in self.kept.values if name in landing])
-        told = self._landings.begin(self._index + 1, self.wanted, self.kept.weights, gradients, room)
+        landing = {name: gradient for name, gradient in gradients.items() if name in self.kept.on_grid}
+        told = self._landings.begin(self._index + 1, self.wanted, landing)
         return {name: told.get(name) for name in landing}
 
     def tally(self, step: Step) -> Tally:
@@ -103,26 +100,28 @@ class CodeBook:
         counts as flipped.
         """
         if self._tally is None or step.index != self._index:
-            left_out = step.index != self._index + 1
-            changed = _regridded(self._run())
             self.kept.follow(step.weights)
             landed, overwritten = self._landings.landed(step, self.wanted)
-            weights = self.kept.weights
-            stale = {*weights} if left_out else weights.keys() & {*changed, *overwritten}
-            step = self._with_kept(step, stale)
-            self._tally, self._index = self._tallied(stale, landed, step), step.index
+            changed = {*_regridded(self._run()), *overwritten}
+            stale = self.kept.weights.keys() if step.index != self._index + 1 else changed
+            self._tally, self._index = self._tallied(step, landed, stale), step.index
+            self._summed = {}
         return self._tally
 
-    def looked_at(self, pattern: str, step: Step) -> tuple[Tally, list[str]]:
-        """Return the tally of the weights whose layer the pattern matches, and their layers."""
+    def summed(self, step: Step, pattern: str, per: str) -> Summed:
+        """Return the sums over the weights whose layer the pattern matches; computed once.
+
+        per: `layer` or `type`.
+        """
         found = self.tally(step)
-        names, layers = self._layers.get(pattern, ((), {}))
-        if names is not found.names:
-            layers = {
-                name: layer for name in found.names if _matches(pattern, layer := step.weights[name].layer)
-            }
-            self._layers[pattern] = found.names, layers
-        return found.of(list(layers)), list(layers.values())
+        if (pattern, per) not in self._summed:
+            names, layers = self._chosen.get(pattern, ((), {}))
+            if names != found.names:
+                layers = {name: step.weights[name].layer for name in found.names}
+                layers = {name: layer for name, layer in layers.items() if _matches(pattern, layer)}
+                self._chosen[pattern] = found.names, layers
+            self._summed[pattern, per] = tally.summed(found.of(tuple(layers)), tuple(layers.values()), per)
+        return self._summed[pattern, per]
 
     def flips(self, step: Step) -> dict[str, Flips]:
         """Return the flips of this step by parameter name, with the codes before and after it.
@@ -132,7 +131,8 @@ class CodeBook:
         if not self.kept.both_codes:
             raise RuntimeError("the codes before a step are not kept: start with book_of(run)")
         found = self.tally(step)
-        columns = (found.column(name).unbind() for name in ("flips", "updates", "flips_of_updated"))
+        columns = tally.columns_of(found.table)
+        counts = (columns[name].unbind() for name in ("flips", "updates", "flips_of_updated"))
         return {
             name: Flips(
                 flips=flips,
@@ -142,61 +142,56 @@ class CodeBook:
                 now=self.kept.codes[name],
                 scale_before=self.kept.scales_before[name],
             )
-            for name, flips, updates, both in zip(found.names, *columns, strict=True)
+            for name, flips, updates, both in zip(found.names, *counts, strict=True)
         }
 
-    def _with_kept(self, step: Step, stale: Collection[str]) -> Step:
-        """Return the step with the values before it, their scales, and the updates, where they are known."""
-        kept = self.kept
-        if not kept.follows_updates:
-            return step
-        known = {
-            name: value
-            for name, value in kept.values.items()
-            if name not in step.before and (name not in stale or name not in kept.codes)
-        }
-        before, after = known | {**step.before}, {name: one.value for name, one in step.weights.items()}
-        scales = {name: kept.scales[name] for name in known if name in kept.scales}
-        given = {name: update for name in step.intended if (update := recorded(step, name)) is not None}
-        untold = {name: one for name, one in step.unrounded.items() if name in before and name not in given}
-        given |= {name: one - before[name] for name, one in untold.items()}
-        intended = Updates(given, after, before)
-        return attrs.evolve(
-            step, before=before, scales_before={**step.scales_before} | scales, intended=intended
-        )
-
-    def _tallied(self, stale: Collection[str], landed: Collection[str], step: Step) -> Tally:
+    def _tallied(self, step: Step, landed: tuple[str, ...], stale: Collection[str]) -> Tally:
         """Tally a step, and take up what is after it: in one pass where there is a loop for it.
 
-        stale: of these what is kept is not what was before the step. landed: these have been tallied.
+        landed: these have been tallied. stale: of these what is kept is not what was before the step.
         """
-        kept, left = self.kept, [name for name in self.kept.weights if name not in landed]
-        room = kept.room(left)
-        asked = {
-            name: tally.asked(step, name, self.wanted, name in stale or name not in kept.codes)
-            for name in left
-            if name in step.gradients
-        }
+        left = tuple(name for name in self.kept.weights if name not in landed)
+        plan = self._plan_of(step, left, stale)
         parts = [self._landings.tally(landed)] if landed else []
-        taken = self._table.tallied(asked, step, room)
-        parts += [] if taken is None else [taken]
-        done = set() if taken is None else set(taken.names)
-        others = {name: ask for name, ask in asked.items() if name not in done}
-        now = {name: codes_of(step.weights[name]) for name in left if name not in done}
-        if others:
-            parts.append(_tallied_in_torch(others, room, step, now))
-        room.fill(now, step)
-        recoded = {name for name, ask in asked.items() if ask.recode}
-        kept.take_up(room.joined(self._landings.room(landed)), step, recoded)
-        return tally.joined(parts, [name for name in kept.weights if name in asked or name in landed])
+        if (taken := self._table.tallied(plan, step.gradients)) is not None:
+            parts.append(taken)
+        done = set() if taken is None else {*taken.names}
+        if others := [name for name in left if name not in done]:
+            parts += _in_torch(plan, others, step.gradients)
+        self.kept.take_up(plan, left)
+        names = tuple(name for name in self.kept.weights if name in plan.asked or name in landed)
+        return tally.joined(parts, names)
+
+    def _plan_of(self, step: Step, names: tuple[str, ...], stale: Collection[str]) -> Plan:
+        """Return what is tallied of these weights: the plan that stands, if the step adds nothing to it."""
+        if stale or step.before or step.intended or step.unrounded:
+            self._plan = None
+            return self.kept.plan(step, names, self.wanted, stale)
+        asked = frozenset(self.wanted), tuple(step.gradients), step.intended_in_rungs, tuple(step.counts)
+        made_of = self.kept.generation, names, asked
+        if self._plan is None or made_of != self._made_of:
+            self._plan, self._made_of = self.kept.plan(step, names, self.wanted, stale), made_of
+        return self._plan
 
 
-def _tallied_in_torch(asked: Mapping[str, Asked], room: Room, step: Step, now: Mapping[str, Tensor]) -> Tally:
-    """Tally weights, whose codes before the step are left in the room where they are recoded."""
-    for name in (name for name, ask in asked.items() if ask.recode):
-        before = step.before[name], scale_then(step, name)
-        room.codes_before[name] = codes_of(step.weights[name], *before)
-    return tally.tallied(asked, step, room.codes_before, now)
+def _in_torch(plan: Plan, names: Sequence[str], gradients: Mapping[str, Tensor]) -> list[Tally]:
+    """Tally those of these weights that have a gradient, and leave what is kept of all of them."""
+    now = {name: codes_of(plan.weights[name]) for name in names}
+    asked = [name for name in names if name in plan.asked]
+    before = {name: _codes_before(plan, name) for name in asked}
+    found = [tally.tallied(plan, asked, gradients, before, now)] if asked else []
+    plan.room.fill(now, plan.weights)
+    return found
+
+
+def _codes_before(plan: Plan, name: str) -> Tensor:
+    """Return a weight's codes before the step, which are in the room then, where it has one for them."""
+    kept = plan.room.codes_before.get(name)
+    if not plan.asked[name].recode:
+        assert kept is not None  # else it would be recoded
+        return kept
+    codes = codes_of(plan.weights[name], plan.before[name], plan.scale_then(name))
+    return codes if kept is None else kept.copy_(codes)
 
 
 def _regridded(run: Any) -> Collection[str]:
@@ -220,8 +215,8 @@ def book_of(run: Any, *wanted: str, every: int = 0) -> CodeBook:
     book.wanted |= set(wanted)
     if not wanted:
         book.kept.keep_both()
-    if every == 1:
-        book.kept.follows_updates = not leaves_residuals(run)
+    if every == 1 and not leaves_residuals(run):
+        book.kept.keep_values()
     return book
 
 

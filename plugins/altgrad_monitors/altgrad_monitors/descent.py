@@ -15,7 +15,7 @@ two apart. It costs some passes over the weights in torch under these two roundi
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from altgrad_core.hookspecs import Step
 from altgrad_core.storage_options import COMPENSATED
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, book_of
-from altgrad_monitors.tally import shares
+from altgrad_monitors.tally import Summed, columns_of
 
 
 class Descent:
@@ -57,27 +57,28 @@ class Descent:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return `descent/quality/<layer>` and `descent/delivered/<layer>`; NaN: no update was intended."""
         assert self._book is not None
-        tally, layers = self._book.looked_at(self.layers, step)
-        per = self._options.per
-        product, square = tally.column("product"), tally.column("square")
-        delivered = self._with_kept(step, tally.names, product)
-        ratios = {"descent/quality": (product, square), "descent/delivered": (delivered, square)}
-        return shares(ratios, layers, per)
+        found = self._book.summed(step, self.layers, self._options.per)
+        square = found.columns["square"]
+        ratios = {
+            "descent/quality": found.columns["product"] / square,
+            "descent/delivered": self._delivered(step, found) / square,
+        }
+        return found.metrics(ratios)
 
-    def _with_kept(self, step: Step, names: Sequence[str], product: Tensor) -> Tensor:
-        """Return <intended, actual> of these weights with what is kept of their updates: (n,) float64."""
-        storage = getattr(self._run, "storage", None)
+    def _delivered(self, step: Step, found: Summed) -> Tensor:
+        """Return <intended, actual> with what is kept of the updates: (groups,)."""
+        storage, names = getattr(self._run, "storage", None), found.tally.names
         if storage is None or storage.rounding not in COMPENSATED or not names:
-            return product
+            return found.columns["product"]
         places = {id(weight): place for place, weight in enumerate(storage.weights)}
         rows = []
-        for name, row in zip(names, product.unbind(), strict=True):
+        for name, row in zip(names, columns_of(found.tally.table)["product"].unbind(), strict=True):
             place = places.get(id(self._run.trained[name]))
             if place is not None:
                 moved = moved_with_feedback if storage.feedback is not None else moved_with_moment
                 row = (step.intended[name].double() * moved(storage, place, step, name)).sum()
             rows.append(row)
-        return torch.stack(rows)
+        return found.of(torch.stack(rows))
 
 
 def moved_with_feedback(storage: Any, place: int, step: Step, name: str) -> Tensor:

@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.extra_pass import extra_passes, gradients, micro_batches
-from altgrad_core.hookspecs import Step, Weight
-from altgrad_core.registry import discover
+from altgrad_core.hookspecs import Step, Stiffness, Weight
 from altgrad_monitors import FisherOptions
 from altgrad_monitors.codes import chosen
 from altgrad_monitors.reporting import reported, summed
@@ -53,11 +52,11 @@ class Fisher:
     def __init__(self, options: FisherOptions) -> None:
         self.every = options.every
         self._options, self.layers = options, options.layers
-        self._formula = options.formula.build(discover())
+        self._formula: Stiffness | None = None
         self._run: Any = None
 
     def start(self, run: Any) -> None:
-        self._run = run
+        self._run, self._formula = run, self._options.formula.build(run.registry)
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the two metrics of the quantized weights."""
@@ -77,9 +76,8 @@ class Fisher:
         }
 
     def _stiffness(self, weight: Weight) -> Tensor:
-        assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-        stiffness: Tensor = self._formula(weight.value, weight.format, weight.scale)
-        return stiffness
+        assert self._formula is not None and weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
+        return self._formula(weight.value, weight.format, weight.scale)
 
 
 def diagonal(run: Any, parameters: list[Tensor], step: int, batches: int) -> list[Tensor]:

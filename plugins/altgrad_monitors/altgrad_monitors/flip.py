@@ -15,7 +15,6 @@ from torch import Tensor
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, book_of
-from altgrad_monitors.tally import added_up
 
 _COLUMNS = {"flip_count": "flips", "update_count": "updates", "flips_of_updated": "flips_of_updated"}
 
@@ -46,6 +45,5 @@ class Flip:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the three counts of each layer and in total."""
         assert self._book is not None
-        tally, layers = self._book.looked_at(self.layers, step)
-        columns = {f"flip/{quantity}": tally.column(column) for quantity, column in _COLUMNS.items()}
-        return added_up(columns, layers, self._options.per)
+        found = self._book.summed(step, self.layers, self._options.per)
+        return found.metrics({f"flip/{name}": found.columns[column] for name, column in _COLUMNS.items()})

@@ -2,68 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import Tensor
 
-from altgrad_core.hookspecs import Step, Weight
-from altgrad_monitors.kept import Room
+from altgrad_core.hookspecs import Step
+from altgrad_monitors.kept import Kept
 from altgrad_monitors.native_tally import Table
-from altgrad_monitors.tally import Asked, Tally
+from altgrad_monitors.plan import Plan
+from altgrad_monitors.tally import Tally
 
 
 class Landings:
     """The weights of one step that somebody is told of, and what was found of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
         self._index = 0
         self._wanted: Set[str] = frozenset()
         self._table = Table()
-        self._told: Collection[str] = ()
+        self._plan: Plan | None = None
+        self._made_of: object = None
+        self._told: Mapping[str, tuple[int, int]] = {}
         self._gradients: Mapping[str, Tensor] = {}
-        self._room = Room({}, {}, {}, {})
 
     def begin(
-        self,
-        index: int,
-        wanted: Set[str],
-        weights: Mapping[str, Weight],
-        gradients: Mapping[str, Tensor],
-        room: Room,
-    ) -> dict[str, tuple[int, int]]:
-        """Return whom to tell of each of the weights with values in the room.
+        self, index: int, wanted: Set[str], gradients: Mapping[str, Tensor]
+    ) -> Mapping[str, tuple[int, int]]:
+        """Return whom to tell of each of the weights with these gradients, whose values are kept.
 
-        index: of the step. wanted: as in `book_of`. room: of the values, and maybe codes, before the step.
+        index: of the step. wanted: as in `book_of`.
         """
-        stall, descent = "stall" in wanted, "descent" in wanted
-        asked = {name: Asked(stall, descent, False, name not in room.codes_before) for name in room.values}
-        told = self._table.onlookers(asked, weights, gradients, room)
-        self._index, self._wanted, self._told = index, wanted | {"flips"}, told
-        self._gradients, self._room = gradients, room  # whose memory is written
-        return told
+        made_of = self._kept.generation, frozenset(wanted), tuple(gradients)
+        if self._plan is None or made_of != self._made_of:
+            self._plan, self._made_of = self._kept.plan_of_landing(tuple(gradients), wanted), made_of
+        self._told = self._table.onlookers(self._plan, gradients)
+        self._index, self._wanted = index, wanted | {"flips"}
+        self._gradients = gradients  # which are read
+        return self._told
 
-    def landed(self, step: Step, wanted: Collection[str]) -> tuple[list[str], list[str]]:
+    def landed(self, step: Step, wanted: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the weights of which all has been tallied that can be, and those whose codes alone have.
 
         The latter are those of which the step carries more than was asked for when they landed.
         """
         self._gradients = {}  # nobody reads them any more
         if step.index != self._index:
-            return [], []
-        told = [name for name in self._told if name not in step.unrounded]
-        if self._wanted >= {*wanted} or not step.intended:
-            return told, []
-        less = [name for name in told if name in step.before and name in step.intended]
-        return [name for name in told if name not in less], less
+            return (), ()
+        told = tuple(name for name in self._told if name not in step.unrounded)
+        if self._wanted >= wanted or not step.intended:
+            return told, ()
+        less = tuple(name for name in told if name in step.before and name in step.intended)
+        return tuple(name for name in told if name not in less), less
 
-    def tally(self, names: Collection[str]) -> Tally:
-        """Return the tally of weights that have landed."""
-        return self._table.told().of(list(names))
-
-    def room(self, names: Collection[str]) -> Room:
-        """Return where what is kept of weights that have landed has been left."""
-        return Room(*({name: one[name] for name in names if name in one} for one in self._room))
+    def tally(self, names: tuple[str, ...]) -> Tally:
+        """Return the tally of weights that have landed, and keep what they are now."""
+        assert self._plan is not None  # by which they have landed
+        self._kept.take_up(self._plan, names)
+        return self._table.told().of(names)
 
 
 def leaves_residuals(run: Any) -> bool:
@@ -73,12 +70,6 @@ def leaves_residuals(run: Any) -> bool:
     return not tells or hasattr(getattr(run, "optimizer", None), "watch")
 
 
-def told_of(run: Any, weights: Mapping[str, Weight]) -> set[str]:
-    """Return the weights that somebody can be told of when they land: all that a storage rounds, or none."""
-    if getattr(run, "storage", None) is None or leaves_residuals(run):
-        return set()
-    return {name for name, weight in weights.items() if on_grid(weight)}
-
-
-def on_grid(weight: Weight) -> bool:
-    return weight.storage == "grid"
+def tells(run: Any) -> bool:
+    """Whether somebody can be told of the weights of a run when they land: all that its storage rounds."""
+    return getattr(run, "storage", None) is not None and not leaves_residuals(run)

@@ -1,8 +1,8 @@
 """The loops of tally.c: called for all weights of a step, or told of weights that land on their grids.
 
 What goes in is a table of integers, a row for each weight: the struct Weight of tally.c, whose fields are all
-eight bytes wide. As long as the weights, and what is asked of them, stay what they are, so does the table;
-only the addresses of what may lie elsewhere in each step, such as gradients, are written anew.
+eight bytes wide. It is made of a plan and stands as long as that; only the addresses of gradients, which may
+lie elsewhere in each step, are written anew.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from altgrad_core import native
-from altgrad_core.hookspecs import Step, Weight
-from altgrad_monitors.kept import Room
-from altgrad_monitors.tally import COUNTS, SUMS, Asked, Tally, recorded, scale_then
+from altgrad_monitors.plan import Asked, Plan, recorded
+from altgrad_monitors.tally import COLUMNS, Tally
 
 _SOURCE = Path(__file__).with_name("tally.c")
 CHUNK = 15360  # as in altgrad_core/loops.h
 _WORDS, _RECODE, _STALL, _DESCENT, _IN_RUNGS = 1, 2, 4, 8, 16
-_FIELDS = 23  # of the struct Weight, of which the first nine are addresses that are written anew
-_CODES_BEFORE = 5  # column
-_FOUND = 8 * (len(COUNTS) + len(SUMS))  # bytes of the struct Found
+_FIELDS = 23  # of the struct Weight
+_GRADIENT = 1  # column
+_FOUND = 8 * len(COLUMNS)  # bytes of the struct Found
 
 
 @functools.cache
@@ -35,114 +35,90 @@ def _loops() -> ctypes.CDLL | None:
     loops = native.library(_SOURCE)
     if loops is not None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        loops.tally.argtypes = [count, pointer, count, pointer, pointer]
-        loops.gather.argtypes = [count, pointer, pointer, pointer]
+        loops.tally.argtypes = [count, pointer, count, pointer]
+        loops.gather.argtypes = [count, pointer, pointer]
         loops.tally.restype = loops.gather.restype = None
     return loops
 
 
 class Table:
-    """The rows of some weights, kept from step to step."""
+    """The rows of the weights of a plan that the loop can take, kept as long as it is the same plan."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._weights: Mapping[str, Weight] = {}
-        self._asked: Mapping[str, Asked] = {}
+        self._plan: weakref.ref[Plan] | None = None  # who has it may let it go, and its memory
+        self._left_out: tuple[str, ...] = ()
+        self._names: tuple[str, ...] = ()
         self._rows = array.array("q")
         self._blocks = native.Blocks()  # whose loops the rows have the addresses of
         self._founds = torch.empty(0)
         self._chunks = 0
+        self._told: dict[str, tuple[int, int]] = {}
 
-    def tallied(self, asked: Mapping[str, Asked], step: Step, room: Room) -> Tally | None:
+    def tallied(self, plan: Plan, gradients: Mapping[str, Tensor]) -> Tally | None:
         """Tally those of the weights that the loop can take, and leave what is kept of them.
 
         None where the loop takes none.
         """
-        loops = None if native.recording() else _loops()
+        loops = self._take(plan, gradients)
         if loops is None:
             return None
-        given = {name: _given(name, ask, step, room) for name, ask in asked.items()}
-        asked = _readable(asked, given)
-        self._take(asked, step.weights, _scales_then(asked, step))
-        if not self._names:
-            return None
-        values = [step.weights[name].value for name in self._names]
-        self._move(values, *zip(*(given[name] for name in self._names), strict=True))
-        self._move_kept(room, [scale_then(step, name) for name in self._names])
-        counts, sums = self._results()
-        loops.tally(len(values), self._address, self._chunks, native.address(counts), native.address(sums))
-        return Tally(names=self._names, counts=counts, sums=sums)
+        table = self._result()
+        loops.tally(len(self._names), self._address, self._chunks, native.address(table))
+        return Tally(names=self._names, table=table)
 
-    def onlookers(
-        self,
-        asked: Mapping[str, Asked],
-        weights: Mapping[str, Weight],
-        gradients: Mapping[str, Tensor],
-        room: Room,
-    ) -> dict[str, tuple[int, int]]:
+    def onlookers(self, plan: Plan, gradients: Mapping[str, Tensor]) -> Mapping[str, tuple[int, int]]:
         """Return what tallies weights on a grid as they land, for those that the loop can take.
 
-        room: there are values before the step in it, of all. Its memory, and that of the gradients, must
-        stay until the weights have landed; `told` returns what was found.
+        The memory of the plan, and that of the gradients, must stay until the weights have landed; `told`
+        returns what was found.
         """
-        loops = None if native.recording() else _loops()
+        loops = self._take(plan, gradients)
         if loops is None:
             return {}
-        asked = _readable(asked, {name: (gradients[name], room.values[name]) for name in asked})
-        self._take(asked, weights, {name: room.scales[name] for name, ask in asked.items() if ask.recode})
-        names, nothing = self._names, [None] * len(self._names)
-        values = [room.values[name] for name in names]
-        self._move(nothing, [gradients[name] for name in names], values, nothing, values)
-        self._move_kept(room._replace(scales={}), [room.scales.get(name) for name in names])  # which stay
-        look, row = native.entry(loops, "tally_landing"), 8 * _FIELDS
-        return {name: (look, self._address + row * place) for place, name in enumerate(names)}
+        if not self._told:
+            look, row = native.entry(loops, "tally_landing"), 8 * _FIELDS
+            self._told = {name: (look, self._address + row * at) for at, name in enumerate(self._names)}
+        return self._told
 
     def told(self) -> Tally:
         """Return the tally of the weights of which `onlookers` was told; rows of others mean nothing."""
-        loops, (counts, sums) = _loops(), self._results()
+        loops, table = _loops(), self._result()
         assert loops is not None  # there were onlookers
-        loops.gather(len(self._names), self._address, native.address(counts), native.address(sums))
-        return Tally(names=self._names, counts=counts, sums=sums)
+        loops.gather(len(self._names), self._address, native.address(table))
+        return Tally(names=self._names, table=table)
 
     @property
     def _address(self) -> int:
         return self._rows.buffer_info()[0]
 
-    def _results(self) -> tuple[Tensor, Tensor]:
-        shape = len(self._names)
-        counts = torch.empty((shape, len(COUNTS)), dtype=torch.int64, device="cpu")
-        return counts, torch.empty((shape, len(SUMS)), dtype=torch.float64, device="cpu")
+    def _result(self) -> Tensor:
+        return torch.empty((len(self._names), len(COLUMNS)), dtype=torch.float64, device="cpu")
 
-    def _move_kept(self, room: Room, scales_before: Sequence[Tensor | None]) -> None:
-        codes_before, codes, scales = (
-            [one.get(name) for name in self._names] for one in (room.codes_before, room.codes, room.scales)
-        )
-        self._move(codes_before, codes, scales_before, scales, first=_CODES_BEFORE)
+    def _take(self, plan: Plan, gradients: Mapping[str, Tensor]) -> ctypes.CDLL | None:
+        """Have the rows of a plan, with these gradients; return the loops, None where they take nothing."""
+        loops = None if native.recording() or not plan.asked else _loops()
+        if loops is None:
+            return None
+        given = [gradients[name] for name in plan.asked]
+        alike = native.readable(*given)
+        left_out = () if alike else tuple(name for name in plan.asked if not native.readable(gradients[name]))
+        if self._plan is None or self._plan() is not plan or self._left_out != left_out:
+            self._make(plan, left_out)
+            self._plan, self._left_out = weakref.ref(plan), left_out
+        addresses = [gradients[name].data_ptr() for name in self._names]
+        self._rows[_GRADIENT::_FIELDS] = array.array("q", addresses)
+        return loops if self._names else None
 
-    def _move(self, *columns: Sequence[Tensor | None], first: int = 0) -> None:
-        """Write addresses into columns from the first one."""
-        for column, tensors in enumerate(columns, start=first):
-            addresses = [0 if one is None else one.data_ptr() for one in tensors]
-            self._rows[column::_FIELDS] = array.array("q", addresses)
-
-    def _take(
-        self, asked: Mapping[str, Asked], weights: Mapping[str, Weight], scales_then: Mapping[str, Tensor]
-    ) -> None:
-        """Make the rows of those of the weights that the loop can take, less their moving addresses.
-
-        scales_then: of the weights that are recoded.
-        """
-        single = not any([scale.dim() for scale in scales_then.values()])  # noqa: C419 - sooner
-        if weights is self._weights and asked == self._asked and single:
-            return
-        self._blocks, rows = native.Blocks(), {}
-        for name, ask in asked.items():
-            row = _row(weights[name], ask, scales_then.get(name), self._blocks)
-            if row is not None:
-                rows[name] = row
+    def _make(self, plan: Plan, left_out: Collection[str]) -> None:
+        """Make the rows of those of the plan's weights that the loop can take, less their gradients."""
+        self._blocks = native.Blocks()
+        rows = {
+            name: row
+            for name, ask in plan.asked.items()
+            if name not in left_out and (row := _row(plan, name, ask, self._blocks)) is not None
+        }
         chunks = [-(-row[-1] // CHUNK) for row in rows.values()]
-        self._names, self._asked, self._chunks = list(rows), asked, sum(chunks)
-        self._weights = weights if single else {}  # rows of scales may lie otherwise in the next step
+        self._names, self._chunks, self._told = tuple(rows), sum(chunks), {}
         self._founds = torch.empty(_FOUND * self._chunks, dtype=torch.uint8, device="cpu")
         self._rows, first = array.array("q"), 0
         for row, size in zip(rows.values(), chunks, strict=True):
@@ -150,50 +126,35 @@ class Table:
             first += size
 
 
-def _readable(
-    asked: Mapping[str, Asked], given: Mapping[str, Sequence[Tensor | None]]
-) -> Mapping[str, Asked]:
-    """Return those of the weights of which all that is given can be read."""
-    found = {id(x): x for each in given.values() for x in each if x is not None}
-    if native.readable(*found.values()):
-        return asked
-    return {
-        name: ask
-        for name, ask in asked.items()
-        if native.readable(*(x for x in given[name] if x is not None))
-    }
-
-
-def _given(name: str, ask: Asked, step: Step, room: Room) -> tuple[Tensor | None, ...]:
-    """Return the gradient, the weight before, the intended update, and the memory for values."""
-    aim = ask.stall or ask.descent
-    before = step.before[name] if aim or ask.recode else None
-    return step.gradients[name], before, recorded(step, name) if aim else None, room.values.get(name)
-
-
-def _scales_then(asked: Mapping[str, Asked], step: Step) -> dict[str, Tensor]:
-    """Return the scales before the step of weights that are recoded."""
-    found = {name: scale_then(step, name) for name, ask in asked.items() if ask.recode}
-    return {name: scale for name, scale in found.items() if scale is not None}
-
-
-def _row(weight: Weight, ask: Asked, scale_then: Tensor | None, blocks: native.Blocks) -> list[int] | None:
-    """Return a row, less what `Table` adds to it; None where the loop cannot take the weight.
-
-    scale_then: of before the step, where it is recoded.
-    """
+def _row(plan: Plan, name: str, ask: Asked, blocks: native.Blocks) -> list[int] | None:
+    """Return a row, less what `Table` adds to it; None where the loop cannot take the weight."""
+    weight, room, aim = plan.weights[name], plan.room, ask.stall or ask.descent
+    floats = [
+        weight.value,
+        plan.before[name] if aim or ask.recode else None,
+        recorded(plan.intended, name) if aim else None,
+        room.values.get(name),
+    ]
     scale = _scale(weight.scale, weight.value)
-    before = _scale(scale_then, weight.value) if ask.recode else scale
-    loops = blocks.of(weight.format) if weight.format is not None and native.readable(weight.value) else None
+    of_then = ask.recode or (ask.descent and ask.in_rungs)
+    before = _scale(plan.scale_then(name), weight.value) if of_then else scale
+    if weight.format is None or not native.readable(*(one for one in floats if one is not None)):
+        return None
+    loops = blocks.of(weight.format)
     if loops is None or scale is None or before is None or before[1] != scale[1]:
         return None
+    now, *others = map(_address_of, [*floats, room.codes_before.get(name), room.codes.get(name)])
     flags = _WORDS * (weight.format.bits > 8) + _RECODE * ask.recode
     flags += _STALL * ask.stall + _DESCENT * ask.descent + _IN_RUNGS * ask.in_rungs
     return [
-        *(0, 0, 0, 0, 0, 0, 0, 0, 0),
+        *(now, 0, *others, before[0], _address_of(room.scales.get(name))),
         *(loops.rungs, loops.spacings, loops.steps, loops.context),
         *(*scale, *before[2:], flags, weight.value.numel()),
     ]
+
+
+def _address_of(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _scale(scale: Tensor | None, weight: Tensor) -> tuple[int, int, int, int] | None:

@@ -94,11 +94,11 @@ class Range:
         self._options, self.layers = options, options.layers
         self._table: RangeTable | None = None
         self._places: list[Place] = []
+        self._rows: list[RangeCounts] = []
         self._averages = self._scales = torch.empty(0)
         self._saved: Mapping[str, Any] | None = None
+        self._run: Any = None
         self._rungs: RungCounts | None = None
-
-    # --- on the run ------------------------------------------------------------------------------------
 
     def start(self, run: Any) -> None:
         """Hang counters on the run's quantizers. Raises ValueError for averages that are of other layers."""
@@ -171,14 +171,10 @@ class Range:
         if self._rungs is not None:
             self._rungs.remove()
 
-    # --- a step ----------------------------------------------------------------------------------------
-
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return what was counted in this step; nothing where it was not counted."""
         table = self._table
-        if table is None:
-            return {}
-        if not table.on or table.index != step.index:
+        if table is None or not table.on or table.index != step.index:
             return {}
         if self._rungs is not None:
             self._rungs.add(step)
@@ -253,8 +249,6 @@ class Range:
         quantizers = [place.quantizer for place in self._places if place.kind == "weights"]
         scales = [none if each is None or each.scale.dim() else each.scale for each in quantizers]
         return torch.stack(scales) if scales else torch.empty(0)
-
-    # --- checkpoints -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and the scales of the last observation."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from altgrad_core.hookspecs import Step
 from altgrad_monitors import MonitorOptions
 from altgrad_monitors.codes import CodeBook, book_of
-from altgrad_monitors.tally import Tally, shares
+from altgrad_monitors.tally import Summed, columns_of
 
 
 class Stall:
@@ -51,23 +51,24 @@ class Stall:
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the ratios of each layer and in total; NaN where a ratio is undefined."""
         assert self._book is not None
-        tally, layers = self._book.looked_at(self.layers, step)
-        flips, updates = _arrived(tally, step)
-        moved = tally.column("moved").double()
+        found = self._book.summed(step, self.layers, self._options.per)
+        flips, updates = _arrived(found, step)
+        columns = found.columns
         ratios = {
-            "stall/stall_ratio": (updates - flips, updates),
-            "stall/bit_stall": (tally.column("stayed").double(), moved),
-            "stall/expected_stall": (tally.column("lost"), tally.column("updates").double()),
+            "stall/stall_ratio": (updates - flips) / updates,
+            "stall/bit_stall": columns["stayed"] / columns["moved"],
+            "stall/expected_stall": columns["lost"] / columns["updates"],
         }
-        return shares(ratios, layers, self._options.per)
+        return found.metrics(ratios)
 
 
-def _arrived(tally: Tally, step: Step) -> tuple[Tensor, Tensor]:
-    """Return flips and updates of each weight, the optimizer's own counts where it has them: float64."""
-    flips, updates = tally.column("flips_of_updated").double(), tally.column("updates").double()
-    if not step.counts or not tally.names:
-        return flips, updates
-    seen = zip(tally.names, flips.unbind(), updates.unbind(), strict=True)
-    rows = [step.counts.get(name, (flip, update)) for name, flip, update in seen]
-    own_flips, own_updates = zip(*rows, strict=True)
-    return tuple(torch.stack([one.double() for one in column]) for column in (own_flips, own_updates))  # type: ignore[return-value]
+def _arrived(found: Summed, step: Step) -> tuple[Tensor, Tensor]:
+    """Return flips and updates, the optimizer's own counts where it has them: (groups,)."""
+    names = "flips_of_updated", "updates"
+    if not step.counts or not found.layers:
+        return found.columns[names[0]], found.columns[names[1]]
+    columns = columns_of(found.tally.table)
+    ours = zip(*(columns[name].unbind() for name in names), strict=True)
+    rows = [step.counts.get(name, own) for name, own in zip(found.tally.names, ours, strict=True)]
+    flips, updates = (torch.stack([one.double() for one in column]) for column in zip(*rows, strict=True))
+    return found.of(torch.minimum(flips, updates)), found.of(updates)  # momentum moves what has no gradient

@@ -32,7 +32,6 @@ from torch import Tensor
 from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Stiffness, Weight
 from altgrad_core.kernels import flat
-from altgrad_core.registry import discover
 from altgrad_core.stiffness import metric_violations, out_of_range
 from altgrad_monitors import StiffnessOptions
 from altgrad_monitors.codes import chosen
@@ -80,7 +79,10 @@ class StiffnessField:
     def __init__(self, options: StiffnessOptions) -> None:
         self.every = options.every
         self._options, self.layers = options, options.layers
-        self._formula: Stiffness = options.formula.build(discover())
+        self._formula: Stiffness | None = None
+
+    def start(self, run: Any) -> None:
+        self._formula = self._options.formula.build(run.registry)
 
     def observe(self, step: Step) -> Mapping[str, Tensor | float]:
         """Return the quantities of each layer, and of all of them."""
@@ -110,6 +112,7 @@ class StiffnessField:
 
     def _at(self, value: Tensor, weight: Weight) -> Tensor:
         """Return S at a weight's values."""
+        assert self._formula is not None
         return self._formula(value, *_grid(weight))
 
 

@@ -38,6 +38,12 @@ typedef struct {
     Sums sums;
 } Found;
 
+/* The same as numbers of one kind, which are exact: fewer than 2^53. */
+typedef struct {
+    double flips, updates, both, stayed, moved;
+    Sums sums;
+} Row;
+
 typedef struct {
     const float *now, *gradient;
     const float *before;   /* NULL where none of RECODE, STALL and DESCENT is asked for */
@@ -45,7 +51,7 @@ typedef struct {
     float *kept;           /* NULL, or where `now` is left for the next step; may be the memory of `before` */
     void *codes_before;    /* NULL, under RECODE: not kept; there they are left */
     void *codes;           /* NULL, or where the codes after the step are left; may be the same memory */
-    const float *scale_before; /* read under RECODE only, see `scale` */
+    const float *scale_before; /* read under RECODE, and under DESCENT with IN_RUNGS; see `scale` */
     float *scale_kept;         /* NULL, or where a single scale is left for the next step; may be the same memory */
     Rungs rungs;
     Spacings spacings;
@@ -162,13 +168,15 @@ INLINE void count(const Piece *p, int32_t n, Found *found, const int what) {
 
 /* --- products ------------------------------------------------------------------------------------------------ */
 
-/* Rungs before the step are those under the scale of now here, which may not be those that are kept. */
-static void products_in_rungs(const Weight *t, const Piece *p, int32_t n, Sums *sums) {
+/* Intended are rungs of the grid before the step, so what has arrived is counted there too. */
+static void products_in_rungs(const Weight *t, const Piece *p, int64_t at, int32_t n, Sums *sums) {
     const float *intended = p->intended, *now = p->now, *before = p->before;
     int32_t rungs[PIECE], rungs_before[PIECE];
+    float room[PIECE];
     double product = 0, square = 0;
-    rungs_of(t, now, p->scales, rungs, n);
-    rungs_of(t, before, p->scales, rungs_before, n);
+    const float *scales = scales_of(t->scale_before, t->columns, t->down_before, t->across_before, at, n, room);
+    rungs_of(t, now, scales, rungs, n);
+    rungs_of(t, before, scales, rungs_before, n);
     _Pragma("omp simd reduction(+ : product, square)")
     EACH {
         const double aim = intended[i], nan = now[i] != now[i] || before[i] != before[i] ? NAN : 0;
@@ -260,7 +268,7 @@ static void piece_of(const Weight *t, int64_t at, int32_t n, Piece *p, int lands
         SIMD EACH intended[i] = p->to[i] - p->before[i];
         p->intended = intended;
     }
-    if (t->flags & IN_RUNGS) products_in_rungs(t, p, n, &found->sums);
+    if (t->flags & IN_RUNGS) products_in_rungs(t, p, at, n, &found->sums);
     else products_in_units(p, n, &found->sums);
 }
 
@@ -288,20 +296,25 @@ static void add(Found *whole, const Found *part) {
     whole->sums.square += part->sums.square;
 }
 
-/* Adds up what has been found in the chunks of each weight, all of which has been gone through. */
-void gather(int64_t count, const Weight *weights, Counts *counts, Sums *sums) {
+static Row row_of(const Found *found) {
+    const Counts *of = &found->counts;
+    return (Row){(double)of->flips, (double)of->updates, (double)of->both, (double)of->stayed, (double)of->moved,
+                 found->sums};
+}
+
+/* Adds up what has been found in the chunks of each weight, all of which has been gone through: a row for each. */
+void gather(int64_t count, const Weight *weights, Row *rows) {
     for (int64_t each = 0; each < count; each++) {
         const int64_t chunks = (weights[each].n + CHUNK - 1) / CHUNK;
         Found whole = {0};
         for (int64_t chunk = 0; chunk < chunks; chunk++) add(&whole, &weights[each].founds[chunk]);
-        counts[each] = whole.counts;
-        sums[each] = whole.sums;
+        rows[each] = row_of(&whole);
         if (weights[each].scale_kept) *weights[each].scale_kept = *weights[each].scale;
     }
 }
 
 /* Counts and sums of each weight what its flags say. chunks: of all weights together. */
-void tally(int64_t count, const Weight *weights, int64_t chunks, Counts *counts, Sums *sums) {
+void tally(int64_t count, const Weight *weights, int64_t chunks, Row *rows) {
     _Pragma("omp parallel for schedule(dynamic)")
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const Weight *t = weights;
@@ -311,7 +324,7 @@ void tally(int64_t count, const Weight *weights, int64_t chunks, Counts *counts,
         *found = (Found){0};
         block_of(t, t->now + at, 0, at, rest < CHUNK ? rest : CHUNK, found);
     }
-    gather(count, weights, counts, sums);
+    gather(count, weights, rows);
 }
 
 /* The same of a block of a weight that lands on its grid, a Look; `gather` finds what was counted. */

@@ -8,97 +8,54 @@ updates, for it is summed in float32 over some hundred elements at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from altgrad_core.format import NAN_RUNG, Format
-from altgrad_core.hookspecs import Step, Weight
 from altgrad_core.kernels import flat, kernel
 from altgrad_core.observed import MetricTable
+from altgrad_monitors.plan import Plan
 from altgrad_monitors.reporting import layer_type
 
-COUNTS = ("flips", "updates", "flips_of_updated", "stayed", "moved")
-"""Columns of `Tally.counts`: codes that changed; elements with a non-zero gradient; both; elements that moved
-without changing their code; elements that moved."""
-SUMS = ("lost", "product", "square")
-"""Columns of `Tally.sums`: updated elements whose code is expected to stay; <intended, actual>;
-|intended|^2."""
-
-
-class Asked(NamedTuple):
-    """What of a weight is tallied beside its flips, and how."""
-
-    stall: bool
-    """`stayed`, `moved` and `lost`."""
-    descent: bool
-    """`product` and `square`."""
-    in_rungs: bool
-    """Whether the intended update is in rungs."""
-    recode: bool
-    """Whether the codes before the step come from `step.before`, under the scale of then."""
+COLUMNS = ("flips", "updates", "flips_of_updated", "stayed", "moved", "lost", "product", "square")
+"""Of `Tally.table`. Counts: codes that changed; elements with a non-zero gradient; both; elements that moved
+without changing their code; elements that moved. Sums: updated elements whose code is expected to stay;
+<intended, actual>; |intended|^2."""
 
 
 @attrs.frozen(kw_only=True)
 class Tally:
     """One step of some weights: a row each, on their device. What was not asked for is zero."""
 
-    names: Sequence[str]
-    counts: Tensor  # (n, 5) int64, columns COUNTS
-    sums: Tensor  # (n, 3) float64, columns SUMS
+    names: tuple[str, ...]
+    table: Tensor  # (n, 8) float64, columns COLUMNS; counts are exact up to 2^53
 
-    def of(self, names: Sequence[str]) -> Tally:
+    def of(self, names: tuple[str, ...]) -> Tally:
         """Return the rows of some names, in that order."""
-        if tuple(names) == tuple(self.names):
+        if names == self.names:
             return self
-        places = [self.names.index(name) for name in names]
-        counts, sums = self.counts.unbind(), self.sums.unbind()
-        return Tally(
-            names=names,
-            counts=torch.stack([counts[place] for place in places]) if places else self.counts[:0],
-            sums=torch.stack([sums[place] for place in places]) if places else self.sums[:0],
-        )
-
-    def column(self, name: str) -> Tensor:
-        """Return a column of COUNTS or SUMS, (n,)."""
-        if name in COUNTS:
-            return self.counts[:, COUNTS.index(name)]
-        return self.sums[:, SUMS.index(name)]
+        rows = dict(zip(self.names, self.table.unbind(), strict=True))
+        table = torch.stack([rows[name] for name in names]) if names else self.table[:0]
+        return Tally(names=names, table=table)
 
 
-def joined(tallies: Sequence[Tally], names: Sequence[str]) -> Tally:
+def columns_of(table: Tensor) -> dict[str, Tensor]:
+    """Return each of COLUMNS, (n,)."""
+    return dict(zip(COLUMNS, table.unbind(dim=1), strict=True))
+
+
+def joined(tallies: Sequence[Tally], names: tuple[str, ...]) -> Tally:
     """Return several tallies as one, with its rows in the order of these names; without any, an empty one."""
     if not tallies:
-        counts, sums = torch.empty((0, len(COUNTS)), dtype=torch.int64), torch.empty((0, len(SUMS)))
-        return Tally(names=names, counts=counts, sums=sums.double())
-    together = Tally(
-        names=[name for tally in tallies for name in tally.names],
-        counts=torch.cat([tally.counts for tally in tallies]),
-        sums=torch.cat([tally.sums for tally in tallies]),
-    )
-    return together.of(names)
-
-
-def asked(step: Step, name: str, wanted: Collection[str], recode: bool) -> Asked:
-    """Return what can be tallied of a weight in this step, of what is wanted."""
-    before = name in step.before
-    known = before and name in step.intended
-    in_rungs = step.intended_in_rungs and name in step.counts
-    return Asked(known and "stall" in wanted, known and "descent" in wanted, in_rungs, before and recode)
-
-
-def recorded(step: Step, name: str) -> Tensor | None:
-    """Return the intended update; None where it is the actual one and nobody has made a tensor of it."""
-    found: Tensor | None = getattr(step.intended, "recorded", step.intended.get)(name)
-    return found
-
-
-def scale_then(step: Step, name: str) -> Tensor | None:
-    """Return a weight's scale before the step; without one, that of now."""
-    return step.scales_before.get(name, step.weights[name].scale)
+        return Tally(names=(), table=torch.empty((0, len(COLUMNS)), dtype=torch.float64))
+    first, *others = tallies
+    if others:
+        together = tuple(name for tally in tallies for name in tally.names)
+        first = Tally(names=together, table=torch.cat([tally.table for tally in tallies]))
+    return first.of(names)
 
 
 # --- in torch ----------------------------------------------------------------------------------------
@@ -122,23 +79,30 @@ def codes(value: Tensor, format: Format, scale: Tensor) -> Tensor:
 
 
 def tallied(
-    asked: Mapping[str, Asked], step: Step, before: Mapping[str, Tensor], now: Mapping[str, Tensor]
+    plan: Plan,
+    names: Sequence[str],
+    gradients: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    now: Mapping[str, Tensor],
 ) -> Tally:
     """Return the tally of these weights; before, now: their codes, one row each."""
-    rows = [_row(name, step, before[name], now[name], ask) for name, ask in asked.items()]
-    counts, sums = zip(*rows, strict=True)
-    return Tally(names=list(asked), counts=torch.stack(counts), sums=torch.stack(sums))
+    rows = [_row(name, plan, gradients[name], before[name], now[name]) for name in names]
+    counts, sums = (torch.stack([one for row in part for one in row]) for part in zip(*rows, strict=True))
+    table = torch.cat((counts.view(len(rows), -1).double(), sums.view(len(rows), -1)), dim=1)
+    return Tally(names=tuple(names), table=table)
 
 
-def _row(name: str, step: Step, before: Tensor, now: Tensor, ask: Asked) -> tuple[Tensor, Tensor]:
-    weight, gradient = step.weights[name], flat(step.gradients[name])
-    counts = list(_compared(before, now, gradient))
-    none = counts[0].new_zeros(())
-    counts += _stayed(flat(weight.value), flat(step.before[name]), now, before) if ask.stall else (none, none)
+def _row(
+    name: str, plan: Plan, gradient: Tensor, before: Tensor, now: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the counts, 0-d int64, and the sums, 0-d float64, of a weight's row."""
+    ask, gradient = plan.asked[name], flat(gradient)
+    counts = _compared(before, now, gradient)
+    none = torch.zeros_like(counts[0])
     nothing = none.double()
-    lost = _expected_loss(name, weight, step, gradient, ask) if ask.stall else nothing
-    products = _products(name, weight, step, ask) if ask.descent else (nothing, nothing)
-    return torch.stack(counts), torch.stack((lost, *products))
+    *moves, lost = _moves(name, plan, gradient, before, now) if ask.stall else (none, none, nothing)
+    products = _products(name, plan) if ask.descent else (nothing, nothing)
+    return [*counts, *moves], [lost, *products]
 
 
 @kernel
@@ -155,10 +119,15 @@ def _stayed(now: Tensor, before: Tensor, code: Tensor, code_before: Tensor) -> t
     return (moved & (code == code_before)).sum(), moved.sum()
 
 
-def _expected_loss(name: str, weight: Weight, step: Step, gradient: Tensor, ask: Asked) -> Tensor:
+def _moves(
+    name: str, plan: Plan, gradient: Tensor, before: Tensor, now: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how many elements stayed, how many moved, and how many are expected to be lost."""
+    weight, values = plan.weights[name], flat(plan.before[name])
     assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    before = None if ask.in_rungs else flat(step.before[name])
-    return _lost(flat(step.intended[name]), gradient, before, row_of(weight.scale), weight.format)
+    intended, units = flat(plan.intended[name]), None if plan.asked[name].in_rungs else values
+    lost = _lost(intended, gradient, units, row_of(weight.scale), weight.format)
+    return *_stayed(flat(weight.value), values, now, before), lost
 
 
 @kernel
@@ -174,13 +143,14 @@ def _lost(intended: Tensor, gradient: Tensor, before: Tensor | None, scale: Tens
     return updated.sum() - (size.clamp(max=1) * updated).sum(dtype=torch.float64)
 
 
-def _products(name: str, weight: Weight, step: Step, ask: Asked) -> tuple[Tensor, Tensor]:
+def _products(name: str, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return <intended, actual> and |intended|^2, 0-d float64."""
-    assert weight.format is not None and weight.scale is not None  # noqa: PT018 - for the type checker
-    intended = step.intended[name].double()
-    after, before = weight.value, step.before[name]
-    if ask.in_rungs:
-        after, before = (_rungs(value * weight.scale, weight.format) for value in (after, before))
+    weight, intended = plan.weights[name], plan.intended[name].double()
+    assert weight.format is not None
+    after, before = weight.value, plan.before[name]
+    if plan.asked[name].in_rungs:  # of the grid before the step
+        scale = plan.scale_then(name)
+        after, before = (_rungs(value * scale, weight.format) for value in (after, before))
     actual = after.double() - before.double()
     return (intended * actual).sum(), intended.square().sum()
 
@@ -193,38 +163,49 @@ def _rungs(x: Tensor, format: Format) -> Tensor:
 # --- to metrics --------------------------------------------------------------------------------------
 
 
-def added_up(columns: Mapping[str, Tensor], layers: Sequence[str], per: str) -> MetricTable:
-    """Return metrics of each layer, or type of layer, and in total: the sums of the rows of their columns."""
-    groups, sums = _grouped(layers, torch.stack([*columns.values()], dim=1), per)
-    return _named(tuple(columns), groups, sums)
+@attrs.frozen(kw_only=True)
+class Summed:
+    """What was tallied of layers, or of types of layer, and in total: sums over their weights."""
+
+    tally: Tally
+    layers: tuple[str, ...]
+    """Of its weights."""
+    per: str
+    """`layer` or `type`."""
+    groups: tuple[str, ...]
+    """What there is a sum of: the last is `total`. None without a weight."""
+    columns: Mapping[str, Tensor]
+    """By COLUMNS, (groups,) float64."""
+
+    def of(self, column: Tensor) -> Tensor:
+        """Return the sums of another column of the weights: (weights,) to (groups,)."""
+        return _sums(self.layers, column.unsqueeze(1), self.per).squeeze(1)
+
+    def metrics(self, columns: Mapping[str, Tensor]) -> MetricTable:
+        """Return columns, (groups,), as metrics; the keys are `<monitor>/<quantity>`."""
+        values = torch.stack([*columns.values()], dim=1).flatten()
+        return MetricTable(_places(tuple(columns), self.groups), values)
 
 
-def shares(ratios: Mapping[str, tuple[Tensor, Tensor]], layers: Sequence[str], per: str) -> MetricTable:
-    """Return metrics of each layer, or type of layer, and in total: sum of parts over sum of wholes.
-
-    ratios: parts and wholes by metric, a row for each layer, (n,) float64. NaN for 0/0: not defined.
-    """
-    parts, wholes = zip(*ratios.values(), strict=True)
-    groups, sums = _grouped(layers, torch.stack((*parts, *wholes), dim=1), per)
-    return _named(tuple(ratios), groups, sums[:, : len(parts)] / sums[:, len(parts) :])
+def summed(tally: Tally, layers: tuple[str, ...], per: str) -> Summed:
+    """Return the sums of a tally. layers: of its weights."""
+    names = layers if per == "layer" else tuple(dict.fromkeys(map(layer_type, layers)))
+    groups = (*names, "total") if names else ()
+    columns = columns_of(_sums(layers, tally.table, per))
+    return Summed(tally=tally, layers=layers, per=per, groups=groups, columns=columns)
 
 
-def _grouped(layers: Sequence[str], rows: Tensor, per: str) -> tuple[tuple[str, ...], Tensor]:
-    """Return the groups, the last of which is `total`, and the sums of their rows; no layers: no groups."""
+def _sums(layers: Sequence[str], rows: Tensor, per: str) -> Tensor:
+    """Return the sums of the rows of each group, and of all of them; no rows without layers."""
     if not layers:
-        return (), rows
-    names, each = tuple(layers), rows
+        return rows
+    each = rows
     if per == "type":
         members: dict[str, list[Tensor]] = {}
         for layer, row in zip(layers, rows.unbind(), strict=True):
             members.setdefault(layer_type(layer), []).append(row)
-        names, each = tuple(members), torch.stack([torch.stack(own).sum(dim=0) for own in members.values()])
-    return (*names, "total"), torch.cat((each, rows.sum(dim=0, keepdim=True)))
-
-
-def _named(metrics: tuple[str, ...], groups: tuple[str, ...], values: Tensor) -> MetricTable:
-    """Return the numbers of a table by name. values: a row for each group, a column for each metric."""
-    return MetricTable(_places(metrics, groups), values.flatten())
+        each = torch.stack([torch.stack(own).sum(dim=0) for own in members.values()])
+    return torch.cat((each, rows.sum(dim=0, keepdim=True)))
 
 
 @functools.lru_cache(maxsize=64)

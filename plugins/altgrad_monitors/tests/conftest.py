@@ -14,6 +14,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step
 from altgrad_core.model import GPT
 from altgrad_core.model_options import ModelOptions
+from altgrad_core.registry import discover
 from altgrad_core.run_state import Run
 from altgrad_core.tasks import LanguageModelling
 
@@ -66,6 +67,7 @@ def run_of():
             "task": LanguageModelling(experiment, tokens),
             "autocast": autocast,
             "layers": {name: name.rpartition(".")[0] for name, _ in gpt.named_parameters()},
+            "registry": discover(),
         }
         absent = {field.name: None for field in attrs.fields(Run) if field.default is attrs.NOTHING}
         return Run(**absent | given)

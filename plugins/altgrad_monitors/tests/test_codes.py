@@ -14,7 +14,7 @@ from altgrad_core.format import Format
 from altgrad_core.hookspecs import Step, Weight
 from altgrad_monitors import native_tally, tally
 from altgrad_monitors.codes import CodeBook, book_of, codes
-from altgrad_monitors.kept import Room
+from altgrad_monitors.plan import Room, plan_of
 
 EIGHTHS = Format(name="EIGHTHS", bits=4, values=[rung / 8 for rung in range(-7, 8)])
 WARPED = Format(
@@ -71,38 +71,51 @@ def drawn():
 
 def both_ways(step, wanted=EVERYTHING, recode=False):
     """Return the tally and codes by torch, and by the loop in C."""
-    asked = {name: tally.asked(step, name, wanted, recode) for name in step.weights}
     before = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     now = {name: _codes(one, one.value) for name, one in step.weights.items()}
     kept = {name: torch.zeros_like(one) if recode else one.clone() for name, one in before.items()}
     written = {name: torch.zeros_like(one) for name, one in now.items()}
-    in_c = in_the_loop(asked, step, kept, written)
+    plan = planned(step, kept, written, wanted=wanted, recode=recode)
+    in_c = in_the_loop(plan, step)
     if in_c is None:
         pytest.skip("there is no C compiler")
-    in_torch = tally.tallied(asked, step, before, now)
+    in_torch = tally.tallied(plan, list(step.weights), step.gradients, before, now)
     return (in_torch, before, now), (in_c, kept, written)
 
 
-def in_the_loop(asked, step, before, now, values=None, scales=None):
-    return native_tally.Table().tallied(asked, step, Room(before, now, values or {}, scales or {}))
+def planned(step, before, now, values=None, wanted=EVERYTHING, recode=False):
+    recoded = step.weights if recode else ()
+    return plan_of(step, step.weights, wanted, recoded, Room(before, now, values or {}, {}))
+
+
+def in_the_loop(plan, step):
+    return native_tally.Table().tallied(plan, step.gradients)
 
 
 def _codes(one, value):
     return codes(value.reshape(-1), one.format, tally.row_of(one.scale))
 
 
+def column(found, name):
+    return tally.columns_of(found.table)[name]
+
+
+def counts(found):
+    return found.table[:, :5]
+
+
 def assert_close(in_c, in_torch):
     """Sums of float64 numbers; of what is lost the loop adds up float32 ones, one at most for each update."""
-    lost = (found.column("lost") / found.column("updates").clamp(min=1) for found in (in_c, in_torch))
+    lost = (column(found, "lost") / column(found, "updates").clamp(min=1) for found in (in_c, in_torch))
     torch.testing.assert_close(*lost, rtol=0, atol=1e-6, equal_nan=True)
-    products = (found.sums[:, 1:] for found in (in_c, in_torch))
+    products = (found.table[:, 6:] for found in (in_c, in_torch))
     torch.testing.assert_close(*products, rtol=1e-11, atol=1e-300, equal_nan=True)
 
 
 def assert_equal(one, other):
     (in_torch, *codes_in_torch), (in_c, *codes_in_c) = one, other
     assert list(in_c.names) == list(in_torch.names)
-    assert torch.equal(in_c.counts, in_torch.counts)
+    assert torch.equal(counts(in_c), counts(in_torch))
     assert_close(in_c, in_torch)
     for ours, theirs in zip(codes_in_torch, codes_in_c, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -141,6 +154,8 @@ def test_the_loop_takes_a_scale_for_each_row_or_element(drawn, scale):
 def test_the_loop_counts_updates_in_rungs_as_torch_does(drawn):
     counts = {name: (torch.tensor(1), torch.tensor(2)) for name in ("a", "c")}
     assert_equal(*both_ways(drawn(WARPED, intended_in_rungs=True, counts=counts)))
+    then = {"a": torch.tensor(2.0), "c": torch.tensor(0.5)}
+    assert_equal(*both_ways(drawn(WARPED, intended_in_rungs=True, counts=counts, scales_before=then)))
 
 
 def test_the_loop_takes_the_actual_update_where_no_other_is_recorded(drawn):
@@ -155,8 +170,8 @@ def test_the_loop_takes_the_actual_update_where_no_other_is_recorded(drawn):
     )  # fmt: skip
     (_, _, _), (one, *_) = both_ways(lazy)
     (expected, _, _), (other, *_) = both_ways(given)
-    assert torch.equal(one.counts, other.counts)
-    torch.testing.assert_close(one.sums, other.sums, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(counts(one), counts(other))
+    torch.testing.assert_close(one.table, other.table, rtol=0, atol=0, equal_nan=True)
     assert_close(one, expected)
 
 
@@ -165,8 +180,8 @@ def test_only_what_is_wanted_is_tallied(drawn, wanted):
     one, other = both_ways(drawn(WARPED), wanted)
     assert_equal(one, other)
     _, (found, *_) = one, other
-    assert bool(found.column("moved").any()) == (wanted == {"stall"})
-    assert bool(found.column("square").any()) == (wanted == {"descent"})
+    assert bool(column(found, "moved").any()) == (wanted == {"stall"})
+    assert bool(column(found, "square").any()) == (wanted == {"descent"})
 
 
 @pytest.mark.parametrize("format", ["E4M3", "E5M2", "E7M0", "E0M7", "E3M2", "E5M10"])
@@ -185,7 +200,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(drawn, threads):
     finally:
         torch.set_num_threads(before)
     _, (alone, *_) = both_ways(step)
-    assert torch.equal(found.sums, alone.sums)
+    assert torch.equal(found.table, alone.table)
 
 
 def test_counts_agree_with_numpy(drawn):
@@ -197,13 +212,13 @@ def test_counts_agree_with_numpy(drawn):
     )
     code, code_before = (np.clip(np.rint(x * 8), -7, 7) for x in (now, old))  # ties to even
     flipped, updated, moved = code != code_before, gradient != 0, now != old
-    row = found.counts[1].tolist()
+    row = found.table[1, :5].tolist()
     assert row == [
         *(flipped.sum(), updated.sum(), (flipped & updated).sum()),
         *((moved & ~flipped).sum(), moved.sum()),
     ]
     lost = ((1 - np.minimum(np.abs(aim) * 8, 1)) * updated).sum()
-    assert found.sums[1].tolist() == pytest.approx(
+    assert found.table[1, 5:].tolist() == pytest.approx(
         [lost, (aim * (now - old)).sum(), (aim**2).sum()], rel=1e-6
     )
 
@@ -218,10 +233,9 @@ def test_weights_that_are_no_plain_rows_of_float32_take_the_way_through_torch(dr
     )  # fmt: skip
     run = Run(step.before, WARPED)
     straight, bent = (tallied(run, seen) for seen in (step, odd))
-    assert torch.equal(straight.counts, bent.counts)
-    asked = {name: tally.asked(odd, name, EVERYTHING, False)}
+    assert torch.equal(counts(straight), counts(bent))
     kept = {name: _codes(turned, step.before[name])}
-    assert in_the_loop(asked, odd, kept, kept) is None
+    assert in_the_loop(planned(odd, kept, kept), odd) is None
 
 
 # --- the code book -----------------------------------------------------------------------------------
@@ -259,7 +273,7 @@ def stepped(index, values, format=EIGHTHS, before=None, scale=1.0):
 
 
 def flips(tally):
-    return tally.column("flips").tolist()
+    return column(tally, "flips").tolist()
 
 
 def test_codes_are_kept_from_step_to_step_in_one_byte_a_weight():
@@ -362,11 +376,10 @@ def test_the_loop_takes_scales_of_before_in_rows_as_torch_does(drawn):
     step = drawn(WARPED, per_row, shapes=MATRICES)
     then = {name: per_row(value).mT.contiguous().mT * 1.7 for name, value in step.before.items()}
     step = attrs.evolve(step, scales_before=then)
-    asked = {name: tally.asked(step, name, {"flips"}, True) for name in step.weights}
     before, now = (
         {name: torch.zeros(value.numel(), dtype=torch.int8) for name, value in then.items()} for _ in "12"
     )
-    if in_the_loop(asked, step, before, now) is None:
+    if in_the_loop(planned(step, before, now, wanted={"flips"}, recode=True), step) is None:
         pytest.skip("there is no C compiler")
     for name, value in step.before.items():
         expected = codes(value.reshape(-1), WARPED, then[name].reshape(-1))
@@ -407,11 +420,10 @@ def test_nothing_is_counted_behind_the_back_of_who_records(drawn):
             return function(*args, **(kwargs or {}))
 
     step = drawn(WARPED)
-    asked = {name: tally.asked(step, name, EVERYTHING, False) for name in step.weights}
     kept = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     with Recording():
         assert native.recording()
-        assert in_the_loop(asked, step, kept, kept) is None
+        assert in_the_loop(planned(step, kept, kept), step) is None
 
 
 # --- values that the book keeps ----------------------------------------------------------------------
@@ -432,7 +444,7 @@ def updated(index, now, before=None, gradients=True, scale=1.0):
 
 
 def moved(tally):
-    return tally.column("moved").tolist()
+    return column(tally, "moved").tolist()
 
 
 @pytest.fixture(params=["c", "torch"])
@@ -449,16 +461,16 @@ def following():
 
 
 @pytest.mark.usefixtures("either_way")
-def test_values_are_kept_from_step_to_step_once_a_step_has_carried_them(following):
+def test_values_are_kept_from_step_to_step(following):
     run, book = following
-    assert book.needs(updates=True) == ("before",)
-    assert moved(book.tally(updated(1, [0.125, 0.0, 0.01], before=[0.0, 0.0, 0.0]))) == [2, 2]
+    assert book.needs(updates=True) == ()
+    assert moved(book.tally(updated(1, [0.125, 0.0, 0.01]))) == [2, 2]
     run.step = 1
     assert book.needs(updates=True) == ()
     second = book.tally(updated(2, [0.125, 0.25, 0.02]))
     assert moved(second) == [2, 2]
-    assert second.column("stayed").tolist() == [1, 1]
-    assert second.column("lost").tolist() == pytest.approx([1 + 0 + (1 - 0.08)] * 2, rel=1e-6)
+    assert column(second, "stayed").tolist() == [1, 1]
+    assert column(second, "lost").tolist() == pytest.approx([1 + 0 + (1 - 0.08)] * 2, rel=1e-6)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -526,15 +538,14 @@ def test_values_are_not_kept_for_who_looks_now_and_then():
 
 def test_the_loop_leaves_values_where_they_are_kept(drawn):
     step = drawn(WARPED)
-    asked = {name: tally.asked(step, name, EVERYTHING, False) for name in step.weights}
     expected, *_ = both_ways(step)[1]
     codes_of = {name: _codes(one, step.before[name]) for name, one in step.weights.items()}
     kept = {name: step.before[name] for name in ("a", "b")}  # over what is read
-    found = in_the_loop(asked, step, codes_of, codes_of, kept)
+    found = in_the_loop(planned(step, codes_of, codes_of, kept), step)
     assert all(torch.equal(kept[name].isnan(), step.weights[name].value.isnan()) for name in kept)
     assert all(torch.equal(kept[name].nan_to_num(), step.weights[name].value.nan_to_num()) for name in kept)
-    assert torch.equal(found.counts, expected.counts)
-    torch.testing.assert_close(found.sums, expected.sums, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(counts(found), counts(expected))
+    torch.testing.assert_close(found.table, expected.table, rtol=0, atol=0, equal_nan=True)
 
 
 def test_all_that_a_piece_of_the_loop_can_lose_is_counted():
@@ -544,7 +555,7 @@ def test_all_that_a_piece_of_the_loop_can_lose_is_counted():
         before={"a": still}, intended={"a": still},
     )  # fmt: skip
     (in_torch, *_), (in_c, *_) = both_ways(step)
-    assert in_c.column("lost").tolist() == in_torch.column("lost").tolist() == [4096.0]
+    assert column(in_c, "lost").tolist() == column(in_torch, "lost").tolist() == [4096.0]
 
 
 def scaled(index, scale, gradients):
@@ -577,10 +588,12 @@ class GridRun(Run):
 def test_values_are_kept_of_weights_that_an_optimizer_lands_by_itself_and_tells_nothing_of():
     run = GridRun({"a": torch.zeros(3)})
     book = book_of(run, "stall", every=1)
-    assert "before" in book.needs(updates=True)
-    book.tally(attrs.evolve(stepped(1, [0.125, 0.0, 0.0], before=[0.0] * 3), weights=run.weights()))
-    run.step = 1
     assert book.needs(updates=True) == ()
+    run.step = 1
+    assert "before" in book.needs(updates=True)
+    run.values = {"a": torch.tensor([0.125, 0.0, 0.0])}
+    found = book.tally(attrs.evolve(stepped(1, [0.0] * 3), weights=run.weights()))
+    assert (moved(found), book.needs(updates=True)) == ([1], ())
 
 
 def test_gradients_of_weights_that_have_landed_are_let_go():

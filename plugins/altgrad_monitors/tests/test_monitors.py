@@ -1,5 +1,6 @@
 """Hand-computed steps, on a grid of eighths; no other plugin is needed."""
 
+import math
 import types
 
 import pytest
@@ -134,6 +135,18 @@ def test_under_whole_rung_updates_the_optimizers_own_counts_are_used():
     assert seen["stall/expected_stall/total"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(("flips", "updates", "ratio"), [(3, 1, 0.0), (2, 0, math.nan)])
+def test_momentum_that_moves_what_has_no_gradient_is_no_negative_stall(flips, updates, ratio):
+    stall = started(Stall, [0.0, 0.0])
+    own = {
+        "intended_in_rungs": True,
+        "counts": {f"{LAYER}.weight": (torch.tensor(flips), torch.tensor(updates))},
+    }
+    moved = {"before": [0.0, 0.0], "intended": [1.0, 1.0]}
+    seen = numbers(stall.observe(step(1, [0.125, 0.125], [float(updates), 0.0], **moved, **own)))
+    assert seen["stall/stall_ratio/total"] == pytest.approx(ratio, nan_ok=True)
+
+
 def test_a_nan_weight_does_not_stop_the_counting():
     flip = started(Flip, [0.0, 0.5])
     seen = numbers(flip.observe(step(1, [float("nan"), 0.5], [float("nan"), 1.0])))
@@ -161,6 +174,19 @@ def test_descent_under_whole_rung_updates_counts_rungs():
         )
     )  # fmt: skip
     assert seen["descent/quality/total"] == pytest.approx(4 / 5)
+
+
+def test_descent_in_rungs_is_on_the_grid_that_the_rungs_were_of():
+    descent = started(Descent, [0.0, 0.0])
+    name = f"{LAYER}.weight"
+    own = {
+        "intended_in_rungs": True,
+        "counts": {name: (torch.tensor(1), torch.tensor(2))},
+        "scales_before": {name: torch.tensor(2.0)},
+    }
+    moved = {"before": [0.0, 0.0625], "intended": [4.0, -1.0]}
+    seen = numbers(descent.observe(step(1, [0.25, 0.0], [1.0, 1.0], **moved, **own)))
+    assert seen["descent/quality/total"] == pytest.approx(1)
 
 
 def test_monitors_change_nothing():

@@ -63,9 +63,6 @@ def layer(run, name):
     return run.model.get_submodule(name)
 
 
-# --- forward and backward -------------------------------------------------------------------------------
-
-
 def test_a_healthy_step_overflows_nowhere(range_in, after):
     seen = after(*range_in())
     assert seen["range/forward_overflow_count/total"] == 0
@@ -180,9 +177,6 @@ def test_layers_are_pooled_by_type(range_in, after):
     }  # fmt: skip
 
 
-# --- which steps ----------------------------------------------------------------------------------------
-
-
 def test_only_steps_that_are_due_are_counted(range_in, after):
     run, monitor = range_in(every=2)
     assert after(run, monitor) == {}
@@ -292,9 +286,6 @@ def test_a_model_that_is_not_quantized_reports_nothing(range_in, after, run_of):
     assert after(*range_in(run_of())) == {}
 
 
-# --- weights on the grid --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def stored(run_of):
     """A run whose weights are on the grid behind SGD, bounded to twice their rms."""
@@ -351,8 +342,6 @@ def test_a_weight_that_leaves_the_grid_is_counted_in_the_forward_pass(range_in, 
     assert f"range/forward_overflow_count/{MLP}" in seen
     assert f"range/optimizer_overflow_count/{MLP}" not in seen
 
-
-# --- rungs ----------------------------------------------------------------------------------------------
 
 EIGHTHS = Format(name="EIGHTHS", bits=4, values=[rung / 8 for rung in range(-7, 8)])
 

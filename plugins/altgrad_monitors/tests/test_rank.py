@@ -219,9 +219,6 @@ def test_a_resumed_monitor_goes_on_bit_for_bit():
     assert [second.observe(one) for one in steps[3:]] == expected[3:]
 
 
-# --- against a baseline run ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def baseline(tmp_path):
     """Write a run's metrics: lines of (step, average), for one layer."""

@@ -1,14 +1,16 @@
 """Fields of stiffness worked out by hand on small tables, and against numpy's and scipy's own."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from altgrad_core.format import Format
-from altgrad_core.hookspecs import Step, Weight
+from altgrad_core.hookspecs import Component, Step, Weight
 from altgrad_core.options import FormatChoice, GeometryOptions, StiffnessChoice
+from altgrad_core.registry import Registered, Registry, discover
 from altgrad_monitors import StiffnessOptions
 from altgrad_monitors.stiffness import OCTAVES, QUANTILES, VIOLATIONS, StiffnessField
 
@@ -46,7 +48,9 @@ def step(values, gradients=None, format=POWERS, scale=1.0, after=None):
 
 def observed(*arguments, formula="grid", geometry=None, per="layer", **keywords):
     choice = StiffnessChoice(formula, geometry=geometry or GeometryOptions())
-    metrics = StiffnessField(StiffnessOptions(formula=choice, per=per)).observe(step(*arguments, **keywords))
+    monitor = StiffnessField(StiffnessOptions(formula=choice, per=per))
+    monitor.start(types.SimpleNamespace(registry=discover()))
+    metrics = monitor.observe(step(*arguments, **keywords))
     return {name.removeprefix("stiffness/"): float(value) for name, value in metrics.items()}
 
 
@@ -201,6 +205,14 @@ def test_another_formula_is_looked_up_by_name():
     seen = observed([1.0, 2.0, 64.0], [1.0, 2.0, 3.0], formula="uniform")
     assert [seen[f"{name}/total"] for name in QUANTILES] == [0] * 5
     assert math.isnan(seen["correlation/total"])
+
+
+def test_the_formula_is_that_of_the_runs_own_registry():
+    component = Component(name="mine", summary="", target="altgrad_core.stiffness:uniform")
+    mine = Registered(kind="stiffness", component=component, distribution="mine", version="1")
+    monitor = StiffnessField(StiffnessOptions(formula=StiffnessChoice("mine")))
+    monitor.start(types.SimpleNamespace(registry=Registry(registered=(mine,))))
+    assert float(monitor.observe(step([64.0]))["stiffness/log2_p50/total"]) == 0
 
 
 def test_a_formula_that_keeps_the_initial_field_is_refused():

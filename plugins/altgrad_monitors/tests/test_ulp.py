@@ -186,9 +186,6 @@ def test_every_quantity_is_announced():
     assert monitor.every == 100
 
 
-# --- against numpy --------------------------------------------------------------------------------------
-
-
 def by_numpy(format, before, after, asked):
     """Return all quantities, in float64, with spacings looked up in the sorted table."""
     values = format.values.double().numpy()

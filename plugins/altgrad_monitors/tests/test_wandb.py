@@ -122,9 +122,6 @@ def calls(kind):
     return [call for call in sys.modules["wandb"].calls if call[0] == kind]
 
 
-# --- what arrives ------------------------------------------------------------------------------------
-
-
 def test_every_line_arrives_under_its_own_step(package, run):
     package()
     mirrored(run, [(0, {"validation/loss": 3.0}), (5, {"train/loss": 2.5, "flip/flip_count/total": 7.0})])
@@ -217,9 +214,6 @@ def test_no_step_is_observed(package):
     assert Wandb(WandbOptions()).observe(None) == {}
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------
-
-
 def test_without_the_package_one_warning_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     mirrored(run, [(1, {}), (2, {})])
@@ -276,9 +270,6 @@ def test_a_run_that_fails_without_an_end_does_not_leave_its_thread_behind(packag
     thread.join(10)
     assert not thread.is_alive()
     assert calls("finish") == [("finish", 1, {"outcome": "failed"})]
-
-
-# --- the real one ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
