@@ -69,9 +69,9 @@ class Untouched:
         versions = [scale._version for scale in scales]
         if versions == self._scale_versions and all(map(operator.is_, scales, self._scales)):
             return None
-        for name, scale, value in zip(self._quantizers, scales, self._values, strict=True):
-            if not _same_bits(scale, value):
-                return f"the scale of {name}"
+        if not _same_bits(scales, self._values):  # of all at once: another device is waited for
+            pairs = zip(self._quantizers, scales, self._values, strict=True)
+            return next(f"the scale of {name}" for name, *pair in pairs if not _same_bits(*zip(pair)))
         self._scales, self._scale_versions = scales, versions
         return None
 
@@ -143,10 +143,10 @@ def together(scales: list[Tensor]) -> Iterable[Tensor]:
     return [scale.clone() for scale in scales]
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+def _same_bits(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether two lots of tensors are equal bit for bit, as a NaN is to itself."""
+    rows = (torch.cat([tensor.detach().reshape(-1) for tensor in one]) for one in (some, others))
+    return torch.equal(*(row.view(torch.uint8) for row in rows))
 
 
 class _NumpyStream:
