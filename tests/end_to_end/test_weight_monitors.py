@@ -1,6 +1,7 @@
 """The monitors of weights and gradients in real runs: what they show, that they disturb nothing, resume."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -173,8 +174,11 @@ def test_observing_reads_nothing_from_the_device(name):
         before={"h.weight": values.clone()},
         intended={},
     )
-    found = discover().find("monitor", name)
+    registry = discover()
+    found = registry.find("monitor", name)
     monitor = found.build(found.component.options())
+    if hasattr(monitor, "start"):
+        monitor.start(types.SimpleNamespace(registry=registry))
     monitor.observe(step)  # facts of a format are looked up once
     with torch.no_grad(), HostReads() as reads:
         assert monitor.observe(step)
