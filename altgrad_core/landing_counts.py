@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from altgrad_core.elementwise import wide
 from altgrad_core.grid_scales import GridScales
 from altgrad_core.quantizer import quantizer_of
 from altgrad_core.range_counts import RangeCounts, last_kept
@@ -46,5 +46,6 @@ class LandingCounts:
             row.begin(format, self._rounding)
             kept = None
             if limits is not None:
-                kept = last_kept(format, limits[index], self._rounding, wide(weight).dtype)
+                dtype = torch.promote_types(weight.dtype, torch.float32)  # in which weights are scaled
+                kept = last_kept(format, limits[index], self._rounding, dtype)
             row.add(before, weight, scales.scales[index], kept)

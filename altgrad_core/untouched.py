@@ -71,7 +71,7 @@ class Untouched:
             return None
         if not _same_bits(scales, self._values):  # of all at once: another device is waited for
             pairs = zip(self._quantizers, scales, self._values, strict=True)
-            return next(f"the scale of {name}" for name, *pair in pairs if not _same_bits(*zip(pair)))
+            return next(f"the scale of {name}" for name, now, then in pairs if not _same_bits([now], [then]))
         self._scales, self._scale_versions = scales, versions
         return None
 
@@ -144,9 +144,11 @@ def together(scales: list[Tensor]) -> Iterable[Tensor]:
 
 
 def _same_bits(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    """Whether two lots of tensors are equal bit for bit, as a NaN is to itself."""
-    rows = (torch.cat([tensor.detach().reshape(-1) for tensor in one]) for one in (some, others))
-    return torch.equal(*(row.view(torch.uint8) for row in rows))
+    """Whether two lots of tensors are equal bit for bit, as a NaN is to itself, in shape and dtype too."""
+    both = [*some], [*others]
+    kinds, other_kinds = ([(one.shape, one.dtype) for one in lot] for lot in both)
+    rows = (torch.cat([one.detach().reshape(-1) for one in lot]).view(torch.uint8) for lot in both)
+    return kinds == other_kinds and torch.equal(*rows)
 
 
 class _NumpyStream:

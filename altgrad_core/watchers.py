@@ -76,7 +76,7 @@ def _grouped(experiment: Experiment) -> set[str]:
 
 def _check_monitor(watched: Watched) -> None:
     """Refuse a monitor that asks for what a step does not have, or sums up as nobody can."""
-    if unknown := sorted(set(watched.plugin.needs) - set(STEP_EXTRAS)):
+    if unknown := sorted(set(watched.needs()) - set(STEP_EXTRAS)):
         raise UsageError(
             f"the monitor {watched.name!r} of {watched.owner} needs {unknown[0]!r}; "
             f"a step can carry: {', '.join(STEP_EXTRAS)}"
@@ -103,7 +103,7 @@ class _Metrics:
 
     def check(self, policy: Watched) -> None:
         """Refuse a policy that no monitor serves."""
-        for need in policy.plugin.needs:
+        for need in policy.needs():
             if need not in READ_IN_EVERY_STEP and (problem := self._unserved(need)):
                 raise UsageError(f"the policy {policy.name!r} needs the metric {need!r}; {problem}")
 

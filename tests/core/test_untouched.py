@@ -61,6 +61,12 @@ def test_what_has_been_done_to_a_step_that_was_shown_is_told(run, written, what)
     assert held.changed().startswith(what)
 
 
+def test_a_scale_of_another_shape_is_another_one(run):
+    held, quantizer = Untouched(run), quantizer_of(run.trained["0.weight"])
+    quantizer.scale = quantizer.scale.reshape(1)
+    assert held.changed().startswith("wrote to the scale of 0.weight")
+
+
 def test_what_is_given_back_has_not_been_changed(run):
     held, scale = Untouched(run), quantizer_of(run.trained["0.weight"]).scale
     scale.mul_(2).mul_(0.5)

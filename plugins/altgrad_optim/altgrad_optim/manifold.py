@@ -125,8 +125,8 @@ class ManifoldAdamW(StiffnessOptimizer):
         Those that can, in one call in C; positions of others in torch.
         """
         states_of(self.state, [weight for weight, *_ in gridded], "exp_avg", "exp_avg_sq")
-        places = [*positions, *[None] * (len(gridded) - len(positions))]
-        these = manifold_pass.found(self, group, gridded, places)
+        tracked = [*positions, *[None] * (len(gridded) - len(positions))]
+        these = manifold_pass.found(self, group, gridded, tracked)
         uncounted = [gridded[place] for place in these.uncounted]
         before = position.starts(uncounted)
         self._update_in_rows(group, manifold_pass.step(self, group, gridded, these))
